@@ -1,0 +1,36 @@
+# Two commands for a fresh machine with Python (3.11-3.13) and make: `make train` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: train test test-all lint clean help
+
+help:
+	@echo "make train     create $(VENV), install, train with the defaults"
+	@echo "make test      the same set-up, then lint, types and tests"
+	@echo "make test-all  the same with the slow tests"
+
+$(STAMP): pyproject.toml requirements-train.txt
+	$(PYTHON) -c "import sys; assert (3, 11) <= sys.version_info < (3, 14), f'Python 3.11-3.13 is needed, this is {sys.version.split()[0]}: make PYTHON=python3.12 ...'"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements-train.txt
+	touch $@
+
+train: $(STAMP)
+	$(BIN)/python train.py
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest
+
+test-all: lint
+	$(BIN)/python -m pytest -m ""
+
+clean:
+	rm -rf $(VENV)
