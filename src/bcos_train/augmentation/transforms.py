@@ -1,0 +1,122 @@
+"""Image transforms: PIL image (RGB) -> uint8 (3,H,W). Scaling to [0, 1] and encoding follow on the device.
+
+Cropping and resizing run on PIL images, so they are antialiased like the official presets and equal them bit for bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+from torchvision.transforms import v2
+
+from bcos_train.suggest import join_words, suggest
+
+__all__ = ["Interpolation", "Policy", "crop_flip", "digits_train", "imagenet_eval", "imagenet_train", "plain"]
+
+Interpolation = Literal["nearest", "bilinear", "bicubic"]
+Policy = Literal["ra", "ta_wide", "augmix", "imagenet", "cifar10", "svhn"]
+
+
+def plain(size: int | None = None, interpolation: Interpolation = "bilinear") -> v2.Compose:
+    """No augmentation.
+
+    Args:
+        size: resize to size × size pixels, whatever the shape; None keeps each image's own size.
+    """
+    steps: list[v2.Transform] = []
+    if size is not None:
+        steps.append(v2.Resize((size, size), interpolation=_interpolation(interpolation)))
+    return v2.Compose([*steps, v2.PILToTensor()])
+
+
+def crop_flip(size: int = 32, padding: int = 4) -> v2.Compose:
+    """Horizontal flip, then a crop of size × size out of the image padded with black: the official CIFAR-10 preset."""
+    return v2.Compose([v2.RandomHorizontalFlip(), v2.RandomCrop(size, padding=padding), v2.PILToTensor()])
+
+
+def digits_train(degrees: float = 10.0, translate: float = 0.1, scale: float = 0.1) -> v2.Compose:
+    """Small rotations, shifts and changes of size; no flips, which would turn one digit into another or into none.
+
+    Args:
+        degrees: largest rotation to either side.
+        translate: largest shift in each direction, as a share of the side, in [0, 1].
+        scale: the size changes by a factor in [1 - scale, 1 + scale].
+    """
+    affine = v2.RandomAffine(
+        degrees,
+        translate=(translate, translate),
+        scale=(1 - scale, 1 + scale),
+        interpolation=v2.InterpolationMode.BILINEAR,
+    )
+    return v2.Compose([affine, v2.PILToTensor()])
+
+
+def imagenet_train(
+    crop_size: int = 224,
+    interpolation: Interpolation = "bilinear",
+    hflip_prob: float = 0.5,
+    policy: Policy | None = None,
+    ra_magnitude: int = 9,
+    augmix_severity: int = 3,
+    random_erase_prob: float = 0.0,
+) -> v2.Compose:
+    """Random resized crop, flip, an automatic policy and random erasing, as in the official ImageNet preset.
+
+    Erased areas are black. For B-cos models that is the official behaviour; for standard models the official preset
+    erases after standardisation, which leaves the mean colour.
+
+    Args:
+        policy: "ra" RandAugment (arXiv 1909.13719), "ta_wide" TrivialAugment (arXiv 2103.10158), "augmix" AugMix (arXiv
+            1912.02781), or the data set whose AutoAugment policy (arXiv 1805.09501) is used; None for none.
+        ra_magnitude: strength of RandAugment's operations, 0 … 30.
+        augmix_severity: strength of AugMix's operations, 1 … 10.
+
+    Raises:
+        ValueError: for an unknown policy or interpolation.
+    """
+    mode = _interpolation(interpolation)
+    steps: list[v2.Transform] = [v2.RandomResizedCrop(crop_size, interpolation=mode)]
+    if hflip_prob > 0:
+        steps.append(v2.RandomHorizontalFlip(hflip_prob))
+    if policy is not None:
+        steps.append(_policy(policy, mode, ra_magnitude, augmix_severity))
+    steps.append(v2.PILToTensor())
+    if random_erase_prob > 0:
+        steps.append(v2.RandomErasing(p=random_erase_prob, value=0))
+    return v2.Compose(steps)
+
+
+def imagenet_eval(
+    resize_size: int = 256,
+    crop_size: int = 224,
+    interpolation: Interpolation = "bilinear",
+) -> v2.Compose:
+    """Resize the shorter side, then crop the centre: the official ImageNet preset.
+
+    There is no switch for antialiasing: PIL always antialiases.
+    """
+    resize = v2.Resize(resize_size, interpolation=_interpolation(interpolation))
+    return v2.Compose([resize, v2.CenterCrop(crop_size), v2.PILToTensor()])
+
+
+def _interpolation(name: str) -> v2.InterpolationMode:
+    _check_name("interpolation", name, get_args(Interpolation))
+    return v2.InterpolationMode(name)
+
+
+def _policy(name: str, mode: v2.InterpolationMode, ra_magnitude: int, augmix_severity: int) -> v2.Transform:
+    _check_name("policy", name, get_args(Policy))
+    if name == "ra":
+        return v2.RandAugment(magnitude=ra_magnitude, interpolation=mode)
+    if name == "ta_wide":
+        return v2.TrivialAugmentWide(interpolation=mode)
+    if name == "augmix":
+        return v2.AugMix(severity=augmix_severity, interpolation=mode)
+    return v2.AutoAugment(v2.AutoAugmentPolicy(name), interpolation=mode)
+
+
+def _check_name(what: str, given: Any, allowed: tuple[str, ...]) -> None:
+    if given not in allowed:
+        raise ValueError(
+            f"unknown {what} {given!r}{suggest(str(given), allowed) or ';'} allowed: {join_words(allowed)}"
+        )

@@ -1,0 +1,35 @@
+"""Data sets, their encoding for B-cos models, and exact sampling.
+
+``DataModule`` stands in ``bcos_train.dataset.data_module``: it alone needs Lightning.
+"""
+
+from bcos_train.dataset.base import ImageDataset, ImageSource
+from bcos_train.dataset.cifar10 import Cifar10
+from bcos_train.dataset.digits import Digits
+from bcos_train.dataset.encoding import BcosEncoding, Standardize, add_inverse, to_float
+from bcos_train.dataset.folder import ImageFolder
+from bcos_train.dataset.imagenet import ImageNet
+from bcos_train.dataset.randomness import Stream, derive_seed, epoch_order, isolated_rng, step_seed
+from bcos_train.dataset.sampler import EvalBatchSampler, TrainBatchSampler
+from bcos_train.dataset.seeded import SeededDataset
+
+__all__ = [
+    "BcosEncoding",
+    "Cifar10",
+    "Digits",
+    "EvalBatchSampler",
+    "ImageDataset",
+    "ImageFolder",
+    "ImageNet",
+    "ImageSource",
+    "SeededDataset",
+    "Standardize",
+    "Stream",
+    "TrainBatchSampler",
+    "add_inverse",
+    "derive_seed",
+    "epoch_order",
+    "isolated_rng",
+    "step_seed",
+    "to_float",
+]

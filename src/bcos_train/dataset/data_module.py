@@ -1,0 +1,223 @@
+"""The Lightning data module: exact, resumable loaders of uint8 batches."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+
+from bcos_train.dataset.base import ImageDataset, ImageSource
+from bcos_train.dataset.randomness import Stream, epoch_length, permutation
+from bcos_train.dataset.sampler import EvalBatchSampler, TrainBatchSampler
+from bcos_train.dataset.seeded import Collate, SeededDataset, Transform
+
+__all__ = ["DataModule"]
+
+Loader = DataLoader[Any]
+"""Of images uint8 (N,3,H,W), labels int64 (N,), indices in the data set int64 (N,)."""
+
+
+class DataModule(pl.LightningDataModule):
+    """Batches of images uint8 (N,3,H,W), labels (N,) and indices (N,), int64, for training and validation.
+
+    Build the trainer with ``use_distributed_sampler=False``: the samplers here share the samples out themselves.
+
+    Args:
+        dataset: where the images come from.
+        train_transform: PIL image -> uint8 (3,H,W), may be random.
+        eval_transform: PIL image -> uint8 (3,H,W), must not be random.
+        batch_size: samples of one optimizer step, over all processes and accumulated micro-batches.
+        eval_batch_size: samples of one evaluation step over all processes; default ``batch_size``.
+        num_workers: loading processes of each process; results do not depend on it.
+        seed: of the epochs' orders and of the augmentation.
+        repetitions: R > 1 is repeated augmentation, see ``epoch_order``.
+        drop_last: leave out the last, smaller batch of an epoch.
+        accumulate: micro-batches of one optimizer step on each process.
+        pin_memory: default: whether CUDA is there.
+        limit_train, limit_val: use this many samples only, always the same ones; default all.
+
+    Raises:
+        ValueError: for sizes out of range; when the loaders are built, for a batch size that does not split evenly.
+    """
+
+    def __init__(
+        self,
+        dataset: ImageSource,
+        train_transform: Transform,
+        eval_transform: Transform,
+        batch_size: int,
+        eval_batch_size: int | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+        repetitions: int = 1,
+        drop_last: bool = False,
+        accumulate: int = 1,
+        pin_memory: bool | None = None,
+        limit_train: int | None = None,
+        limit_val: int | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("eval_batch_size", eval_batch_size, 1),
+            ("num_workers", num_workers, 0),
+            ("seed", seed, 0),
+            ("repetitions", repetitions, 1),
+            ("accumulate", accumulate, 1),
+            ("limit_train", limit_train, 1),
+            ("limit_val", limit_val, 1),
+        ):
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, not {value}")
+        self.dataset = dataset
+        self.train_transform = train_transform
+        self.eval_transform = eval_transform
+        self.batch_size = batch_size
+        self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self.repetitions = repetitions
+        self.drop_last = drop_last
+        self.accumulate = accumulate
+        self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
+        self.limit_train = limit_train
+        self.limit_val = limit_val
+        self._train: ImageDataset | None = None
+        self._val: ImageDataset | None = None
+        self._train_sampler: TrainBatchSampler | None = None
+        self._sought: tuple[int, int] | None = None
+
+    @property
+    def class_names(self) -> list[str]:
+        return self.dataset.class_names
+
+    @property
+    def num_classes(self) -> int:
+        return self.dataset.num_classes
+
+    @property
+    def num_train(self) -> int:
+        """Training samples, after ``limit_train``."""
+        return len(self._train_part())  # type: ignore[arg-type]
+
+    @property
+    def num_val(self) -> int:
+        """Validation samples, after ``limit_val``."""
+        return len(self._val_part())  # type: ignore[arg-type]
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in an epoch, on any number of processes."""
+        length = epoch_length(self.num_train, self.repetitions)
+        return length // self.batch_size if self.drop_last else -(-length // self.batch_size)
+
+    def prepare_data(self) -> None:
+        self.dataset.prepare()
+
+    def setup(self, stage: str | None = None) -> None:
+        if stage in (None, "fit"):
+            self._train_part()
+        self._val_part()
+
+    def seek(self, epoch: int, step: int) -> None:
+        """Let the coming training ``epoch`` begin at optimizer step ``step`` within it; later epochs begin at 0."""
+        self._sought = (epoch, step)
+        if self._train_sampler is not None:
+            self._train_sampler.seek(epoch, step)
+
+    def train_dataloader(self) -> Loader:
+        world_size, rank = self._place()
+        sampler = TrainBatchSampler(
+            n=self.num_train,
+            global_batch_size=self.batch_size,
+            world_size=world_size,
+            rank=rank,
+            accumulate=self.accumulate,
+            seed=self.seed,
+            repetitions=self.repetitions,
+            drop_last=self.drop_last,
+        )
+        if self._sought is not None:
+            sampler.seek(*self._sought)
+        self._train_sampler = sampler
+        return self._loader(SeededDataset(self._train_part(), self.train_transform), sampler, "augmentation.train")
+
+    def val_dataloader(self) -> Loader:
+        world_size, rank = self._place()
+        if self.num_val < world_size:
+            raise ValueError(
+                f"{self.num_val} validation sample(s) for {world_size} processes: every process needs at least one"
+            )
+        sampler = EvalBatchSampler(self.num_val, max(1, self.eval_batch_size // world_size), world_size, rank)
+        return self._loader(SeededDataset(self._val_part(), self.eval_transform), sampler, "augmentation.eval")
+
+    def fixed_val_samples(self, n: int) -> tuple[Tensor, Tensor]:
+        """At most ``n`` validation samples, the same in every run: uint8 (n,3,H,W) and labels (n,)."""
+        chosen = permutation(self.num_val, 0, Stream.SUBSET, 1)[:n].tolist()
+        part = SeededDataset(self._val_part(), self.eval_transform)
+        images, labels, _ = Collate("augmentation.eval")([part[i] for i in chosen])
+        return images, labels
+
+    def _train_part(self) -> ImageDataset:
+        if self._train is None:
+            self._train = _limited(self.dataset.train(), self.limit_train)
+        return self._train
+
+    def _val_part(self) -> ImageDataset:
+        if self._val is None:
+            self._val = _limited(self.dataset.val(), self.limit_val)
+        return self._val
+
+    def _place(self) -> tuple[int, int]:
+        """(number of processes, rank of this one)"""
+        if self.trainer is None:
+            return 1, 0
+        return self.trainer.world_size, self.trainer.global_rank
+
+    def _loader(self, dataset: SeededDataset, sampler: Any, transform_key: str) -> Loader:
+        return DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            num_workers=self.num_workers,
+            collate_fn=Collate(transform_key),
+            pin_memory=self.pin_memory,
+            persistent_workers=self.num_workers > 0,
+            worker_init_fn=_init_worker,
+            # The loader draws a number for its workers at every start: not from the generator that training uses.
+            generator=torch.Generator().manual_seed(self.seed),
+        )
+
+
+def _limited(dataset: ImageDataset, limit: int | None) -> ImageDataset:
+    """The first ``limit`` samples of a permutation that is the same in every run."""
+    n = len(dataset)  # type: ignore[arg-type]
+    if limit is None or limit >= n:
+        return dataset
+    return Subset(dataset, permutation(n, 0, Stream.SUBSET)[:limit].tolist())
+
+
+def _init_worker(worker_id: int) -> None:
+    """Leave it to the main process to react to Ctrl-C and to the signals that Slurm sends to all processes of a job.
+
+    A SIGTERM counts only if the main process sent it; otherwise the loader would fail before the main process could
+    finish its batch and write a checkpoint. (A worker ends by itself once its main process is gone.)
+    """
+    for ignored in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(ignored, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_obey, args=(os.getppid(),), daemon=True).start()
+    torch.set_num_threads(1)
+
+
+def _obey(parent: int) -> None:
+    """End this process on a SIGTERM from ``parent``."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)

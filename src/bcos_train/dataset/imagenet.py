@@ -1,0 +1,130 @@
+"""ImageNet-1k (ILSVRC 2012) from its image folders."""
+
+from __future__ import annotations
+
+import logging
+import re
+from functools import cached_property
+from pathlib import Path
+
+from bcos_train.dataset.base import ImageDataset, require_root
+from bcos_train.dataset.folder import FolderImages, list_classes
+
+__all__ = ["ImageNet"]
+
+_logger = logging.getLogger(__name__)
+_HINT = "set IMAGENET_PATH or dataset.root to the folder that holds train/ and val/"
+_NUM_CLASSES = 1000
+_NUM_TRAIN = 1_281_167
+_NUM_VAL = 50_000
+
+
+class ImageNet:
+    """1,000 classes, 1,281,167 training and 50,000 validation images in ``root/{train,val}/<wnid>/``.
+
+    Samples of it are welcome: other counts are a warning. ``num_classes`` is 1000 in any case, and labels are the
+    official ones wherever the folder names tell them.
+
+    Args:
+        root: the folder that holds both parts.
+        train: folder name of the training part.
+        val: folder name of the validation part.
+
+    Raises:
+        ValueError: if root is None; on use if folders are missing, empty, or more than 1000.
+    """
+
+    name = "imagenet"
+
+    def __init__(self, root: str | Path | None, train: str = "train", val: str = "val") -> None:
+        self.root = require_root(root, "ImageNet", _HINT)
+        self.train_folder = train
+        self.val_folder = val
+
+    @property
+    def num_classes(self) -> int:
+        return _NUM_CLASSES
+
+    @cached_property
+    def class_names(self) -> list[str]:
+        """1000 names by label: readable ones if the labels are the official ones, else the folders' names."""
+        if self._official:
+            return _readable_names()
+        names = [f"class {label}" for label in range(_NUM_CLASSES)]
+        for folder, label in self._labels.items():
+            names[label] = folder
+        return names
+
+    def prepare(self) -> None:
+        """Check that the folders are there."""
+        _ = self._labels
+
+    def train(self) -> ImageDataset:
+        return self._part(self.train_folder, "dataset.train", _NUM_TRAIN)
+
+    def val(self) -> ImageDataset:
+        return self._part(self.val_folder, "dataset.val", _NUM_VAL)
+
+    @cached_property
+    def _folders(self) -> list[str]:
+        return list_classes(self.root, self.val_folder, "dataset.val", _HINT)
+
+    @cached_property
+    def _official(self) -> bool:
+        """Whether the folder names tell the official labels."""
+        if not all(re.fullmatch(r"n\d{8}", name) for name in self._folders):
+            return False
+        # The official labels are the places of the wnids in sorted order: 1000 of them need no list.
+        return len(self._folders) == _NUM_CLASSES or set(self._folders) <= set(_wnids())
+
+    @cached_property
+    def _labels(self) -> dict[str, int]:
+        """Folder name -> label."""
+        folders = self._folders
+        if len(folders) > _NUM_CLASSES:
+            raise ValueError(
+                f"{self.root / self.val_folder} has {len(folders)} class folders, ImageNet-1k has {_NUM_CLASSES}: "
+                f"{_HINT}, or use dataset=imagefolder"
+            )
+        if self._official and len(folders) < _NUM_CLASSES:
+            places = {wnid: label for label, wnid in enumerate(_wnids())}
+            return {name: places[name] for name in folders}
+        if not self._official:
+            _logger.warning(
+                "%s: the %d class folders are not named by ImageNet's wnids, so the class indices are not the official "
+                "ones",
+                self.root / self.val_folder,
+                len(folders),
+            )
+        return {name: label for label, name in enumerate(folders)}
+
+    def _part(self, part: str, key: str, expected: int) -> FolderImages:
+        folders = list_classes(self.root, part, key, _HINT)
+        unknown = sorted(set(folders) - set(self._labels))
+        if unknown:
+            raise ValueError(
+                f"{self.root / part} has class folders that {self.val_folder}/ lacks, {unknown[0]} for one: {_HINT}"
+            )
+        images = FolderImages(self.root / part, {name: self._labels[name] for name in folders}, _HINT)
+        if len(images) != expected:
+            _logger.warning(
+                "%s holds %s images where the whole of ImageNet has %s",
+                self.root / part,
+                f"{len(images):,}",
+                f"{expected:,}",
+            )
+        return images
+
+
+def _readable_names() -> list[str]:
+    from torchvision.models._meta import _IMAGENET_CATEGORIES
+
+    return list(_IMAGENET_CATEGORIES)
+
+
+def _wnids() -> list[str]:
+    """The 1000 wnids in the order of the official labels."""
+    # timm ships the list; its import is slow and only a sample of ImageNet needs it.
+    from timm.data import ImageNetInfo
+
+    return ImageNetInfo().label_names()

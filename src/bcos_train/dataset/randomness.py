@@ -1,0 +1,140 @@
+"""Counter-based randomness: every random number of a run is a function of a few integers.
+
+The order of an epoch is f(seed, epoch), a sample's augmentation f(seed, epoch, index, repetition), a step's dropout,
+stochastic depth and mixup f(seed, step, rank). No generator state has to be saved: a run goes on bit for bit after
+any batch, with any number of workers.
+
+Only integer arithmetic that is fixed for good is used (numpy's SeedSequence, the finaliser of SplitMix64 and a stable
+sort), so the numbers are the same on every platform and with every version of torch and numpy.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import IntEnum
+
+import numpy as np
+import torch
+
+__all__ = [
+    "Stream",
+    "derive_seed",
+    "epoch_length",
+    "epoch_order",
+    "isolated_rng",
+    "permutation",
+    "sample_seeds",
+    "seed_generators",
+    "step_seed",
+]
+
+_WORD = 0xFFFFFFFF
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+# The official sampler for repeated augmentation uses a whole number of batches of 256 an epoch.
+_REPEATED_MULTIPLE = 256
+
+
+class Stream(IntEnum):
+    """What a derived seed is for. Numbers are part of every run's reproducibility: add, never renumber."""
+
+    ORDER = 1
+    AUGMENTATION = 2
+    STEP = 3
+    SUBSET = 4
+    SPLIT = 5
+    INIT = 6
+
+
+def derive_seed(seed: int, *stream: int) -> int:
+    """A well-mixed seed in [0, 2^63) for the stream named by ``stream``, e.g. ``(Stream.STEP, step, rank)``.
+
+    Different tuples give independent seeds, also when one is the beginning of another.
+
+    Raises:
+        ValueError: if the seed or a part of the stream is outside [0, 2^64).
+    """
+    parts = (seed, *stream)
+    for part in parts:
+        if not 0 <= part < 2**64:
+            raise ValueError(f"a seed and the parts of its stream must lie in [0, 2^64), not {part}")
+    # Two words for each part and their number in front: SeedSequence itself drops leading and trailing zeros.
+    words = [len(parts), *(word for part in parts for word in (part & _WORD, part >> 32))]
+    state = np.random.SeedSequence(words).generate_state(1, np.uint64)
+    return int(state[0] >> np.uint64(1))
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """The seed for all that is random on the device in optimizer step ``step`` of process ``rank``."""
+    return derive_seed(seed, Stream.STEP, step, rank)
+
+
+def _mix(key: int, counters: np.ndarray) -> np.ndarray:
+    """SplitMix64 (Steele, Lea, Flood 2014): output number ``counters`` (any shape, uint64) of the stream ``key``."""
+    with np.errstate(over="ignore"):
+        z = np.uint64(key) + (counters.astype(np.uint64) + np.uint64(1)) * _GOLDEN
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))
+
+
+def permutation(n: int, seed: int, *stream: int) -> np.ndarray:
+    """A random permutation of 0 … n-1, int64 (n,): the indices sorted by a 64-bit hash."""
+    key = derive_seed(seed, *stream)
+    return np.argsort(_mix(key, np.arange(n)), kind="stable").astype(np.int64)
+
+
+def epoch_length(n: int, repetitions: int = 1) -> int:
+    """The number of samples drawn in an epoch.
+
+    All n without repeated augmentation; with it the largest multiple of 256 up to n, as in the official RASampler
+    (n itself below 256, where the official one would draw nothing).
+    """
+    if repetitions == 1 or n < _REPEATED_MULTIPLE:
+        return n
+    return n // _REPEATED_MULTIPLE * _REPEATED_MULTIPLE
+
+
+def epoch_order(seed: int, epoch: int, n: int, repetitions: int = 1) -> torch.Tensor:
+    """The sample indices of one epoch, in order: int64 (epoch_length(n, repetitions),).
+
+    With ``repetitions`` R > 1 (repeated augmentation, Hoffer et al., arXiv 1901.09335) each index stands R times in a
+    row, so that the versions of a sample go to different processes; the sequence is cut at ``epoch_length``.
+    """
+    order = permutation(n, seed, Stream.ORDER, epoch)
+    return torch.from_numpy(np.repeat(order, repetitions)[: epoch_length(n, repetitions)])
+
+
+def sample_seeds(seed: int, epoch: int, indices: np.ndarray, repetition: np.ndarray | int = 0) -> np.ndarray:
+    """Augmentation seeds in [0, 2^63) for samples ``indices`` (n,) in their ``repetition``-th use: int64 (n,)."""
+    key = derive_seed(seed, Stream.AUGMENTATION, epoch)
+    repetition = np.asarray(repetition, dtype=np.uint64)
+    counters = indices.astype(np.uint64) | (repetition << np.uint64(40))
+    return (_mix(key, counters) >> np.uint64(1)).astype(np.int64)
+
+
+def seed_generators(seed: int) -> None:
+    """Seed the CPU generators of torch, ``random`` and numpy.
+
+    The accelerators' generators are left alone (``torch.manual_seed`` would reseed them too).
+    """
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed & _WORD)
+
+
+@contextmanager
+def isolated_rng(seed: int | None = None) -> Iterator[None]:
+    """Restore the CPU generators of torch, ``random`` and numpy after the block; with a seed, seed them first."""
+    torch_state = torch.default_generator.get_state()
+    python_state = random.getstate()
+    numpy_state = np.random.get_state()
+    try:
+        if seed is not None:
+            seed_generators(seed)
+        yield
+    finally:
+        torch.default_generator.set_state(torch_state)
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)

@@ -1,0 +1,222 @@
+"""Dynamic linear weights W(x) and contribution maps.
+
+A B-cos network is affine in its input once the dynamic scalings are frozen: logit_k(x) = W_k(x) x + c_k(x), where W(x)
+is the product of all its layers' dynamic weights and c(x) gathers what does not come from the input (the logit bias,
+biases of norm layers). In explanation mode the gradient of a logit is W(x) exactly. Source: Böhle et al., "B-cos
+Networks: Alignment is All We Need for Interpretability" (CVPR 2022), eq. 11-13.
+
+Axes: N images, C encoded colour channels (6), H, W pixels, K classes.
+"""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from bcos_train.explanation.mode import explanation_mode
+
+__all__ = ["Explanation", "constant_term", "explain"]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What the network computed for a batch, and why. Floating-point fields have the dtype of the input.
+
+    Attributes:
+        logits: (N, K).
+        prediction: (N,) int64, the class of the largest logit.
+        target: (N,) int64, the class that is explained.
+        weights: (N, C, H, W), W(x) of the target's logit.
+        contribution_map: (N, H, W), sum over channels of x * W(x), in units of the logit. Its sum over a map is the
+            logit less its constant term (:func:`constant_term`).
+    """
+
+    logits: Tensor
+    prediction: Tensor
+    target: Tensor
+    weights: Tensor
+    contribution_map: Tensor
+
+
+def explain(
+    model: nn.Module, x: Tensor, target: Tensor | int | None = None, *, create_graph: bool = False
+) -> Explanation:
+    """Explain one class for each image of a batch: one forward and one backward pass for all of them.
+
+    Nothing outside is touched: not ``x`` (neither its ``requires_grad`` nor its ``grad``), not the gradients of the
+    parameters, not the state of the model. Works within ``torch.no_grad``, ``torch.inference_mode`` and autocast. A
+    model wrapped in DDP is unwrapped: no communication takes place.
+
+    Args:
+        model: maps (N, C, H, W) to logits (N, K), each image on its own (batch norms in evaluation mode).
+        x: (N, C, H, W), floating point; for B-cos networks in [0, 1] and encoded as [r, g, b, 1-r, 1-g, 1-b].
+        target: the classes to explain, in 0 ... K-1: (N,) integers, one for all, or None for each image's prediction.
+        create_graph: keep the graph from the parameters to the results, for losses on explanations. The scalings are
+            constants in that graph. Without it the results are detached.
+
+    Raises:
+        ValueError: ``x`` is not a floating-point (N, C, H, W); the model does not return (N, K); ``target`` has another
+            shape, is not an integer or is out of range.
+
+    Warns:
+        UserWarning: the model is in training mode, where batch norms scale by the statistics of the batch, so W(x)
+            depends on the other images. Running statistics stay as they were in any case.
+    """
+    _check_input(x)
+    network = _unwrap(model)
+    if network.training and not create_graph:
+        warnings.warn(
+            "explain() on a model in training mode: W(x) is that of the batch statistics and of this draw of the "
+            "dropout. Call model.eval() first for the explanations of inference.",
+            stacklevel=2,
+        )
+    with torch.inference_mode(False), torch.enable_grad(), explanation_mode(network), _frozen_buffers(network):
+        leaf = x.detach().clone().requires_grad_()
+        logits = _checked_logits(network(leaf), len(x))
+        prediction = logits.detach().argmax(1)
+        chosen = prediction if target is None else _as_indices(target, logits)
+        selected = logits.gather(1, chosen[:, None]).sum()
+        (weights,) = torch.autograd.grad(selected, leaf, create_graph=create_graph)
+    if not create_graph:
+        logits = logits.detach()
+    return Explanation(
+        logits=logits.to(x.dtype),
+        prediction=prediction,
+        target=chosen,
+        weights=weights,
+        contribution_map=(leaf.detach() * weights).sum(1),
+    )
+
+
+def constant_term(model: nn.Module, x: Tensor, target: Tensor | int | None = None) -> Tensor:
+    """The part of the target's logit that does not come from the input: c(x) in logit(x) = W(x) x + c(x).
+
+    Found without looking at the logit's value, so that completeness can be checked against it: what a module answers
+    to a zero input (a bias, the shift of a centred batch norm, a positional embedding, the logit bias) is its own
+    constant, and the gradient of the logit at the module's output says how much of it arrives. This is the
+    bias part of FullGrad (Srinivas & Fleuret, NeurIPS 2019, arXiv 1905.00780) on the frozen network. Constants that
+    no module adds by itself (a parameter added in a parent's ``forward``) are not seen.
+
+    Costs one forward and backward pass for each image: meant for checks and metrics, not for the training step.
+
+    Args:
+        model: as for :func:`explain`, in evaluation mode.
+        x: (N, C, H, W).
+        target: as for :func:`explain`.
+
+    Returns:
+        (N,), dtype of ``x``, in units of the logit.
+
+    Raises:
+        ValueError: as :func:`explain`; the model is in training mode.
+    """
+    _check_input(x)
+    network = _unwrap(model)
+    if network.training:
+        raise ValueError(
+            "constant_term() needs a model in evaluation mode, got one in training mode: call model.eval()"
+        )
+    constants: list[tuple[Tensor, Tensor]] = []
+
+    leaves = [module for module in network.modules() if not any(True for _ in module.children())]
+    terms = []
+    with torch.inference_mode(False), torch.enable_grad(), explanation_mode(network):
+        handles = [module.register_forward_hook(partial(_record_constant, constants)) for module in leaves]
+        try:
+            for n in range(len(x)):
+                constants.clear()
+                logits = _checked_logits(network(x[n : n + 1].detach().clone().requires_grad_()), 1)
+                wanted = None if target is None else _as_indices(target, logits, len(x))
+                selected = logits.max() if wanted is None else logits[0, wanted[n]]
+                points = [point for point, _ in constants]
+                grads = torch.autograd.grad(selected, points, allow_unused=True) if points else ()
+                parts = [
+                    (grad * constant).sum()
+                    for grad, (_, constant) in zip(grads, constants, strict=True)
+                    if grad is not None
+                ]
+                terms.append(torch.stack(parts).sum() if parts else x.new_zeros(()))
+        finally:
+            for handle in handles:
+                handle.remove()
+    return torch.stack(terms).to(x.dtype)
+
+
+def _record_constant(
+    constants: list[tuple[Tensor, Tensor]], module: nn.Module, args: tuple[Any, ...], output: Any
+) -> Tensor | None:
+    """A forward hook that notes (output of the module, its output for a zero input), the latter if not zero itself."""
+    # Only modules on the way from the image: a softmax over detached queries is a dynamic weight, not a constant.
+    on_path = any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
+    if not on_path or not isinstance(output, Tensor) or not output.is_floating_point():
+        return None
+    zeros = [torch.zeros_like(arg) if isinstance(arg, Tensor) and arg.requires_grad else arg for arg in args]
+    with torch.no_grad():
+        constant = module.forward(*zeros)
+    if not constant.any():
+        return None
+    point = output if output.requires_grad else output.detach().requires_grad_()
+    constants.append((point, constant))
+    # A copy goes on, so that `out += identity` further down does not turn `point` into the sum.
+    return point.clone()
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    """DDP would wait for gradients of parameters that an explanation never computes."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def _check_input(x: Tensor) -> None:
+    if x.ndim != 4 or len(x) == 0 or not x.is_floating_point():
+        raise ValueError(f"x must be a floating-point tensor (N, C, H, W) with N >= 1, got {x.dtype} {tuple(x.shape)}")
+
+
+def _checked_logits(output: Any, n_images: int) -> Tensor:
+    if not isinstance(output, Tensor):
+        raise ValueError(f"the model must return a tensor of logits (N, K), got {type(output).__name__}")
+    if output.ndim != 2 or len(output) != n_images:
+        raise ValueError(f"the model must return logits ({n_images}, K), got {tuple(output.shape)}")
+    return output
+
+
+def _as_indices(target: Tensor | int, logits: Tensor, n_images: int | None = None) -> Tensor:
+    """The target as (N,) int64 on the device of the logits, checked against their number of classes."""
+    n_images = len(logits) if n_images is None else n_images
+    indices = torch.as_tensor(target, device=logits.device)
+    if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
+        raise ValueError(f"target must be integer class indices, got {indices.dtype}")
+    if indices.ndim == 0:
+        indices = indices.expand(n_images)
+    if indices.shape != (n_images,):
+        raise ValueError(f"target must be an int or of shape ({n_images},), got shape {tuple(indices.shape)}")
+    allowed = range(logits.shape[1])
+    wrong = [i for i in indices.tolist() if i not in allowed]
+    if wrong:
+        raise ValueError(f"target {wrong[0]} is out of range, allowed are 0 to {allowed.stop - 1}")
+    # A copy, for autograd cannot save a tensor made in inference mode.
+    return indices.long().clone()
+
+
+@contextmanager
+def _frozen_buffers(model: nn.Module) -> Iterator[None]:
+    """Let batch norms in training mode update copies of their running statistics.
+
+    The copies are swapped in rather than the values copied back: autograd has saved the buffers that it met.
+    """
+    swapped: list[tuple[nn.Module, str, Tensor]] = []
+    try:
+        for module in model.modules():
+            for name, buffer in module._buffers.items() if module.training else ():
+                if buffer is not None:
+                    swapped.append((module, name, buffer))
+                    module._buffers[name] = buffer.clone()
+        yield
+    finally:
+        for module, name, buffer in swapped:
+            module._buffers[name] = buffer

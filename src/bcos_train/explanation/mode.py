@@ -1,0 +1,62 @@
+"""Explanation mode: the network frozen into the linear map that it applied to its input."""
+
+from contextlib import ContextDecorator, ExitStack
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+
+__all__ = ["explanation_mode"]
+
+
+def _is_active(module: Any) -> bool:
+    """The state of one module; modules that keep none (a centred batch norm has nothing to detach) count as off."""
+    return bool(getattr(module, "is_in_explanation_mode", getattr(module, "detach", False)))
+
+
+class explanation_mode(ContextDecorator):
+    """Within the block, gradients treat the dynamic weights of ``model`` as constants, so d logit / d x is W(x).
+
+    Every module with a ``set_explanation_mode`` method takes part; they are looked up anew at each entry, so modules
+    that were swapped in later are seen, and a model wrapped in DDP or compiled in place works as it is. On exit each
+    module gets back the state it had on entry, also after an exception: blocks nest, and one instance can be entered
+    again while it is active. Serves as a decorator too::
+
+        with explanation_mode(model):
+            ...
+
+        @explanation_mode(model)
+        def contributions(x): ...
+
+    Args:
+        model: any module; one without detachable parts is left as it is.
+
+    Raises:
+        whatever a module raises in ``set_explanation_mode(True)`` (a centred batch norm in training mode does); the
+        modules that had been switched on before it are then restored.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._exits: list[ExitStack] = []
+
+    def __enter__(self) -> nn.Module:
+        found: list[tuple[Any, bool]] = [
+            (module, _is_active(module))
+            for module in self.model.modules()
+            if callable(getattr(module, "set_explanation_mode", None))
+        ]
+        with ExitStack() as stack:
+            # An ExitStack runs backwards; parents come first in `found` and are to be restored first, because a
+            # parent may pass the call on to its children.
+            for module, active in reversed(found):
+                stack.callback(module.set_explanation_mode, active)
+            for module, _ in found:
+                module.set_explanation_mode(True)
+            self._exits.append(stack.pop_all())
+        return self.model
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._exits.pop().close()

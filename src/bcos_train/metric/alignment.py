@@ -1,0 +1,52 @@
+"""Alignment: how well the weights of each B-cos layer point along its inputs."""
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bcos_train.nn.functional import max_out
+from bcos_train.nn.layer import BcosLayer
+
+__all__ = ["cosine_alignment"]
+
+
+@torch.no_grad()
+def cosine_alignment(model: nn.Module, x: Tensor) -> dict[str, float]:
+    """Mean |cos(x, w)| of every B-cos layer: what the exponent B - 1 acts on, and what training is to raise.
+
+    Averaged over images, positions and output units, after MaxOut (Böhle et al., arXiv 2205.10268, eq. 3), in
+    evaluation mode. The model's modes, buffers and the state of the random generators stay as they were.
+
+    Args:
+        model: holds BcosConv2d or BcosLinear layers.
+        x: (N, C, H, W), what the model takes.
+
+    Returns:
+        layer name (as in ``named_modules``) -> mean in [0, 1], in the order of the model. Layers that were not called
+        are left out; one called several times is averaged over its calls.
+    """
+    sums: defaultdict[str, float] = defaultdict(float)
+    counts: defaultdict[str, int] = defaultdict(int)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, BcosLayer)}
+    training = {module: module.training for module in model.modules()}
+
+    def recorder(name: str, layer: BcosLayer) -> Any:
+        def record(_: nn.Module, args: tuple[Tensor, ...], product: Tensor) -> None:
+            cosine = max_out(product, layer.max_out, layer.unit_dim) / layer.input_norm(args[0])
+            sums[name] += cosine.abs().float().mean().item() * cosine.numel()
+            counts[name] += cosine.numel()
+
+        return record
+
+    handles = [layer.linear.register_forward_hook(recorder(name, layer)) for name, layer in layers.items()]
+    try:
+        model.eval()
+        model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, flag in training.items():
+            module.training = flag
+    return {name: sums[name] / counts[name] for name in layers if counts[name]}

@@ -1,0 +1,58 @@
+"""The B-cos linear layer."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bcos_train.nn.functional import feature_norm, normalise_weight
+from bcos_train.nn.layer import BcosLayer
+
+__all__ = ["BcosLinear", "NormedLinear"]
+
+
+class NormedLinear(nn.Linear):
+    """`nn.Linear` whose weight is scaled to unit norm for each output unit, at every call."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, normalise_weight(self.weight), self.bias)
+
+
+class BcosLinear(BcosLayer):
+    """The B-cos linear layer: `out = |cos(x, w)|^(B-1) ŵ·x` (Böhle et al., 2022, arXiv 2205.10268, eq. 3).
+
+    As `BcosConv2d`, but with the norm `||x|| + 1e-12` over the last axis. The weight,
+    (out_features * max_out, in_features), is `linear.weight`.
+
+    Args:
+        in_features, out_features, device, dtype: as for `nn.Linear`.
+        bias: for the sake of code written for `nn.Linear`; must be False.
+        b: B >= 1, or a scalar `nn.Parameter` to learn it.
+        max_out: M >= 1.
+
+    Shapes: (*, in_features) -> (*, out_features).
+
+    Raises:
+        ValueError: a value out of range (see above).
+    """
+
+    linear: NormedLinear
+    unit_dim = -1
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        b: float | nn.Parameter = 2,
+        max_out: int = 1,
+    ) -> None:
+        super().__init__(b, max_out, bias)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.linear = NormedLinear(in_features, out_features * max_out, bias=False, device=device, dtype=dtype)
+
+    def input_norm(self, x: Tensor) -> Tensor:
+        """||x||, (*, C) -> (*, 1)."""
+        return feature_norm(x)

@@ -1,0 +1,82 @@
+"""What all the 2-D norms share: affine parameters and the normalisation itself.
+
+Axes: N samples, C channels, H W size.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from bcos_train.nn.detachable import Detachable
+
+__all__ = ["Norm2d", "normalise"]
+
+
+def normalise(
+    x: Tensor, mean: Tensor | None, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """(x - mean) / sqrt(var + eps) * weight + bias, in the dtype and memory format of `x`.
+
+    Args:
+        x: (N, C, H, W).
+        mean, var: to be broadcast against `x`, in float32 or float64; mean None subtracts nothing.
+        weight, bias: (C,), (1,) or None.
+    """
+    scale = torch.rsqrt(var + eps)
+    if weight is not None:
+        scale = scale * weight.view(1, -1, 1, 1)
+    # Not folded into the bias, which would cancel badly where the mean is far greater than the deviation.
+    out = (x if mean is None else x - mean) * scale
+    if bias is not None:
+        out = out + bias.view(1, -1, 1, 1)
+    return out.to(x.dtype)
+
+
+class Norm2d(Detachable):
+    """A norm of (N, C, H, W) tensors with a weight and a bias, either of which may be None.
+
+    `centred` says whether the mean is subtracted. An uncentred norm divides by the standard deviation *about the
+    mean* all the same and subtracts nothing, so that without a bias it is a pure scaling and W(x) x is the whole
+    output (arXiv 2306.10898, sec. 3.2).
+
+    In explanation mode the standard deviation is a constant to autograd; the mean, which is linear in the input, is
+    not.
+    """
+
+    centred: bool
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        num_channels: int,
+        num_parameters: int,
+        eps: float,
+        affine: bool,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        self.num_channels = num_channels
+        self.eps = eps
+        self.affine = affine
+        for name in ("weight", "bias"):
+            values = torch.empty(num_parameters, device=device, dtype=dtype) if affine else None
+            self.register_parameter(name, None if values is None else nn.Parameter(values))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def check_input(self, x: Tensor) -> None:
+        if x.dim() != 4:
+            raise ValueError(f"{type(self).__name__} got an input of shape {tuple(x.shape)}: expected (N, C, H, W).")
+        if x.shape[1] != self.num_channels:
+            raise ValueError(
+                f"{type(self).__name__} got an input of shape {tuple(x.shape)}: expected {self.num_channels} channels."
+            )
+
+    def extra_repr(self) -> str:
+        return f"eps={self.eps:g}, weight={self.weight is not None}, bias={self.bias is not None}"

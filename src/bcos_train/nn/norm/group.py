@@ -1,0 +1,170 @@
+"""Norms with statistics of each sample by itself: group, instance, layer and position norm, and the token layer norm.
+
+Axes: N samples, C channels, G groups, H W size.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bcos_train.nn.detachable import Detachable
+from bcos_train.nn.functional import statistics_dtype
+from bcos_train.nn.norm.base import Norm2d, normalise
+
+__all__ = [
+    "DetachableGNInstanceNorm2d",
+    "DetachableGNLayerNorm2d",
+    "DetachableGroupNorm2d",
+    "DetachableLayerNorm",
+    "DetachablePositionNorm2d",
+    "GNInstanceNormUncentered2d",
+    "GNLayerNormUncentered2d",
+    "GroupNormUncentered2d",
+    "PositionNormUncentered2d",
+]
+
+
+def moments(x: Tensor, dims: int | tuple[int, ...], detach: bool, centred: bool) -> tuple[Tensor | None, Tensor]:
+    """Mean (None if not `centred`) and biased variance over `dims`, which stay as axes of size 1."""
+    x = x.to(statistics_dtype(x))
+    if centred:
+        var, mean = torch.var_mean(x, dims, correction=0, keepdim=True)
+        return mean, var.detach() if detach else var
+    return None, torch.var(x.detach() if detach else x, dims, correction=0, keepdim=True)
+
+
+class DetachableGroupNorm2d(Norm2d):
+    """Group norm (Wu & He, 2018): statistics over each of `num_groups` groups of channels and all positions.
+
+    Raises:
+        ValueError: `num_groups` does not divide `num_channels`, or the input is not (N, num_channels, H, W).
+    """
+
+    centred = True
+
+    def __init__(
+        self,
+        num_groups: int,
+        num_channels: int,
+        eps: float = 1e-5,
+        affine: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if num_groups < 1 or num_channels % num_groups:
+            raise ValueError(f"num_channels={num_channels} is not a multiple of num_groups={num_groups}.")
+        super().__init__(num_channels, num_channels, eps, affine, device, dtype)
+        self.num_groups = num_groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.check_input(x)
+        # torch's kernel loses the channels_last format on CUDA.
+        if self.centred and not self.detach and (x.is_contiguous() or x.device.type == "cpu"):
+            return F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+        grouped = x.unflatten(1, (self.num_groups, -1))
+        mean, var = moments(grouped, (2, 3, 4), self.detach, self.centred)
+        mean = None if mean is None else self._to_channels(mean)
+        return normalise(x, mean, self._to_channels(var), self.weight, self.bias, self.eps)
+
+    def _to_channels(self, statistic: Tensor) -> Tensor:
+        """(N, G, 1, 1, 1) -> (N, C, 1, 1)."""
+        return statistic.squeeze(2).repeat_interleave(self.num_channels // self.num_groups, dim=1)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_groups}, {self.num_channels}, {super().extra_repr()}"
+
+
+class DetachableGNInstanceNorm2d(DetachableGroupNorm2d):
+    """Instance norm: statistics over the positions of each channel."""
+
+    def __init__(
+        self,
+        num_channels: int,
+        eps: float = 1e-5,
+        affine: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(num_channels, num_channels, eps, affine, device, dtype)
+
+
+class DetachableGNLayerNorm2d(DetachableGroupNorm2d):
+    """Layer norm of an image: statistics over all channels and positions of a sample."""
+
+    def __init__(
+        self,
+        num_channels: int,
+        eps: float = 1e-5,
+        affine: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(1, num_channels, eps, affine, device, dtype)
+
+
+class GroupNormUncentered2d(DetachableGroupNorm2d):
+    """Group norm that subtracts nothing."""
+
+    centred = False
+
+
+class GNInstanceNormUncentered2d(DetachableGNInstanceNorm2d):
+    """Instance norm that subtracts nothing."""
+
+    centred = False
+
+
+class GNLayerNormUncentered2d(DetachableGNLayerNorm2d):
+    """Layer norm of an image that subtracts nothing."""
+
+    centred = False
+
+
+class DetachablePositionNorm2d(Norm2d):
+    """Position norm (Li et al., 2019, arXiv 1907.04312): statistics over the channels at each position."""
+
+    centred = True
+
+    def __init__(
+        self,
+        features: int,
+        eps: float = 1e-5,
+        affine: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(features, features, eps, affine, device, dtype)
+        self.features = features
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.check_input(x)
+        if self.centred and not self.detach and x.is_contiguous(memory_format=torch.channels_last):
+            out = F.layer_norm(x.permute(0, 2, 3, 1), (self.features,), self.weight, self.bias, self.eps)
+            return out.permute(0, 3, 1, 2)
+        mean, var = moments(x, 1, self.detach, self.centred)
+        return normalise(x, mean, var, self.weight, self.bias, self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{self.features}, {super().extra_repr()}"
+
+
+class PositionNormUncentered2d(DetachablePositionNorm2d):
+    """Position norm that subtracts nothing."""
+
+    centred = False
+
+
+class DetachableLayerNorm(Detachable, nn.LayerNorm):
+    """`nn.LayerNorm` over the last axes, for tokens; in explanation mode the variance is a constant to autograd."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.detach:
+            return super().forward(x)
+        values = x.to(statistics_dtype(x))
+        var, mean = torch.var_mean(values, tuple(range(-len(self.normalized_shape), 0)), correction=0, keepdim=True)
+        out = (values - mean) * torch.rsqrt(var.detach() + self.eps)
+        if self.weight is not None:
+            out = out * self.weight
+        if self.bias is not None:
+            out = out + self.bias
+        return out.to(x.dtype)

@@ -1,0 +1,49 @@
+"""Batch statistics over all processes.
+
+Axes: R processes, S statistics (one a channel, or a single one).
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.nn.functional import all_reduce
+
+__all__ = ["combined_statistics", "local_statistics"]
+
+
+def local_statistics(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor, int]:
+    """Mean and biased variance of `x` over `dims` (kept as axes of size 1), and how many values each is of.
+
+    Of an empty batch both are 0, and still part of the graph of `x`, so that this process takes part in the
+    collectives of the backward pass.
+    """
+    count = 1
+    for dim in dims:
+        count *= x.shape[dim]
+    if count == 0:
+        zero = x.sum(dims, keepdim=True)
+        return zero, zero, 0
+    var, mean = torch.var_mean(x, dims, correction=0, keepdim=True)
+    return mean, var, count
+
+
+def combined_statistics(
+    mean: Tensor, var: Tensor, count: int, group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, biased variance and count over the batches of all processes, from those of each.
+
+    The moments are gathered by one differentiable sum in which every process fills a row of its own, and are then
+    combined about the common mean (Chan et al., 1979). The sum of squares less the squared mean, which would need no
+    rows, cancels badly in float32.
+    """
+    shape, size = mean.shape, mean.numel()
+    row = torch.cat([mean.flatten(), var.flatten(), mean.new_tensor([count])])
+    rows = torch.zeros(dist.get_world_size(group), row.numel(), dtype=row.dtype, device=row.device)
+    rows = rows.index_put((torch.tensor(dist.get_rank(group), device=row.device),), row)
+    rows = all_reduce(rows, group=dist.group.WORLD if group is None else group)
+    means_RS, vars_RS, counts_R1 = rows.split([size, size, 1], dim=1)
+    total = counts_R1.sum()
+    share_R1 = counts_R1 / total
+    mean_S = (share_R1 * means_RS).sum(0)
+    var_S = (share_R1 * (vars_RS + (means_RS - mean_S).square())).sum(0)
+    return mean_S.view(shape), var_S.view(shape), total

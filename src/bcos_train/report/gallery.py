@@ -1,0 +1,286 @@
+"""A page of explained samples: image, colour explanation and contribution map side by side.
+
+Axes: N samples, C = 6 encoded channels [r, g, b, 1-r, 1-g, 1-b], H, W pixels, K classes.
+"""
+
+import io
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from bcos_train.explanation import Explanation, color_explanation, plot_contribution_map
+
+__all__ = ["gallery", "save_gallery"]
+
+RIGHT, WRONG, MUTED, FRAME = "#1a7f37", "#c9252d", "#6b7280", "#d1d5db"
+COLUMN_NAMES = ("image", "explanation", "contributions")
+LEGEND = "red: evidence for the class, blue: against it"
+
+# Lengths in inches.
+PICTURE = 1.15  # the width of a picture; three of them hold the longest title
+GAP = 0.06  # between the pictures of a sample
+TITLE = 0.24  # the line above a sample
+SAMPLE_GAP = (0.4, 0.14)  # between samples, across and down
+MARGIN = 0.3
+HEADER = 0.5  # run name and figures
+COLUMN_HEAD = 0.18
+FOOTER = 0.62  # colour bar and legend
+
+ASPECT = 1.3  # width / height of the page that the layout aims at
+NAME_LENGTH = 18  # characters of a class name
+SHARP = 96  # images up to this many pixels high show their pixels, larger ones are resampled smoothly
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where things lie on a page of N samples; lengths in inches from the top left corner."""
+
+    columns: int
+    rows: int
+    picture: tuple[float, float]
+
+    @property
+    def sample(self) -> tuple[float, float]:
+        return 3 * self.picture[0] + 2 * GAP, TITLE + self.picture[1]
+
+    @property
+    def page(self) -> tuple[float, float]:
+        (width, height), (across, down) = self.sample, SAMPLE_GAP
+        return (
+            2 * MARGIN + self.columns * width + (self.columns - 1) * across,
+            MARGIN + HEADER + COLUMN_HEAD + self.rows * (height + down) + FOOTER,
+        )
+
+    def corner(self, index: int) -> tuple[float, float]:
+        row, column = divmod(index, self.columns)
+        (width, height), (across, down) = self.sample, SAMPLE_GAP
+        return MARGIN + column * (width + across), MARGIN + HEADER + COLUMN_HEAD + row * (height + down)
+
+    def add_axes(self, figure: Figure, left: float, top: float, width: float, height: float) -> Axes:
+        page_width, page_height = self.page
+        bottom = page_height - top - height
+        return figure.add_axes((left / page_width, bottom / page_height, width / page_width, height / page_height))
+
+
+def gallery(
+    images: Tensor,
+    explanation: Explanation,
+    labels: Tensor,
+    class_names: Sequence[str],
+    *,
+    probabilities: Tensor | None = None,
+    run_name: str = "",
+    epoch: int | None = None,
+    accuracy: float | None = None,
+    max_samples: int = 15,
+    smooth: int | Literal["auto"] = "auto",
+    alpha_percentile: float = 99.5,
+) -> Figure:
+    """Draw each sample's image, colour explanation and contribution map, titled with prediction and label.
+
+    Green titles with a tick are right predictions, red ones with a cross are wrong and name the label at the right; a
+    class other than the prediction that is explained is named in its place.
+    All contribution maps share one scale, that of the strongest (its 99.5th percentile), so a pale one holds little
+    evidence. The figure belongs to no pyplot state and needs no display.
+
+    Args:
+        images: (N, 6, H, W) in [0, 1], as explained.
+        explanation: of those images.
+        labels: (N,) class indices.
+        class_names: K names; of "golden_retriever, Canis ..." only what is before the comma is shown, shortened.
+        probabilities: (N, K) in [0, 1], to be shown beside the classes: the sigmoid of the logits for networks trained
+            with binary cross-entropy, the softmax for cross-entropy. None: left out.
+        run_name: headline.
+        epoch: for the line below it.
+        accuracy: of the whole evaluation, in [0, 1], for the line below the headline.
+        max_samples: the first so many samples are drawn.
+        smooth: as for :func:`~bcos_train.explanation.color_explanation`; "auto": the usual 15 pixels at a height of 224
+            and in proportion otherwise (3 at 32), so that small images keep their detail.
+        alpha_percentile: as for :func:`~bcos_train.explanation.color_explanation`.
+
+    Raises:
+        ValueError: there is no sample, lengths differ, or there are fewer names than classes.
+    """
+    _check(images, explanation, labels, class_names, probabilities, max_samples)
+    n_samples, (height, width) = min(len(images), max_samples), images.shape[2:]
+    x = images[:n_samples].detach().cpu().float()
+    # A diverged network is still to be looked at: NaN is drawn as no evidence.
+    weights, maps = (
+        torch.nan_to_num(tensor[:n_samples].detach().cpu().float(), 0.0, 0.0, 0.0)
+        for tensor in (explanation.weights, explanation.contribution_map)
+    )
+    window = _window(smooth, height)
+    colors = _on_white(color_explanation(x, weights, window, alpha_percentile), maps, window)
+    scale = float(torch.quantile(maps.abs().flatten(1), 0.995, dim=1).max()) or 1.0
+
+    layout = _choose_layout(n_samples, height, width)
+    figure = Figure(figsize=layout.page, facecolor="white")
+    _draw_header(figure, layout, run_name, epoch, accuracy)
+    for n in range(n_samples):
+        axes = _sample_axes(figure, layout, n)
+        _draw_pictures(axes, x[n, :3], colors[n], maps[n], scale)
+        shares = None if probabilities is None else probabilities[n].detach().cpu()
+        prediction, label, target = (int(values[n]) for values in (explanation.prediction, labels, explanation.target))
+        _title_sample(axes, prediction, label, target, class_names, shares)
+    _draw_color_bar(figure, layout, scale)
+    return figure
+
+
+def save_gallery(path: str | os.PathLike[str], figure: Figure, *, dpi: int = 150, max_bytes: int = 2_000_000) -> None:
+    """Write the figure as PNG, at a lower resolution where it would exceed ``max_bytes`` (never below 60 dpi).
+
+    The folder must exist. ``dpi`` in pixels per inch.
+    """
+    while True:
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=dpi)
+        if buffer.tell() <= max_bytes or dpi <= 60:
+            break
+        dpi = max(60, int(dpi * 0.8))
+    with open(path, "wb") as file:
+        file.write(buffer.getvalue())
+
+
+def _check(
+    images: Tensor,
+    explanation: Explanation,
+    labels: Tensor,
+    class_names: Sequence[str],
+    probabilities: Tensor | None,
+    max_samples: int,
+) -> None:
+    if images.ndim != 4 or images.shape[1] != 6 or len(images) == 0:
+        raise ValueError(f"images must be (N, 6, H, W) with N >= 1, got {tuple(images.shape)}")
+    if max_samples < 1:
+        raise ValueError(f"max_samples must be at least 1, got {max_samples}")
+    n_images, n_classes = explanation.logits.shape
+    if not len(images) == len(labels) == n_images:
+        raise ValueError(f"got {len(images)} images, {n_images} explanations and {len(labels)} labels")
+    if len(class_names) < n_classes:
+        raise ValueError(f"{n_classes} classes need {n_classes} names, got {len(class_names)}")
+    if probabilities is not None and probabilities.shape != explanation.logits.shape:
+        raise ValueError(f"probabilities must be {(n_images, n_classes)}, got {tuple(probabilities.shape)}")
+
+
+def _choose_layout(n_samples: int, height: int, width: int) -> _Layout:
+    """The number of columns that brings the page closest to ASPECT, with as few empty places as possible."""
+    picture = (PICTURE, PICTURE * height / width)
+    layouts = [_Layout(columns, math.ceil(n_samples / columns), picture) for columns in range(1, min(n_samples, 6) + 1)]
+
+    def badness(layout: _Layout) -> float:
+        empty = layout.columns * layout.rows - n_samples
+        return abs(math.log(layout.page[0] / layout.page[1] / ASPECT)) + empty / n_samples
+
+    return min(layouts, key=badness)
+
+
+def _sample_axes(figure: Figure, layout: _Layout, index: int) -> list[Axes]:
+    left, top = layout.corner(index)
+    width, height = layout.picture
+    axes = [layout.add_axes(figure, left + i * (width + GAP), top + TITLE, width, height) for i in range(3)]
+    for ax, name in zip(axes, COLUMN_NAMES, strict=True):
+        ax.set(xticks=[], yticks=[])
+        ax.spines[:].set(color=FRAME, linewidth=0.6)
+        if index < layout.columns:
+            offset = (TITLE + 0.03) / height
+            ax.text(0.5, 1 + offset, name, transform=ax.transAxes, ha="center", va="bottom", fontsize=7, color=MUTED)
+    return axes
+
+
+def _draw_pictures(axes: list[Axes], rgb: Tensor, color: Tensor, contributions: Tensor, scale: float) -> None:
+    axes[0].imshow(rgb.clamp(0, 1).permute(1, 2, 0).numpy())
+    axes[1].imshow(color.numpy())
+    plot_contribution_map(contributions, axes[2], vrange=scale, percentile=100)
+    for ax in axes:
+        ax.images[0].set_interpolation("nearest" if len(contributions) <= SHARP else "antialiased")
+
+
+def _title_sample(
+    axes: list[Axes], prediction: int, label: int, target: int, class_names: Sequence[str], shares: Tensor | None
+) -> None:
+    def named(index: int) -> str:
+        return _short(class_names[index]) + ("" if shares is None else f" ({_percent(float(shares[index]))})")
+
+    right = prediction == label
+    style: dict[str, Any] = {"fontsize": 8, "pad": 3.5}
+    axes[0].set_title(
+        f"{'✓' if right else '✗'} {named(prediction)}",
+        loc="left",
+        color=RIGHT if right else WRONG,
+        weight="bold",
+        **style,
+    )
+    if target != prediction:
+        # One name fits here; the class that the pictures are about is the one to know.
+        note = f"{'label, explained' if target == label else 'explained'}: {named(target)}"
+    else:
+        note = "" if right else f"label {named(label)}"
+    axes[2].set_title(note, loc="right", color=MUTED, **style)
+
+
+def _draw_header(figure: Figure, layout: _Layout, run_name: str, epoch: int | None, accuracy: float | None) -> None:
+    width, height = layout.page
+    facts = [] if epoch is None else [f"epoch {epoch}"]
+    facts += [] if accuracy is None else [f"accuracy {accuracy:.1%}"]
+    headline = _shorten(run_name, int((width - 2 * MARGIN) / 0.115))
+    figure.text(MARGIN / width, 1 - MARGIN / height, headline, fontsize=12, weight="bold", va="top")
+    figure.text(MARGIN / width, 1 - (MARGIN + 0.24) / height, " · ".join(facts), fontsize=9, color=MUTED, va="top")
+
+
+def _draw_color_bar(figure: Figure, layout: _Layout, scale: float) -> None:
+    width, height = layout.page
+    bar = layout.add_axes(figure, (width - 2.6) / 2, height - FOOTER + 0.08, 2.6, 0.09)
+    mappable = ScalarMappable(Normalize(-scale, scale), cmap="bwr")
+    colorbar = figure.colorbar(mappable, cax=bar, orientation="horizontal", ticks=[-scale, 0, scale])
+    colorbar.ax.set_xticklabels([f"−{scale:.2g}", "0", f"+{scale:.2g}"])
+    colorbar.ax.tick_params(labelsize=7, length=2, pad=2, color=FRAME, labelcolor=MUTED)
+    colorbar.outline.set(edgecolor=FRAME, linewidth=0.6)
+    colorbar.set_label(LEGEND, fontsize=7.5, color=MUTED, labelpad=2)
+
+
+def _window(smooth: int | str, height: int) -> int:
+    """Pixels; "auto" is the odd number of pixels nearest to 15 at a height of 224."""
+    if not isinstance(smooth, str):
+        return smooth
+    if smooth != "auto":
+        raise ValueError(f'smooth must be "auto" or a number of pixels, got {smooth!r}')
+    return 2 * round((15 * height / 224 - 1) / 2) + 1
+
+
+def _on_white(rgba: Tensor, maps: Tensor, window: int) -> Tensor:
+    """(N, H, W, 4) on a white page, (N, H, W, 3).
+
+    Only windows with a pixel that does not speak against the class are drawn: where nearly the whole image speaks
+    against it, opacity is normalised to next to nothing, and the official numbers are opaque all over.
+    """
+    shown = (maps >= 0).float()
+    if window > 1:
+        before, after = (window - 1) // 2, window // 2
+        shown = F.max_pool2d(F.pad(shown, (before, after, before, after)), window, stride=1)
+    alpha = rgba[..., 3:] * shown[..., None]
+    return rgba[..., :3] * alpha + (1 - alpha)
+
+
+def _short(name: str) -> str:
+    return _shorten(str(name).split(",")[0].replace("_", " ").strip(), NAME_LENGTH)
+
+
+def _shorten(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1].rstrip() + "…"
+
+
+def _percent(share: float) -> str:
+    """Rounded, but never to 0 % or 100 %, which would claim certainty."""
+    if not math.isfinite(share):
+        return "?"
+    return "<1%" if share < 0.005 else ">99%" if share > 0.995 else f"{share:.0%}"
