@@ -1,0 +1,7 @@
+"""Train, evaluate and explain B-cos networks."""
+
+from bcos_train.explanation import explain, explanation_mode
+from bcos_train.model import create_model, list_models
+
+__all__ = ["create_model", "explain", "explanation_mode", "list_models"]
+__version__ = "0.1.0"

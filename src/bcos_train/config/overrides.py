@@ -1,0 +1,128 @@
+"""Read the settings of a command line, and say what is wrong with them before Hydra does.
+
+Keys and values are not judged here: a setting of a key that the config doesn't hold yet is let through, so that
+:func:`bcos_train.config.check` compares it with the signature. A parameter can be set so whether or not the YAML
+repeats it.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from hydra.core.override_parser.types import Override, OverrideType
+from hydra.errors import HydraException
+
+from bcos_train.config.check import Problem
+from bcos_train.config.compose import Composer
+from bcos_train.config.plain import join
+from bcos_train.suggest import join_words, nearest, suggest
+
+__all__ = ["read_overrides"]
+
+
+def read_overrides(
+    overrides: Iterable[str], composer: Composer, top_level: Iterable[str], config: Callable[[], Mapping[str, Any]]
+) -> tuple[dict[str, str], list[Problem]]:
+    """Each setting in the form that Hydra takes for a key that may be new (``++key=value``), and all problems.
+
+    Args:
+        overrides: As typed: ``key=value``, ``group=choice``, ``+…``, ``++…``, ``~…``.
+        composer: Knows the config groups.
+        top_level: The top-level keys of the config.
+        config: Composes the config without overrides; asked only to find where a wrong key belongs.
+    """
+    rewritten: dict[str, str] = {}
+    problems: list[Problem] = []
+    for text in overrides:
+        problem = _bare_word(text, composer)
+        if problem is None:
+            try:
+                override = composer.parse(text)
+            except HydraException as error:
+                problem = _unreadable(text, error)
+            else:
+                problem = _wrong_key(override.key_or_group, composer, top_level, config)
+                rewritten[text] = _as_force_add(text, override, composer)
+        if problem is not None:
+            problems.append(problem)
+    return rewritten, problems
+
+
+def check_choices(overrides: Iterable[str], composer: Composer, may_sweep: bool = False) -> list[Problem]:
+    """Choices that their config group doesn't have, and several values for one key where no sweep was asked for."""
+    problems = []
+    for text in overrides:
+        override = composer.parse(text)
+        group = override.key_or_group
+        if override.is_sweep_override():
+            if not may_sweep:
+                key, _, values = text.lstrip("+").partition("=")
+                hint = f"several values; add -m for a run with each, or write {key}=[{values}] for a list"
+                problems.append(Problem(key, hint, values))
+        elif group in composer.groups and not override.is_delete():
+            value = override.value()
+            problems += [
+                _no_choice(group, str(choice), composer)
+                for choice in (value if isinstance(value, list) else [value])
+                if choice is not None and str(choice).removesuffix(".yaml") not in composer.choices(group)
+            ]
+    return problems
+
+
+def _no_choice(group: str, choice: str, composer: Composer) -> Problem:
+    choices = composer.choices(group)
+    hint = suggest(choice, choices)
+    listed = join_words(choices, "and", limit=12 if hint else 40)
+    return Problem(group, f"no such choice{hint} (choices: {listed})", choice)
+
+
+def _bare_word(text: str, composer: Composer) -> Problem | None:
+    if "=" in text or text.startswith("~"):
+        return None
+    if text in composer.groups:
+        return Problem(text, f"no value given; choices: {text}={join_words(composer.choices(text), limit=40)}")
+    by_choice: dict[str, list[str]] = {}
+    for group in composer.groups:
+        if not group.startswith("hydra"):
+            for choice in composer.choices(group):
+                by_choice.setdefault(choice, []).append(f"{group}={choice}")
+    near = nearest(text, by_choice, n=1)
+    hint = f"; did you mean {join_words(by_choice[near[0]])}?" if near else ""
+    return Problem(text, f"settings have the form key=value{hint}")
+
+
+def _unreadable(text: str, error: HydraException) -> Problem:
+    """Of Hydra's account only what a function in a value said; the rest speaks of its grammar's symbols."""
+    said = next((line for line in str(error).splitlines() if "while evaluating" in line), None)
+    key, _, value = text.partition("=")
+    quoted = f"can't be read; a value with special characters takes quotes within quotes: '{key}=\"{value}\"'"
+    return Problem(text, quoted if said is None else said.partition("while evaluating ")[2])
+
+
+def _wrong_key(
+    key: str, composer: Composer, top_level: Iterable[str], config: Callable[[], Mapping[str, Any]]
+) -> Problem | None:
+    first = key.partition(".")[0]
+    if key in composer.groups or first in ("hydra", *top_level):
+        return None
+    if "/" in key:
+        return Problem(key, f"unknown config group{suggest(key, composer.groups)}")
+    # The last part may well be right, and only the way to it be missing: lr for optimizer.lr.
+    deeper = [path for path in _paths(config()) if path.endswith(f".{key}")][:3]
+    names = [*top_level, *(group for group in composer.groups if not group.startswith("hydra"))]
+    hint = f"; did you mean {join_words(deeper)}?" if deeper else suggest(first, names)
+    return Problem(key if deeper else first, f"unknown key or config group{hint}")
+
+
+def _paths(config: Mapping[str, Any], path: str = "") -> Iterator[str]:
+    for key, value in config.items():
+        yield join(path, key)
+        if isinstance(value, Mapping):
+            yield from _paths(value, join(path, key))
+
+
+def _as_force_add(text: str, override: Override, composer: Composer) -> str:
+    key = override.key_or_group
+    is_plain_key = key not in composer.groups and "/" not in key and not key.startswith("hydra.")
+    if is_plain_key and override.type in (OverrideType.CHANGE, OverrideType.ADD):
+        return f"++{text.removeprefix('+')}"
+    return text

@@ -1,0 +1,67 @@
+"""What every B-cos model can do besides ``forward``."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bcos_train.explanation import (
+    explain,
+    explanation_mode,
+    gradient_to_image,
+    official_dict,
+    plot_contribution_map,
+)
+
+
+class BcosModel(nn.Module):
+    """A module ``(N, C, H, W) -> (N, K)`` with explanations, as users of the official models know them.
+
+    Subclasses define ``get_classifier`` and ``get_feature_extractor``.
+    """
+
+    #: PIL image -> ``(6, H, W)``: the inference transform that belongs to the model; set by whoever trained it.
+    transform: Callable[[Any], Tensor] | None = None
+
+    #: Logits -> probabilities under the binary cross-entropy that B-cos models are trained with.
+    to_probabilities = staticmethod(torch.sigmoid)
+
+    gradient_to_image = staticmethod(gradient_to_image)
+    plot_contribution_map = staticmethod(plot_contribution_map)
+
+    def explanation_mode(self) -> AbstractContextManager[Any]:
+        """Context (or decorator) in which the gradient of a logit is the dynamic linear weight W(x)."""
+        return explanation_mode(self)
+
+    def explain(
+        self, in_tensor: Tensor, idx: int | None = None, *, smooth: int = 15, alpha_percentile: float = 99.5
+    ) -> dict[str, Any]:
+        """Explain one image.
+
+        Args:
+            in_tensor: ``(1, 6, H, W)`` in [0, 1]. It is left as it was.
+            idx: Class to explain; ``None``: the predicted one.
+            smooth: Kernel size of the average pooling of the colour image's opacity.
+            alpha_percentile: Percentile in [0, 100] of the opacity that is shown as fully opaque.
+
+        Returns:
+            ``prediction`` (int), ``explained_class_idx`` (int), ``dynamic_linear_weights`` W(x) ``(1, 6, H, W)``,
+            ``contribution_map`` ``(1, H, W)`` and ``explanation`` (RGBA array ``(H, W, 4)`` in [0, 1]).
+
+        Raises:
+            ValueError: Not one four-dimensional image, or ``idx`` out of range.
+        """
+        if in_tensor.ndim != 4 or in_tensor.shape[0] != 1:
+            raise ValueError(
+                f"explain takes one image (1, 6, H, W), got {tuple(in_tensor.shape)}; see bcos_train.explain"
+            )
+        result = explain(self, in_tensor, idx)
+        return official_dict(result, in_tensor, smooth=smooth, alpha_percentile=alpha_percentile)
+
+    def get_classifier(self) -> nn.Module:
+        raise NotImplementedError
+
+    def get_feature_extractor(self) -> nn.Module:
+        raise NotImplementedError

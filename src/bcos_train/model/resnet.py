@@ -1,0 +1,309 @@
+"""B-cos ResNet, ResNeXt and Wide ResNet for ImageNet and CIFAR-10.
+
+The architecture is He et al. 2016 (stride in the 3x3 convolution, as in torchvision) with every convolution and the
+classifier replaced by a B-cos transform, no activation function, average in place of maximum pooling, and the
+classifier applied at each position *before* the global average (Böhle et al., TPAMI 2024, arXiv 2306.10898, sec. 4).
+Parameter names, shapes and the order in which random numbers are drawn equal those of the official models, so that
+official weights load strictly and the same seed gives the same initial weights.
+
+Axes: N images, C channels, H height, W width, K classes.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torchvision.ops import StochasticDepth
+
+from bcos_train.model.base import BcosModel
+from bcos_train.model.registry import register_model
+from bcos_train.nn import BcosConv2d, LogitLayer, make_norm
+
+Layer = Callable[..., nn.Module]
+
+
+class ResidualBlock(nn.Module):
+    """Residual branch plus identity (or ``downsample``); no activation after the sum.
+
+    ``branch`` lists the attribute names of the residual branch in the order in which they are applied.
+    """
+
+    expansion: int = 1
+    branch: tuple[str, ...] = ()
+    downsample: nn.Module | None
+
+    def __init__(self, stochastic_depth_prob: float) -> None:
+        super().__init__()
+        self.stochastic_depth = StochasticDepth(stochastic_depth_prob, "row") if stochastic_depth_prob else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = x
+        for name in self.branch:
+            out = getattr(self, name)(out)
+        if self.stochastic_depth is not None:
+            out = self.stochastic_depth(out)
+        return out + (x if self.downsample is None else self.downsample(x))
+
+
+class BasicBlock(ResidualBlock):
+    """Two 3x3 convolutions (ResNet-18, -34 and the CIFAR ResNets)."""
+
+    expansion = 1
+    branch = ("conv1", "bn1", "conv2", "bn2")
+
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int,
+        downsample: nn.Module | None,
+        groups: int,
+        base_width: int,
+        dilation: int,
+        norm_layer: Layer,
+        conv_layer: Layer,
+        stochastic_depth_prob: float,
+    ) -> None:
+        if groups != 1 or base_width != 64:
+            raise ValueError(f"BasicBlock takes groups=1 and width_per_group=64, got {groups=} and {base_width=}")
+        if dilation > 1:
+            raise ValueError(
+                "replace_stride_with_dilation needs the bottleneck block (resnet50 and deeper), not the basic block"
+            )
+        super().__init__(stochastic_depth_prob)
+        self.conv1 = conv_layer(inplanes, planes, kernel_size=3, stride=stride, padding=1)
+        self.bn1 = norm_layer(planes)
+        self.conv2 = conv_layer(planes, planes, kernel_size=3, padding=1)
+        self.bn2 = norm_layer(planes)
+        self.downsample = downsample
+
+
+class Bottleneck(ResidualBlock):
+    """1x1, 3x3 (strided, grouped, dilated), 1x1 convolutions; four times as many channels out as ``planes``."""
+
+    expansion = 4
+    branch = ("conv1", "bn1", "conv2", "bn2", "conv3", "bn3")
+
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int,
+        downsample: nn.Module | None,
+        groups: int,
+        base_width: int,
+        dilation: int,
+        norm_layer: Layer,
+        conv_layer: Layer,
+        stochastic_depth_prob: float,
+    ) -> None:
+        super().__init__(stochastic_depth_prob)
+        width = int(planes * (base_width / 64.0)) * groups
+        self.conv1 = conv_layer(inplanes, width, kernel_size=1)
+        self.bn1 = norm_layer(width)
+        self.conv2 = conv_layer(
+            width, width, kernel_size=3, stride=stride, padding=dilation, dilation=dilation, groups=groups
+        )
+        self.bn2 = norm_layer(width)
+        self.conv3 = conv_layer(width, planes * self.expansion, kernel_size=1)
+        self.bn3 = norm_layer(planes * self.expansion)
+        self.downsample = downsample
+
+
+class BcosResNet(BcosModel):
+    """B-cos ResNet with three (CIFAR) or four (ImageNet) stages.
+
+    Args:
+        block: :class:`BasicBlock` or :class:`Bottleneck`.
+        layers: Blocks per stage.
+        num_classes: K.
+        in_chans: C; 6 for the encoding ``[r, g, b, 1-r, 1-g, 1-b]``.
+        norm_layer: Name for :func:`bcos_train.nn.make_norm` (``"bnu-linear"``, ``"none"``, …) or a callable
+            ``channels -> Module``.
+        conv_layer: Callable with the signature of :class:`~bcos_train.nn.BcosConv2d`. Default: ``BcosConv2d`` with
+            ``b`` and ``max_out``.
+        b: Exponent B of the B-cos transform (arXiv 2205.10268, eq. 3), at least 1.
+        max_out: Units per output channel, of which the largest counts.
+        logit_bias: Added to every logit. Default: ``-log(K - 1)``, with which a zero output means a probability 1/K.
+        logit_temperature: Divides every logit before the bias is added.
+        stochastic_depth_prob: Drop probability of the last block; the others' rises linearly from 0.
+        zero_init_residual: Start each residual branch at zero (the weight of its last norm).
+        replace_stride_with_dilation: For each stage but the first, whether dilation takes the place of its stride.
+        inplanes: Channels of the first stage.
+        small_inputs: 3x3 stem without pooling, for images around 32 px.
+        groups, width_per_group: ResNeXt's cardinality and width.
+
+    Shape: ``(N, in_chans, H, W) -> (N, K)``.
+    """
+
+    def __init__(
+        self,
+        block: type[BasicBlock] | type[Bottleneck],
+        layers: Sequence[int],
+        *,
+        num_classes: int = 1000,
+        in_chans: int = 6,
+        norm_layer: str | Layer = "bnu-linear",
+        conv_layer: Layer | None = None,
+        b: float = 2,
+        max_out: int = 1,
+        logit_bias: float | None = None,
+        logit_temperature: float | None = None,
+        stochastic_depth_prob: float = 0.0,
+        zero_init_residual: bool = False,
+        replace_stride_with_dilation: Sequence[bool] | None = None,
+        inplanes: int = 64,
+        small_inputs: bool = False,
+        groups: int = 1,
+        width_per_group: int = 64,
+    ) -> None:
+        super().__init__()
+        if num_classes < 1:
+            raise ValueError(f"num_classes={num_classes}: at least 1")
+        if not 0 <= stochastic_depth_prob < 1:
+            raise ValueError(f"stochastic_depth_prob={stochastic_depth_prob}: at least 0 and less than 1")
+        dilate = [False] * (len(layers) - 1) if replace_stride_with_dilation is None else replace_stride_with_dilation
+        if len(dilate) != len(layers) - 1:
+            raise ValueError(f"replace_stride_with_dilation takes {len(layers) - 1} values, got {list(dilate)}")
+        norm_layer = make_norm(norm_layer) if isinstance(norm_layer, str) else norm_layer
+        conv_layer = partial(BcosConv2d, b=b, max_out=max_out) if conv_layer is None else conv_layer
+
+        if small_inputs:
+            self.conv1 = conv_layer(in_chans, inplanes, kernel_size=3, padding=1)
+            self.pool = None
+        else:
+            self.conv1 = conv_layer(in_chans, inplanes, kernel_size=7, stride=2, padding=3)
+            self.pool = nn.AvgPool2d(kernel_size=3, stride=2, padding=1)
+        self.bn1 = norm_layer(inplanes)
+
+        # layer4 exists, empty, in the three-stage networks too, as users of torchvision expect the attribute.
+        self.layer4: nn.Module | None
+        drop_probs = _linear_drop_probs(stochastic_depth_prob, sum(layers))
+        channels, dilation = inplanes, 1
+        for stage, depth in enumerate(layers):
+            planes, stride, first_dilation = inplanes * 2**stage, 1 if stage == 0 else 2, dilation
+            if stage > 0 and dilate[stage - 1]:
+                dilation, stride = dilation * stride, 1
+            blocks = []
+            for i in range(depth):
+                downsample = None
+                if i == 0 and (stride != 1 or channels != planes * block.expansion):
+                    downsample = nn.Sequential(
+                        conv_layer(channels, planes * block.expansion, kernel_size=1, stride=stride),
+                        norm_layer(planes * block.expansion),
+                    )
+                blocks.append(
+                    block(
+                        channels,
+                        planes,
+                        stride if i == 0 else 1,
+                        downsample,
+                        groups,
+                        width_per_group,
+                        first_dilation if i == 0 else dilation,
+                        norm_layer,
+                        conv_layer,
+                        next(drop_probs),
+                    )
+                )
+                channels = planes * block.expansion
+            setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))
+        if len(layers) == 3:
+            self.layer4 = None
+
+        self.num_features = channels
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
+        self.fc = conv_layer(channels, num_classes, kernel_size=1)
+        if logit_bias is None:
+            logit_bias = -math.log(num_classes - 1) if num_classes > 1 else 0.0
+        self.logit_layer = LogitLayer(logit_temperature=logit_temperature, logit_bias=logit_bias)
+        self._init_weights(zero_init_residual)
+
+    def _init_weights(self, zero_init_residual: bool) -> None:
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d):
+                # A B-cos unit's weight is normalised: the draw sets its direction alone.
+                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+        if zero_init_residual:
+            for m in self.modules():
+                if isinstance(m, ResidualBlock):
+                    weight = getattr(getattr(m, m.branch[-1]), "weight", None)
+                    if weight is not None:
+                        nn.init.zeros_(weight)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Feature map before the classifier: ``(N, in_chans, H, W) -> (N, num_features, H', W')``."""
+        for module in self._feature_modules():
+            x = module(x)
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc(self.forward_features(x))
+        return self.logit_layer(self.avgpool(x).flatten(1))
+
+    def get_classifier(self) -> nn.Module:
+        """The 1x1 B-cos convolution that gives a logit at each position; the global average comes after it."""
+        return self.fc
+
+    def get_feature_extractor(self) -> nn.Sequential:
+        """Everything before the classifier, sharing its modules with this model."""
+        return nn.Sequential(*self._feature_modules())
+
+    def _feature_modules(self) -> list[nn.Module]:
+        names = ("conv1", "bn1", "pool", "layer1", "layer2", "layer3", "layer4")
+        return [module for name in names if (module := getattr(self, name)) is not None]
+
+
+def _linear_drop_probs(last: float, n: int) -> Iterator[float]:
+    return iter([last * i / max(n - 1, 1) for i in range(n)])
+
+
+def _register(names_and_options: dict[str, dict[str, Any]], **common: Any) -> None:
+    for name, options in names_and_options.items():
+        register_model(name, partial(BcosResNet, **{**common, **options}))
+
+
+_register(
+    {
+        "resnet18": {"block": BasicBlock, "layers": (2, 2, 2, 2)},
+        "resnet34": {"block": BasicBlock, "layers": (3, 4, 6, 3)},
+        "resnet50": {"layers": (3, 4, 6, 3)},
+        "resnet101": {"layers": (3, 4, 23, 3)},
+        "resnet152": {"layers": (3, 8, 36, 3)},
+        "resnext50_32x4d": {"layers": (3, 4, 6, 3), "groups": 32, "width_per_group": 4},
+        "resnext101_32x8d": {"layers": (3, 4, 23, 3), "groups": 32, "width_per_group": 8},
+        "wide_resnet50_2": {"layers": (3, 4, 6, 3), "width_per_group": 128},
+        "wide_resnet101_2": {"layers": (3, 4, 23, 3), "width_per_group": 128},
+    },
+    block=Bottleneck,
+)
+
+# The CIFAR-10 networks of the norm study: MaxOut over two units, as in the official `norm_ablations_final`.
+CIFAR_OPTIONS: dict[str, Any] = {"num_classes": 10, "small_inputs": True, "max_out": 2}
+_register(
+    {f"resnet{6 * n + 2}": {"layers": (n, n, n)} for n in (3, 5, 7, 9, 18)},
+    block=BasicBlock,
+    inplanes=16,
+    **CIFAR_OPTIONS,
+)
+_register(
+    {
+        f"resnext{9 * n + 2}_{groups}x{width}d": {"layers": (n, n, n), "groups": groups, "width_per_group": width}
+        for n in (3, 5, 7, 11)
+        for groups, width in ((32, 4), (16, 8))
+    },
+    block=Bottleneck,
+    inplanes=16,
+    **CIFAR_OPTIONS,
+)
+# The wide ones of the ResNeXt paper (arXiv 1611.05431) keep its 64 channels in the first stage.
+_register(
+    {f"resnext29_{groups}x64d": {"layers": (3, 3, 3), "groups": groups, "width_per_group": 64} for groups in (8, 16)},
+    block=Bottleneck,
+    inplanes=64,
+    **CIFAR_OPTIONS,
+)

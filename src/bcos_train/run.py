@@ -1,0 +1,312 @@
+"""The wiring: a checked config in, a run folder out. ``train`` and ``evaluate``, and nothing else."""
+
+import contextlib
+import logging
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.loggers import Logger
+from rich.console import Console
+from torch import nn
+from torch.optim import Optimizer
+
+from bcos_train.augmentation import Augmentation, BatchMix
+from bcos_train.config import UserError, blame, check, instantiate, overlay, save
+from bcos_train.config import load as load_config
+from bcos_train.dataset import BcosEncoding, ImageSource, Standardize
+from bcos_train.dataset.data_module import DataModule
+from bcos_train.nn import sync_batch_norm_
+from bcos_train.schedule import Schedule
+from bcos_train.training import launch
+from bcos_train.training.build import build_trainer, print_banner
+from bcos_train.training.checkpoint import load
+from bcos_train.training.checkpointer import Checkpointer, Checkpointing, find_checkpoint
+from bcos_train.training.ema import Ema, EmaCallback, ema_decay
+from bcos_train.training.explanation_logging import ExplanationCallback, ExplanationLogging
+from bcos_train.training.finish import finish, report_evaluation
+from bcos_train.training.interrupt import Interrupted, StopFlag
+from bcos_train.training.logging import CsvLogger
+from bcos_train.training.module import Classifier, NonFiniteLoss
+from bcos_train.training.options import BatchSplit, TrainerOptions, default_workers, split_batch
+from bcos_train.training.progress import ProgressDisplay, TrainingLog
+from bcos_train.training.run_folder import CHECKPOINTS, CONFIG, RunFolder, find_run_folder, locked, run_hash
+from bcos_train.training.weights import load_weights, read_weights
+
+#: Exit code of a run that stopped because its loss was no longer finite.
+DIVERGED = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The top-level keys of ``configs/train.yaml``, built.
+
+    Args:
+        model: Builds the model; called with ``num_classes``.
+        encoding: RGB in [0, 1] to the model's input.
+        batch_size: Images of one optimizer step, over all devices.
+        num_workers: Loading processes of each process; ``None``: from the number of cores.
+        seed: Of the initial weights, the order, the augmentation and the steps.
+        name: Free text at the beginning of the run folder's name.
+        runs: Folder of all runs.
+        resume: Go on with the run that has the same config; otherwise take a new folder.
+    """
+
+    model: Callable[..., nn.Module]
+    dataset: ImageSource
+    augmentation: Augmentation
+    encoding: BcosEncoding | Standardize
+    loss: nn.Module
+    eval_loss: nn.Module
+    optimizer: Callable[..., Optimizer]
+    schedule: Schedule
+    trainer: TrainerOptions
+    checkpointing: Checkpointing
+    batch_size: int
+    ema: Ema | None = None
+    explanation: ExplanationLogging | None = None
+    logger: dict[str, Callable[..., Logger]] | None = None
+    num_workers: int | None = None
+    seed: int = 42
+    name: str = "default"
+    runs: str = "runs"
+    resume: bool = True
+
+
+def train(config: Mapping[str, Any]) -> int:
+    """Train as a checked, plain config says; returns the exit code.
+
+    Raises:
+        UserError: Something in the config or the data that the user can put right.
+    """
+    _quieten()
+    options: TrainerOptions = instantiate(config["trainer"], path="trainer")
+    world = launch.launched_world_size()
+    if world is None and options.num_nodes > 1:
+        raise UserError(f"trainer.num_nodes={options.num_nodes} needs a launcher: srun, torchrun or submitit")
+    if world is None and options.world_size > 1:
+        return _restart(config, options.processes_per_node)
+    if world is not None and world != options.world_size:
+        raise UserError(
+            f"the launcher started {world} processes, but trainer.devices x trainer.num_nodes is {options.world_size}"
+        )
+    parts = TrainConfig(**instantiate(config))
+    stop = StopFlag()
+    with stop.watching():
+        try:
+            return launch.exit_with(_train(parts, config, stop))
+        except Interrupted as interrupted:
+            return launch.exit_with(interrupted.exit_code)
+        except NonFiniteLoss as error:
+            Console(stderr=True).print(f"stopped: {error}", style="red", highlight=False, markup=False)
+            return launch.exit_with(DIVERGED)
+
+
+def _restart(config: Mapping[str, Any], processes: int) -> int:
+    """Run the same config in several processes."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / CONFIG
+        save(config, path)
+        return launch.run_under_torchrun("bcos_train.run", path, processes)
+
+
+def _train(parts: TrainConfig, config: Mapping[str, Any], stop: StopFlag) -> int:
+    console = Console(quiet=launch.rank() > 0)
+    with blame(""):
+        split = split_batch(parts.batch_size, parts.trainer.world_size, parts.trainer.max_batch_per_device)
+    trainer = build_trainer(parts.trainer, split.accumulate)
+    trainer.strategy.setup_environment()
+    data = _load_data(parts, split, trainer)
+    model = _build_model(parts, data)
+    base = Path(parts.runs, parts.dataset.name, config["model"]["name"], f"{parts.name}-{run_hash(config)}")
+    folder: RunFolder = trainer.strategy.broadcast(find_run_folder(base, parts.resume))
+    for complaint in folder.complaints:
+        console.print(f"passed over: {complaint}", style="yellow", highlight=False)
+    if folder.finished:
+        console.print(f"finished already: {folder.path} (resume=false trains anew in another folder)", highlight=False)
+        return 0
+    with contextlib.ExitStack() as stack:
+        if trainer.is_global_zero:
+            with blame(""):
+                stack.enter_context(locked(folder.path))
+            save(config, folder.path / CONFIG)
+        module = _build_module(parts, model, data)
+        csv_logger = CsvLogger(folder.path)
+        trainer.loggers = [csv_logger, *_extra_loggers(parts, folder)]
+        trainer.callbacks += _build_callbacks(parts, data, folder, console, stop)  # type: ignore[attr-defined]
+        print_banner(console, parts, config["model"]["name"], model, data, split, folder)
+        checkpoint = None if folder.resume_from is None else load(folder.resume_from)
+        if checkpoint is not None:
+            csv_logger.forget_after(checkpoint["global_step"])
+        started = time.monotonic()
+        trainer.fit(module, datamodule=data, ckpt_path=folder.resume_from)
+        if trainer.is_global_zero:
+            finish(trainer, module, folder, config, console, time.monotonic() - started)
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(TrainConfig):
+    """The top-level keys of ``configs/evaluate.yaml``, built.
+
+    Args:
+        run: Run folder whose config and checkpoint are taken.
+        checkpoint: ``best``, ``last`` or a path.
+        weights: Without ``run``: a checkpoint, ``.safetensors`` or ``.pth`` file.
+        use_ema: Take the averaged weights; ``None``: if there are any.
+        output: Folder for the results; ``None``: the run folder, or ``evaluations/<model>``.
+    """
+
+    run: str | None = None
+    checkpoint: str = "best"
+    weights: str | None = None
+    use_ema: bool | None = None
+    output: str | None = None
+
+
+def evaluate(config: Mapping[str, Any], given: Sequence[str] = ()) -> int:
+    """Evaluate as a checked, plain config says; returns the exit code.
+
+    Args:
+        config: All keys of ``configs/evaluate.yaml``.
+        given: Those that the user set. With ``run``, all others come from that run.
+
+    Raises:
+        UserError: Nothing to evaluate, or something that the user can put right.
+    """
+    _quieten()
+    folder = None if config["run"] is None else Path(config["run"])
+    if folder is None and config["weights"] is None:
+        raise UserError("nothing to evaluate: give run=<run folder>, or model=… dataset=… weights=<path>")
+    if folder is not None:
+        own = {key: config[key] for key in ("run", "checkpoint", "weights", "use_ema", "output")}
+        config = overlay(load_config(folder / CONFIG), config, given) | own
+    parts = EvaluateConfig(**instantiate(config))
+    if launch.launched_world_size() is None:
+        parts = replace(parts, trainer=replace(parts.trainer, devices=1, num_nodes=1))
+    with blame(""):
+        path = Path(config["weights"]) if folder is None else find_checkpoint(folder / CHECKPOINTS, parts.checkpoint)
+        state, is_ema = read_weights(path, parts.use_ema)
+    trainer = build_trainer(parts.trainer)
+    trainer.strategy.setup_environment()
+    data = _load_data(parts, split_batch(parts.batch_size, parts.trainer.world_size, None), trainer, stage="validate")
+    model = _build_model(parts, data)
+    with blame(""):
+        load_weights(model, state, str(path))
+    module = _build_module(parts, model, data)
+    started = time.monotonic()
+    trainer.validate(module, datamodule=data, verbose=False)
+    if trainer.is_global_zero:
+        output = Path(parts.output or folder or Path("evaluations", config["model"]["name"]))
+        origin = {"weights": str(path), "ema": is_ema, "model": config["model"]["name"]}
+        report_evaluation(module, data, origin, output, time.monotonic() - started)
+    return 0
+
+
+def _load_data(parts: TrainConfig, split: BatchSplit, trainer: pl.Trainer, stage: str = "fit") -> DataModule:
+    with blame("dataset"):
+        data = DataModule(
+            parts.dataset,
+            train_transform=parts.augmentation.train,
+            eval_transform=parts.augmentation.eval,
+            batch_size=split.batch,
+            num_workers=default_workers() if parts.num_workers is None else parts.num_workers,
+            seed=parts.seed,
+            repetitions=parts.augmentation.repetitions,
+            accumulate=split.accumulate,
+            pin_memory=parts.trainer.uses_cuda,
+        )
+        if trainer.local_rank == 0:
+            data.prepare_data()
+        trainer.strategy.barrier("prepare_data")
+        data.setup(stage)
+    return data
+
+
+def _build_model(parts: TrainConfig, data: DataModule) -> nn.Module:
+    """The model with the data set's number of classes; the seed's first use, as in the official code."""
+    pl.seed_everything(parts.seed, verbose=False)
+    given = getattr(parts.model, "keywords", {}).get("num_classes")
+    if given is not None and given < data.num_classes:
+        raise UserError(f"model.num_classes={given}: {data.dataset.name} has {data.num_classes} classes")
+    with blame("model"):
+        model = parts.model() if given is not None else parts.model(num_classes=data.num_classes)
+    if parts.trainer.sync_batchnorm and parts.trainer.world_size > 1:
+        sync_batch_norm_(model)
+    if parts.trainer.uses_channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    return model
+
+
+def _build_module(parts: TrainConfig, model: nn.Module, data: DataModule) -> Classifier:
+    augmentation, options = parts.augmentation, parts.trainer
+    mix = None
+    if augmentation.mixup_alpha or augmentation.cutmix_alpha:
+        mix = BatchMix(data.num_classes, augmentation.mixup_alpha, augmentation.cutmix_alpha)
+    return Classifier(
+        model,
+        loss=parts.loss,
+        eval_loss=parts.eval_loss,
+        optimizer=parts.optimizer,
+        schedule=parts.schedule,
+        steps_per_epoch=data.steps_per_epoch,
+        encoding=parts.encoding,
+        mix=mix,
+        gradient_clip_val=options.gradient_clip_val,
+        gradient_clip_algorithm=options.gradient_clip_algorithm,
+        channels_last=options.uses_channels_last,
+        log_every_n_steps=options.log_every_n_steps,
+        seed=parts.seed,
+    )
+
+
+def _extra_loggers(parts: TrainConfig, folder: RunFolder) -> list[Logger]:
+    return [make(folder=folder.path, run_id=folder.name) for make in (parts.logger or {}).values()]
+
+
+def _build_callbacks(
+    parts: TrainConfig, data: DataModule, folder: RunFolder, console: Console, stop: StopFlag
+) -> list[pl.Callback]:
+    """In the order in which their hooks run: measure, average, explain, show, save."""
+    callbacks: list[pl.Callback] = [TrainingLog()]
+    if parts.ema is not None:
+        every, epochs = parts.ema.every_n_steps, parts.trainer.max_epochs
+        warmup_steps = round(parts.schedule.warmup(data.steps_per_epoch) * data.steps_per_epoch)
+        callbacks.append(EmaCallback(ema_decay(parts.ema.decay, data.batch_size, every, epochs), every, warmup_steps))
+    if parts.explanation is not None:
+        callbacks.append(ExplanationCallback(parts.explanation, folder.path / "explanations", folder.name))
+    if parts.trainer.progress:
+        callbacks.append(ProgressDisplay(console))
+    return [*callbacks, Checkpointer(folder.checkpoints, parts.checkpointing, stop)]
+
+
+def _quieten() -> None:
+    """Silence what Lightning says that the banner says better, or that doesn't apply here."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    for message in (".*does not have many workers.*", ".*smaller than the logging interval.*", ".*LeafSpec.*"):
+        warnings.filterwarnings("ignore", message=message)
+
+
+def main() -> int:
+    """Train as the saved config given as argument says: ``python -m bcos_train.run config.yaml``."""
+    launch.report_pid()
+    try:
+        config = load_config(sys.argv[1])
+        if problems := check(config, root=TrainConfig):
+            raise UserError("\n".join(map(str, problems)))
+        return train(config)
+    except UserError as error:
+        if launch.rank() == 0:
+            print(error, file=sys.stderr)
+        return launch.exit_with(2)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""Learning rate as a pure function of the optimizer step.
+
+Nothing is accumulated from step to step, so a schedule has no state to save and a resumed run needs none. The values
+equal those of torch's LinearLR/ConstantLR followed by CosineAnnealingLR/StepLR/ExponentialLR, which the official
+configurations chain.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = ["Schedule", "constant", "cosine", "exponential", "step"]
+
+Interval = Literal["epoch", "step"]
+WarmupMethod = Literal["linear", "constant"]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Warm-up followed by a decay.
+
+    Args:
+        decay: ``(base_lr, t, total) -> lr``; t epochs since the end of the warm-up, of ``total`` after it.
+        epochs: Length of the run.
+        interval: ``"epoch"`` holds the rate through an epoch; ``"step"`` changes it at every optimizer step.
+        warmup_epochs, warmup_steps: Length of the warm-up; at most one of them. Steps need ``interval="step"``.
+        warmup_method: ``"linear"`` rises from ``warmup_decay`` to 1 times the base rate, ``"constant"`` holds
+            ``warmup_decay`` until the end of the warm-up.
+
+    Raises:
+        ValueError: A length that is not positive, both lengths, or steps at epoch intervals.
+    """
+
+    decay: Callable[[float, float, float], float]
+    epochs: int
+    interval: Interval = "epoch"
+    warmup_epochs: int | None = None
+    warmup_steps: int | None = None
+    warmup_method: WarmupMethod = "linear"
+    warmup_decay: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1:
+            raise ValueError(f"schedule.epochs={self.epochs}: at least 1")
+        if self.warmup_epochs is not None and self.warmup_steps is not None:
+            raise ValueError("give schedule.warmup_epochs or schedule.warmup_steps, not both")
+        for key in ("warmup_epochs", "warmup_steps"):
+            if (length := getattr(self, key)) is not None and length < 0:
+                raise ValueError(f"schedule.{key}={length}: at least 0")
+        if self.warmup_steps is not None and self.interval == "epoch":
+            raise ValueError("schedule.warmup_steps needs schedule.interval=step")
+        if not 0 < self.warmup_decay <= 1:
+            raise ValueError(f"schedule.warmup_decay={self.warmup_decay}: more than 0, at most 1")
+
+    def lr(self, step: int, steps_per_epoch: int, base_lr: float) -> float:
+        """Learning rate of optimizer step ``step`` (counted from 0)."""
+        t = float(step // steps_per_epoch) if self.interval == "epoch" else step / steps_per_epoch
+        warmup = self.warmup(steps_per_epoch)
+        if t < warmup:
+            share = t / warmup if self.warmup_method == "linear" else 0.0
+            return base_lr * (self.warmup_decay + (1 - self.warmup_decay) * share)
+        return self.decay(base_lr, t - warmup, self.epochs - warmup)
+
+    def warmup(self, steps_per_epoch: int) -> float:
+        """Length of the warm-up in epochs."""
+        if self.warmup_steps is not None:
+            return self.warmup_steps / steps_per_epoch
+        return 0.0 if self.warmup_epochs is None else float(self.warmup_epochs)
+
+
+def cosine(
+    *,
+    epochs: int,
+    lr_min: float = 0.0,
+    interval: Interval = "epoch",
+    warmup_epochs: int | None = None,
+    warmup_steps: int | None = None,
+    warmup_method: WarmupMethod = "linear",
+    warmup_decay: float = 0.01,
+) -> Schedule:
+    """Half a cosine from the base rate to ``lr_min`` over the epochs after the warm-up (arXiv 1608.03983, eq. 5)."""
+
+    def decay(base_lr: float, t: float, total: float) -> float:
+        # A warm-up as long as the run leaves nothing to decay.
+        share = min(t / total, 1.0) if total > 0 else 0.0
+        return lr_min + (base_lr - lr_min) * (1 + math.cos(math.pi * share)) / 2
+
+    return Schedule(decay, epochs, interval, warmup_epochs, warmup_steps, warmup_method, warmup_decay)
+
+
+def step(
+    *,
+    epochs: int,
+    step_size: int = 30,
+    gamma: float = 0.1,
+    interval: Interval = "epoch",
+    warmup_epochs: int | None = None,
+    warmup_steps: int | None = None,
+    warmup_method: WarmupMethod = "linear",
+    warmup_decay: float = 0.01,
+) -> Schedule:
+    """The rate is multiplied by ``gamma`` every ``step_size`` epochs."""
+    if step_size < 1:
+        raise ValueError(f"schedule.step_size={step_size}: at least 1 epoch")
+
+    def decay(base_lr: float, t: float, total: float) -> float:
+        # The small term: a whole number of epochs, reached by adding fractions, counts as reached.
+        return base_lr * gamma ** math.floor(t / step_size + 1e-9)
+
+    return Schedule(decay, epochs, interval, warmup_epochs, warmup_steps, warmup_method, warmup_decay)
+
+
+def exponential(
+    *,
+    epochs: int,
+    gamma: float = 0.1,
+    interval: Interval = "epoch",
+    warmup_epochs: int | None = None,
+    warmup_steps: int | None = None,
+    warmup_method: WarmupMethod = "linear",
+    warmup_decay: float = 0.01,
+) -> Schedule:
+    """The rate is multiplied by ``gamma`` each epoch; with ``interval="step"``, by its fitting root each step."""
+
+    def decay(base_lr: float, t: float, total: float) -> float:
+        return base_lr * gamma**t
+
+    return Schedule(decay, epochs, interval, warmup_epochs, warmup_steps, warmup_method, warmup_decay)
+
+
+def constant(
+    *,
+    epochs: int,
+    interval: Interval = "epoch",
+    warmup_epochs: int | None = None,
+    warmup_steps: int | None = None,
+    warmup_method: WarmupMethod = "linear",
+    warmup_decay: float = 0.01,
+) -> Schedule:
+    """The base rate throughout, after the warm-up if there is one."""
+
+    def decay(base_lr: float, t: float, total: float) -> float:
+        return base_lr
+
+    return Schedule(decay, epochs, interval, warmup_epochs, warmup_steps, warmup_method, warmup_decay)

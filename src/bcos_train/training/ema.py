@@ -1,0 +1,131 @@
+"""Exponential moving average of the weights, with validation metrics of its own."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from timm.utils import ModelEmaV3
+from torch import Tensor
+
+from bcos_train.training.distributed import broadcast_buffers
+from bcos_train.training.logging import log_now
+from bcos_train.training.module import Batch, Classifier
+from bcos_train.training.score import ClassificationScore
+
+
+@dataclass(frozen=True)
+class Ema:
+    """How the weights are averaged.
+
+    Args:
+        decay: Weight of the average at each update, before it is adapted to the run's length (see :func:`ema_decay`).
+        every_n_steps: Optimizer steps between updates.
+
+    Raises:
+        ValueError: ``decay`` outside [0, 1) or ``every_n_steps`` below 1.
+    """
+
+    decay: float
+    every_n_steps: int = 32
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"ema.decay={self.decay}: at least 0 and less than 1")
+        if self.every_n_steps < 1:
+            raise ValueError(f"ema.every_n_steps={self.every_n_steps}: at least 1")
+
+
+def ema_decay(decay: float, global_batch_size: int, every_n_steps: int, max_epochs: int) -> float:
+    """Decay per update, adapted to batch size and length as in torchvision's reference and the official code.
+
+    ``1 - min(1, (1 - decay) * global_batch_size * every_n_steps / max_epochs)``: the average spans the same share of
+    the run whichever way it is cut into steps.
+    """
+    return 1.0 - min(1.0, (1.0 - decay) * global_batch_size * every_n_steps / max_epochs)
+
+
+class EmaCallback(pl.Callback):
+    """Keeps the average, validates it beside the model and saves it as ``model_ema``.
+
+    Args:
+        decay: Per update.
+        every_n_steps: Optimizer steps between updates.
+        warmup_steps: Up to this step each update is a copy: the average begins where the learning rate's warm-up ends.
+    """
+
+    def __init__(self, decay: float, every_n_steps: int, warmup_steps: int) -> None:
+        self.decay, self.every_n_steps, self.warmup_steps = decay, every_n_steps, warmup_steps
+        self.ema: ModelEmaV3 | None = None
+        self.score = ClassificationScore()
+        self._updated_at = -1
+        self._restored: dict[str, Tensor] | None = None
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The averaged model, in evaluation mode."""
+        assert self.ema is not None, "there is no average before training starts"
+        return self.ema.module
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, Classifier)
+        self.ema = ModelEmaV3(pl_module.model, decay=self.decay)
+        self.ema.requires_grad_(False)
+        self.score.to(pl_module.device)
+        if self._restored is not None:
+            self.ema.module.load_state_dict(self._restored)
+            self._restored = None
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        # Under accumulation several batches end at the same optimizer step.
+        if step == self._updated_at or step % self.every_n_steps:
+            return
+        assert self.ema is not None
+        assert isinstance(pl_module, Classifier)
+        self._updated_at = step
+        if step <= self.warmup_steps:
+            self.ema.set(pl_module.model)
+        else:
+            self.ema.update(pl_module.model)
+
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.score.reset()
+        broadcast_buffers(self.model)
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        assert isinstance(pl_module, Classifier)
+        images, target, _ = batch
+        with trainer.precision_plugin.val_step_context():
+            logits = self.model(pl_module.encode(images))
+        self.score.update(pl_module.eval_loss(logits, target), logits, target)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        score = self.score.compute()
+        log_now(pl_module, {f"val_ema/{key}": value for key, value in score.items() if key != "count"})
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint["model_ema"] = self.model.state_dict()
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._restored = checkpoint["model_ema"]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"updated_at": self._updated_at}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._updated_at = state_dict["updated_at"]

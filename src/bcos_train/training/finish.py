@@ -1,0 +1,105 @@
+"""What a run leaves behind when it has ended."""
+
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from bcos_train.dataset.data_module import DataModule
+from bcos_train.model import BcosModel
+from bcos_train.report import save_gallery
+from bcos_train.training.checkpointer import Checkpointer
+from bcos_train.training.ema import EmaCallback
+from bcos_train.training.explanation_logging import draw_gallery, evaluating
+from bcos_train.training.module import Classifier
+from bcos_train.training.progress import duration
+from bcos_train.training.run_folder import SUMMARY, RunFolder, write_json
+from bcos_train.training.weights import EMA_WEIGHTS, WEIGHTS, save_weights
+
+
+def finish(
+    trainer: pl.Trainer,
+    module: Classifier,
+    folder: RunFolder,
+    config: Mapping[str, Any],
+    console: Console,
+    seconds: float,
+) -> None:
+    """Write the weights and ``summary.json``, and say in a few lines what came out and where it is."""
+    save_weights(module.model, folder.path / WEIGHTS)
+    best: list[dict[str, Any]] = []
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, EmaCallback):
+            save_weights(callback.model, folder.path / EMA_WEIGHTS)
+        if isinstance(callback, Checkpointer):
+            best = callback.best
+    metrics = {key: float(value) for key, value in sorted(trainer.callback_metrics.items())}
+    galleries = sorted((folder.path / "explanations").glob("*.png"))
+    summary = {
+        "name": folder.name,
+        "model": config["model"]["name"],
+        "epochs": trainer.current_epoch,
+        "steps": trainer.global_step,
+        "metrics": metrics,
+        "best": best,
+        "seconds_since_start_or_resume": round(seconds, 1),
+        "gallery": str(galleries[-1].relative_to(folder.path)) if galleries else None,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "lightning": pl.__version__},
+    }
+    # Last of all: this file is what says that the run has ended.
+    write_json(folder.path / SUMMARY, summary)
+    lines = [f"done in {duration(seconds)}: validation accuracy {metrics.get('val/acc1', float('nan')):.2f} %"]
+    if best:
+        lines.append(f"best: {best[0]['score']:.2f} after epoch {best[0]['epoch']}")
+    lines.append(f"folder: {folder.path}")
+    if galleries:
+        lines.append(f"gallery: {galleries[-1]}")
+    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+
+
+def report_evaluation(
+    module: Classifier, data: DataModule, origin: Mapping[str, Any], output: Path, seconds: float, n_gallery: int = 12
+) -> None:
+    """Show the results of a validation as a table, and write them as ``evaluation.json`` beside a gallery.
+
+    Args:
+        origin: What was evaluated: goes into the file and above the table.
+        output: Folder, made if it is missing.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    result = module.val_result
+    content = {
+        **origin,
+        "dataset": data.dataset.name,
+        **result,
+        "correct1": round(result["acc1"] * result["count"] / 100),
+        "correct5": round(result["acc5"] * result["count"] / 100),
+        "seconds": round(seconds, 2),
+    }
+    if isinstance(module.model, BcosModel):
+        images, labels = (tensor.to(module.device) for tensor in data.fixed_val_samples(n_gallery))
+        headline = {"run_name": f"{origin['model']} on {data.dataset.name}", "accuracy": result["acc1"] / 100}
+        with evaluating(module.model):
+            figure = draw_gallery(module, module.model, images, labels, data, **headline)
+        save_gallery(output / "gallery.png", figure)
+        content["gallery"] = "gallery.png"
+    write_json(output / "evaluation.json", content)
+    table = Table(title=f"{origin['model']} on {data.dataset.name}")
+    for name in ("top-1 [%]", "top-5 [%]", "loss", "images", "seconds"):
+        table.add_column(name, justify="right")
+    table.add_row(
+        f"{result['acc1']:.3f}",
+        f"{result['acc5']:.3f}",
+        f"{result['loss']:.5f}",
+        f"{int(result['count']):,}",
+        f"{seconds:.1f}",
+    )
+    console = Console()
+    console.print(table)
+    console.print(f"weights: {origin['weights']}{' (averaged)' if origin['ema'] else ''}", highlight=False)
+    console.print(f"results: {output}", highlight=False)

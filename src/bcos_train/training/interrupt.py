@@ -1,0 +1,59 @@
+"""Leaving at the end of a batch when asked to stop.
+
+A handler that does more than set a flag runs between any two lines of the program, also half-way through a step:
+checkpoints saved there hold states that never were.
+"""
+
+import contextlib
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+#: Ctrl-C, the schedulers' polite stop, and what Slurm is usually told to send before the time limit.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+class Interrupted(Exception):
+    """Training left after saving. ``exit_code`` is 128 + the signal's number, as a shell would give."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+        self.exit_code = 128 + signum
+
+
+class StopFlag:
+    """Which signal has asked for a stop; ``None`` as long as none has."""
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+
+    def install(self) -> None:
+        """Take over the handlers. Called again once Lightning has put its own in their place."""
+        if threading.current_thread() is threading.main_thread():
+            for signum in SIGNALS:
+                signal.signal(signum, self._handle)
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        if self.signum is not None and signum == signal.SIGINT:
+            raise KeyboardInterrupt  # asked twice: now
+        self.signum = signum
+        name = signal.Signals(signum).name
+        sys.stderr.write(f"\n{name}: saving after this batch, then leaving (Ctrl-C again leaves at once)\n")
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator["StopFlag"]:
+        """The handlers are ours inside, and as before afterwards."""
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        before: dict[int, Any] = {signum: signal.getsignal(signum) for signum in SIGNALS}
+        self.install()
+        try:
+            yield self
+        finally:
+            for signum, handler in before.items():
+                signal.signal(signum, handler)

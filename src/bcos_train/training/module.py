@@ -1,0 +1,179 @@
+"""The LightningModule: one training or validation step of any classifier."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics.utilities.distributed import gather_all_tensors
+
+from bcos_train.dataset.encoding import BcosEncoding, Standardize, to_float
+from bcos_train.dataset.randomness import step_seed
+from bcos_train.optimizer import adaptive_clip_grad_
+from bcos_train.schedule import Schedule
+from bcos_train.training.distributed import broadcast_buffers, is_distributed
+from bcos_train.training.logging import log_now
+from bcos_train.training.score import ClassificationScore
+
+#: images (N, 3, H, W) uint8 RGB, labels (N,) int64, indices (N,) int64 of the samples in the data set
+Batch = tuple[Tensor, Tensor, Tensor]
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss is NaN or infinite; raised on all processes together, before the optimizer steps."""
+
+
+class Classifier(pl.LightningModule):
+    """Trains ``model`` on uint8 RGB batches.
+
+    Args:
+        model: ``(N, C, H, W) -> (N, K)``.
+        loss, eval_loss: ``(logits, target) -> scalar``.
+        optimizer: ``parameters -> Optimizer``.
+        schedule: Learning rate over the optimizer steps.
+        steps_per_epoch: Optimizer steps in an epoch.
+        encoding: RGB in [0, 1] -> model input, on the device.
+        mix: MixUp/CutMix on float RGB.
+        gradient_clip_val, gradient_clip_algorithm: ``"agc"`` with its clip factor, or ``"norm"``/``"value"``.
+        channels_last: Memory format of the input.
+        seed: Dropout, stochastic depth and mixing of a step draw from f(seed, step, rank).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        loss: nn.Module,
+        eval_loss: nn.Module,
+        optimizer: Callable[[Iterable[Tensor]], Optimizer],
+        schedule: Schedule,
+        steps_per_epoch: int,
+        encoding: BcosEncoding | Standardize,
+        mix: nn.Module | None = None,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str = "agc",
+        channels_last: bool = False,
+        log_every_n_steps: int = 50,
+        seed: int = 42,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.loss, self.eval_loss = loss, eval_loss
+        self.make_optimizer, self.schedule, self.steps_per_epoch = optimizer, schedule, steps_per_epoch
+        self.encoding, self.mix = encoding, mix
+        self.clip_val, self.clip_algorithm = gradient_clip_val, gradient_clip_algorithm
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.log_every_n_steps = log_every_n_steps
+        self.seed = seed
+        self.train_score, self.val_score = ClassificationScore(), ClassificationScore()
+        self.gradient_norm: Tensor | None = None
+        self.last_loss = float("nan")
+        #: ``loss``, ``acc1``, ``acc5`` and ``count`` of the latest validation
+        self.val_result: dict[str, float] = {}
+
+    def forward(self, images: Tensor) -> Tensor:
+        """uint8 RGB ``(N, 3, H, W)`` -> logits ``(N, K)``."""
+        return self.model(self.encode(images))
+
+    def encode(self, images: Tensor) -> Tensor:
+        """uint8 RGB -> the model's input, in its memory format."""
+        return self._encode_floats(to_float(images))
+
+    def _encode_floats(self, floats: Tensor) -> Tensor:
+        return self.encoding.encode(floats).contiguous(memory_format=self.memory_format)
+
+    # ---- training
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        step = self.current_epoch * int(self.trainer.num_training_batches) + batch_idx
+        torch.manual_seed(step_seed(self.seed, step, self.global_rank))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        images, target, indices = batch
+        floats = to_float(images)
+        if self.mix is not None:
+            floats, target = self.mix(floats, target)
+        logits = self.model(self._encode_floats(floats))
+        loss = self.loss(logits, target)
+        self._stop_if_not_finite(loss, logits, indices, batch_idx)
+        self.train_score.update(loss, logits, target)
+        return loss
+
+    def _stop_if_not_finite(self, loss: Tensor, logits: Tensor, indices: Tensor, batch_idx: int) -> None:
+        # One number a step is read back from the device: cheaper than a run of NaN weights.
+        worst = loss.detach()
+        if dist.is_available() and dist.is_initialized():
+            # A loss here may be fine and another process's not: all must stop, or the others wait for ever.
+            worst = torch.where(worst.isfinite(), worst, torch.inf)
+            dist.all_reduce(worst, dist.ReduceOp.MAX)
+        self.last_loss = worst.item()
+        if not torch.isfinite(torch.tensor(self.last_loss)):
+            rows = ~logits.detach().isfinite().all(1)
+            culprits = indices[rows] if rows.any() else indices
+            raise NonFiniteLoss(
+                f"the loss is not finite ({float(loss)}) in epoch {self.current_epoch}, batch {batch_idx}, after "
+                f"{self.global_step} optimizer steps; samples {culprits.tolist()[:16]}. The step was not taken; "
+                "try a lower optimizer.lr, a longer warm-up, gradient clipping or trainer.precision=32."
+            )
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.make_optimizer([p for p in self.model.parameters() if p.requires_grad])
+        bases = [group["lr"] for group in optimizer.param_groups]
+
+        def factor(base: float) -> Callable[[int], float]:
+            return lambda step: self.schedule.lr(step, self.steps_per_epoch, base) / base if base else 0.0
+
+        scheduler = LambdaLR(optimizer, [factor(base) for base in bases])
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        if (self.global_step + 1) % self.log_every_n_steps == 0:
+            self.gradient_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if self.clip_val is None:
+            return
+        if self.clip_algorithm == "agc":
+            adaptive_clip_grad_(parameters, clip_factor=self.clip_val)
+        else:
+            self.clip_gradients(optimizer, self.clip_val, self.clip_algorithm)
+
+    # ---- validation
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        images, target, _ = batch
+        logits = self(images)
+        self.val_score.update(self.eval_loss(logits, target), logits, target)
+        return {"logits": logits}
+
+    def on_validation_epoch_start(self) -> None:
+        broadcast_buffers(self.model)
+        self.val_score.reset()
+
+    def on_validation_epoch_end(self) -> None:
+        score = self.val_score.compute()
+        self.val_result = score
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        assert score["count"] == data.num_val, f"{score['count']} of {data.num_val} validation samples were counted"
+        log_now(self, {f"val/{key}": value for key, value in score.items() if key != "count"})
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # Lightning's own entry would hold whatever else this module contains, under other names.
+        del checkpoint["state_dict"]
+        checkpoint["model"] = self.model.state_dict()
+        with self.train_score.sync_context(dist_sync_fn=gather_all_tensors, should_sync=is_distributed()):
+            checkpoint["train_score"] = {key: value.clone() for key, value in self.train_score.state_dict().items()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"] = self.state_dict() | {f"model.{k}": v for k, v in checkpoint["model"].items()}
+        if self.trainer.is_global_zero:
+            # What was saved is the sum over all processes.
+            checkpoint["state_dict"] |= {f"train_score.{k}": v for k, v in checkpoint["train_score"].items()}
