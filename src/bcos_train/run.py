@@ -52,6 +52,7 @@ class TrainConfig:
         model: Builds the model; called with ``num_classes``.
         encoding: RGB in [0, 1] to the model's input.
         batch_size: Images of one optimizer step, over all devices.
+        limit_train, limit_val: Take this many images, always the same ones; ``None``: all. For trials.
         num_workers: Loading processes of each process; ``None``: from the number of cores.
         seed: Of the initial weights, the order, the augmentation and the steps.
         name: Free text at the beginning of the run folder's name.
@@ -73,6 +74,8 @@ class TrainConfig:
     ema: Ema | None = None
     explanation: ExplanationLogging | None = None
     logger: dict[str, Callable[..., Logger]] | None = None
+    limit_train: int | None = None
+    limit_val: int | None = None
     num_workers: int | None = None
     seed: int = 42
     name: str = "default"
@@ -130,7 +133,8 @@ def _train(parts: TrainConfig, config: Mapping[str, Any], stop: StopFlag) -> int
     for complaint in folder.complaints:
         console.print(f"passed over: {complaint}", style="yellow", highlight=False)
     if folder.finished:
-        console.print(f"finished already: {folder.path} (resume=false trains anew in another folder)", highlight=False)
+        text = f"finished already: {folder.path} (resume=false trains anew in another folder)"
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
         return 0
     with contextlib.ExitStack() as stack:
         if trainer.is_global_zero:
@@ -222,6 +226,8 @@ def _load_data(parts: TrainConfig, split: BatchSplit, trainer: pl.Trainer, stage
             repetitions=parts.augmentation.repetitions,
             accumulate=split.accumulate,
             pin_memory=parts.trainer.uses_cuda,
+            limit_train=parts.limit_train,
+            limit_val=parts.limit_val,
         )
         if trainer.local_rank == 0:
             data.prepare_data()
@@ -290,7 +296,12 @@ def _build_callbacks(
 def _quieten() -> None:
     """Silence what Lightning says that the banner says better, or that doesn't apply here."""
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    for message in (".*does not have many workers.*", ".*smaller than the logging interval.*", ".*LeafSpec.*"):
+    for message in (
+        ".*does not have many workers.*",
+        ".*smaller than the logging interval.*",
+        ".*LeafSpec.*",
+        ".*your dataloader is not resumable.*",
+    ):
         warnings.filterwarnings("ignore", message=message)
 
 

@@ -305,7 +305,6 @@ def test_compiles_as_one_graph(kwargs):
     x = torch.rand(2, 4, 7, 7)
     expected = run(layer, x)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    compiled.linear = layer.linear
     for mine, reference in zip(run(compiled, x), expected, strict=True):
         assert_near(mine, reference, 1e-5)
 

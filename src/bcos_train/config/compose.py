@@ -4,6 +4,7 @@ Hydra's public API composes too, but knows neither ``--config-dir`` nor sweeps.
 """
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -19,14 +20,16 @@ from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.core.utils import setup_globals
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from bcos_train.config.errors import UserError
 from bcos_train.config.plain import join, to_plain
 
-__all__ = ["Composer"]
+__all__ = ["Composer", "one_line", "texts"]
 
 VERSION_BASE = "1.3"
 
@@ -63,6 +66,7 @@ class Composer:
             search_path.prepend("command-line", f"file://{os.path.abspath(extra_dir)}", anchor)
         self._loader = ConfigLoaderImpl(config_search_path=search_path)
         self._parser = OverridesParser.create(config_loader=self._loader)
+        self._choices: dict[str, list[str]] = {}
 
     @cached_property
     def groups(self) -> list[str]:
@@ -72,12 +76,14 @@ class Composer:
 
     def choices(self, group: str) -> list[str]:
         """The options of a group, those of its inner groups as ``inner/option``."""
+        if group in self._choices:
+            return self._choices[group]
         below = (
             f"{inner.removeprefix(f'{group}/')}/{name}"
             for inner in self._groups_below(group)
             for name in self._options(inner)
         )
-        return [*self._options(group), *below]
+        return self._choices.setdefault(group, [*self._options(group), *below])
 
     @cached_property
     def main_configs(self) -> list[str]:
@@ -99,7 +105,11 @@ class Composer:
         return self._parser.parse_overrides([override])[0]
 
     def compose(self, config_name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
-        """The config of one job as plain containers, interpolations resolved, without Hydra's own part."""
+        """The config of one job as plain containers, interpolations resolved, without Hydra's own part.
+
+        Raises:
+            UserError: The overrides or the files don't make a config.
+        """
         config = self._load(config_name, overrides, RunMode.RUN)
         config_of_hydra = HydraConfig.instance()
         before = config_of_hydra.cfg
@@ -119,13 +129,16 @@ class Composer:
         config = self._load(config_name, overrides, RunMode.MULTIRUN).hydra
         assert config.sweeper._target_ == HYDRA_TARGETS[1]
         swept = [f"{key}={value}" for key, value in (config.sweeper.params or {}).items()]
-        swept += _texts(config.overrides.task)
-        fixed = _texts(config.overrides.hydra)
+        swept += texts(config.overrides.task)
+        fixed = texts(config.overrides.hydra)
         batches = BasicSweeper.split_arguments(self._parser.parse_overrides(swept), None)
         return [[*fixed, *job] for batch in batches for job in batch]
 
     def _load(self, config_name: str, overrides: Sequence[str], mode: RunMode) -> DictConfig:
-        config = self._loader.load_configuration(config_name, list(overrides), run_mode=mode)
+        try:
+            config = self._loader.load_configuration(config_name, list(overrides), run_mode=mode)
+        except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
+            raise UserError(one_line(error)) from error
         _refuse_foreign_code(config.hydra, "hydra")
         return config
 
@@ -151,8 +164,17 @@ def _refuse_foreign_code(node: Any, path: str) -> None:
         _refuse_foreign_code(value, where)
 
 
-def _texts(node: ListConfig) -> list[str]:
-    """As written: an override may hold an interpolation."""
-    texts = OmegaConf.to_container(node, resolve=False)
-    assert isinstance(texts, list)
-    return [str(text) for text in texts]
+def one_line(error: Exception) -> str:
+    """A message of Hydra's or YAML's, and that of its cause, without addresses and search paths."""
+    parts = []
+    for cause in filter(None, (error, error.__cause__)):
+        text = re.split(r"\n(?:See http|Config search path|Search path:| +full_key:)", str(cause))[0]
+        parts.append(" ".join(text.split()).rstrip("."))
+    return "; ".join(part for part in parts if part) or type(error).__name__
+
+
+def texts(node: Any) -> list[str]:
+    """Overrides as written: they may hold interpolations."""
+    written = OmegaConf.to_container(node, resolve=False)
+    assert isinstance(written, list)
+    return [str(text) for text in written]

@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from bcos_train.config.check import Problem, check
-from bcos_train.config.compose import VERSION_BASE, Composer
+from bcos_train.config.compose import VERSION_BASE, Composer, one_line, texts
 from bcos_train.config.errors import UserError
 from bcos_train.config.overrides import check_choices, read_overrides
 from bcos_train.config.plain import to_plain
@@ -87,7 +87,7 @@ def door(
 
 def given_keys() -> list[str]:
     """The keys and config groups that the running job's command line sets, as typed there."""
-    return [text.lstrip("+~").partition("=")[0].partition("@")[0] for text in HydraConfig.get().overrides.task]
+    return [text.lstrip("+~").partition("=")[0].partition("@")[0] for text in texts(HydraConfig.get().overrides.task)]
 
 
 def _enter(main: Task, config_name: str, root: Callable[..., Any], config_dir: Path, script_dir: Path) -> int:
@@ -110,7 +110,7 @@ def _enter(main: Task, config_name: str, root: Callable[..., Any], config_dir: P
     except JobFailed as failed:
         return failed.code
     except ValueError as error:  # flags that don't go together; nothing of ours ends here
-        raise UserError(str(error)) from error
+        raise UserError(one_line(error)) from error
     finally:
         sys.argv = argv
     if outcome.error is not None:
@@ -168,7 +168,7 @@ def _defaults(composer: Composer, name: str) -> dict[str, Any]:
     """The config without overrides, or nothing if it doesn't stand on its own."""
     try:
         return composer.compose(name)
-    except (UserError, HydraException):
+    except UserError:
         return {}
 
 
@@ -217,14 +217,10 @@ def _raise(problems: Iterable[Problem]) -> None:
 
 
 def _report(error: Exception) -> None:
-    """The message alone, on stderr: all of it if it is ours, the first line of Hydra's."""
+    """The message alone, on stderr."""
     if os.environ.get(FULL_ERROR) == "1":
         traceback.print_exception(error)
-    message = str(error)
-    if not isinstance(error, UserError):
-        causes = [error, error.__cause__] if error.__cause__ is not None else [error]
-        message = ": ".join(line for cause in causes for line in str(cause).strip().splitlines()[:1])
-    print(message or type(error).__name__, file=sys.stderr)
+    print(error if isinstance(error, UserError) else one_line(error), file=sys.stderr)
 
 
 @contextmanager

@@ -33,7 +33,7 @@ def read_overrides(
     rewritten: dict[str, str] = {}
     problems: list[Problem] = []
     for text in overrides:
-        problem = _bare_word(text, composer)
+        problem = _bare_word(text, composer, top_level)
         if problem is None:
             try:
                 override = composer.parse(text)
@@ -75,11 +75,13 @@ def _no_choice(group: str, choice: str, composer: Composer) -> Problem:
     return Problem(group, f"no such choice{hint} (choices: {listed})", choice)
 
 
-def _bare_word(text: str, composer: Composer) -> Problem | None:
+def _bare_word(text: str, composer: Composer, top_level: Iterable[str]) -> Problem | None:
     if "=" in text or text.startswith("~"):
         return None
     if text in composer.groups:
         return Problem(text, f"no value given; choices: {text}={join_words(composer.choices(text), limit=40)}")
+    if text.partition(".")[0] in top_level:
+        return Problem(text, f"no value given; write {text}=…")
     by_choice: dict[str, list[str]] = {}
     for group in composer.groups:
         if not group.startswith("hydra"):

@@ -86,17 +86,17 @@ class Checkpointer(Checkpoint):
         score = self._score(trainer)
         ranked = score is not None and self._ranks(score)
         due = ranked or done % self.options.every_n_epochs == 0 or done == trainer.max_epochs
+        name = None
         if ranked:
             name = f"epoch={done:04d}-{(self.options.monitor or '').replace('/', '_')}={score:.4f}{files.SUFFIX}"
             self.best.append({"file": name, "score": score, "epoch": done})
             self.best.sort(key=lambda entry: entry["score"], reverse=self.options.mode == "max")
-            self._save_if(trainer, due, best=name)
-        else:
-            self._save_if(trainer, due)
+        # Once all epochs are done there is nothing left to stop.
+        self._save_if(trainer, due, name, is_end=done == trainer.max_epochs)
 
-    def _save_if(self, trainer: pl.Trainer, due: bool, best: str | None = None) -> None:
+    def _save_if(self, trainer: pl.Trainer, due: bool, best: str | None = None, is_end: bool = False) -> None:
         # Clocks and signals differ between processes; all must save, or leave, at the same step.
-        signum = largest(self.stop.signum or 0, trainer.strategy.root_device)
+        signum = largest(0 if is_end else self.stop.signum or 0, trainer.strategy.root_device)
         if not (signum or largest(int(due), trainer.strategy.root_device)):
             return
         dropped = self.best[self.options.keep_best :]

@@ -4,9 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from timm.utils import ModelEmaV3
-from torch import Tensor
+from torch import nn
 
 from bcos_train.training.distributed import broadcast_buffers
 from bcos_train.training.logging import log_now
@@ -59,22 +58,22 @@ class EmaCallback(pl.Callback):
         self.ema: ModelEmaV3 | None = None
         self.score = ClassificationScore()
         self._updated_at = -1
-        self._restored: dict[str, Tensor] | None = None
 
     @property
-    def model(self) -> torch.nn.Module:
+    def model(self) -> nn.Module:
         """The averaged model, in evaluation mode."""
-        assert self.ema is not None, "there is no average before training starts"
+        assert self.ema is not None, "the average is made when training is set up"
         return self.ema.module
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         assert isinstance(pl_module, Classifier)
-        self.ema = ModelEmaV3(pl_module.model, decay=self.decay)
-        self.ema.requires_grad_(False)
+        if stage == "fit":
+            self.ema = ModelEmaV3(pl_module.model, decay=self.decay)
+            self.ema.requires_grad_(False)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.model.to(pl_module.device)
         self.score.to(pl_module.device)
-        if self._restored is not None:
-            self.ema.module.load_state_dict(self._restored)
-            self._restored = None
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -122,7 +121,7 @@ class EmaCallback(pl.Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        self._restored = checkpoint["model_ema"]
+        self.model.load_state_dict(checkpoint["model_ema"])
 
     def state_dict(self) -> dict[str, Any]:
         return {"updated_at": self._updated_at}

@@ -16,6 +16,7 @@ from bcos_train.report import save_gallery
 from bcos_train.training.checkpointer import Checkpointer
 from bcos_train.training.ema import EmaCallback
 from bcos_train.training.explanation_logging import draw_gallery, evaluating
+from bcos_train.training.logging import METRICS, read_metrics
 from bcos_train.training.module import Classifier
 from bcos_train.training.progress import duration
 from bcos_train.training.run_folder import SUMMARY, RunFolder, write_json
@@ -38,7 +39,9 @@ def finish(
             save_weights(callback.model, folder.path / EMA_WEIGHTS)
         if isinstance(callback, Checkpointer):
             best = callback.best
-    metrics = {key: float(value) for key, value in sorted(trainer.callback_metrics.items())}
+    # The file knows more than this process, which may have resumed at the very end.
+    rows = read_metrics(folder.path / METRICS)
+    metrics = {key: value for row in rows for key, value in row.items() if key not in ("step", "epoch")}
     galleries = sorted((folder.path / "explanations").glob("*.png"))
     summary = {
         "name": folder.name,

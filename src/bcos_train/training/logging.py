@@ -14,6 +14,8 @@ import pytorch_lightning as pl
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities import rank_zero_only
 
+METRICS = "metrics.csv"
+
 
 def log_now(module: pl.LightningModule, metrics: Mapping[str, float]) -> None:
     """Write ``metrics`` to all loggers under the number of optimizer steps taken, and show them to callbacks."""
@@ -31,7 +33,7 @@ class CsvLogger(Logger):
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
-        self.path = Path(folder) / "metrics.csv"
+        self.path = Path(folder) / METRICS
         self._columns: list[str] = []
         self._rows: list[dict[str, Any]] = []
         if self.path.exists():

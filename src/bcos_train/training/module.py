@@ -169,11 +169,16 @@ class Classifier(pl.LightningModule):
         # Lightning's own entry would hold whatever else this module contains, under other names.
         del checkpoint["state_dict"]
         checkpoint["model"] = self.model.state_dict()
+        epoch, step = divmod(self.global_step, self.steps_per_epoch)
+        checkpoint["position"] = {"epoch": epoch, "step": step, "steps_per_epoch": self.steps_per_epoch}
         with self.train_score.sync_context(dist_sync_fn=gather_all_tensors, should_sync=is_distributed()):
             checkpoint["train_score"] = {key: value.clone() for key, value in self.train_score.state_dict().items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"] = self.state_dict() | {f"model.{k}": v for k, v in checkpoint["model"].items()}
+        position = checkpoint["position"]
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        data.seek(position["epoch"], position["step"])
         if self.trainer.is_global_zero:
             # What was saved is the sum over all processes.
             checkpoint["state_dict"] |= {f"train_score.{k}": v for k, v in checkpoint["train_score"].items()}

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bcos_train.nn.detachable import Detachable
-from bcos_train.nn.functional import statistics_dtype
 from bcos_train.nn.norm.base import Norm2d, normalise
+from bcos_train.nn.norm.moments import moments
 
 __all__ = [
     "DetachableGNInstanceNorm2d",
@@ -24,13 +24,12 @@ __all__ = [
 ]
 
 
-def moments(x: Tensor, dims: int | tuple[int, ...], detach: bool, centred: bool) -> tuple[Tensor | None, Tensor]:
-    """Mean (None if not `centred`) and biased variance over `dims`, which stay as axes of size 1."""
-    x = x.to(statistics_dtype(x))
-    if centred:
-        var, mean = torch.var_mean(x, dims, correction=0, keepdim=True)
-        return mean, var.detach() if detach else var
-    return None, torch.var(x.detach() if detach else x, dims, correction=0, keepdim=True)
+def sample_moments(x: Tensor, dims: tuple[int, ...], detach: bool, centred: bool) -> tuple[Tensor | None, Tensor]:
+    """Mean (None if not `centred`) and biased variance (a constant if `detach`) over `dims`."""
+    if not centred:
+        return None, moments(x.detach() if detach else x, dims)[1]
+    mean, var = moments(x, dims)
+    return mean, var.detach() if detach else var
 
 
 class DetachableGroupNorm2d(Norm2d):
@@ -62,7 +61,7 @@ class DetachableGroupNorm2d(Norm2d):
         if self.centred and not self.detach and (x.is_contiguous() or x.device.type == "cpu"):
             return F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
         grouped = x.unflatten(1, (self.num_groups, -1))
-        mean, var = moments(grouped, (2, 3, 4), self.detach, self.centred)
+        mean, var = sample_moments(grouped, (2, 3, 4), self.detach, self.centred)
         mean = None if mean is None else self._to_channels(mean)
         return normalise(x, mean, self._to_channels(var), self.weight, self.bias, self.eps)
 
@@ -138,10 +137,10 @@ class DetachablePositionNorm2d(Norm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         self.check_input(x)
-        if self.centred and not self.detach and x.is_contiguous(memory_format=torch.channels_last):
+        if self.centred and not self.detach:  # the output is in channels_last format, whatever the input is in
             out = F.layer_norm(x.permute(0, 2, 3, 1), (self.features,), self.weight, self.bias, self.eps)
             return out.permute(0, 3, 1, 2)
-        mean, var = moments(x, 1, self.detach, self.centred)
+        mean, var = sample_moments(x, (1,), self.detach, self.centred)
         return normalise(x, mean, var, self.weight, self.bias, self.eps)
 
     def extra_repr(self) -> str:
@@ -160,9 +159,8 @@ class DetachableLayerNorm(Detachable, nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         if not self.detach:
             return super().forward(x)
-        values = x.to(statistics_dtype(x))
-        var, mean = torch.var_mean(values, tuple(range(-len(self.normalized_shape), 0)), correction=0, keepdim=True)
-        out = (values - mean) * torch.rsqrt(var.detach() + self.eps)
+        mean, var = moments(x, tuple(range(-len(self.normalized_shape), 0)))
+        out = (x - mean) * torch.rsqrt(var.detach() + self.eps)
         if self.weight is not None:
             out = out * self.weight
         if self.bias is not None:

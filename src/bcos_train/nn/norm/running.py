@@ -76,9 +76,9 @@ class RunningNorm2d(Norm2d):
         self.register_buffer("num_batches_tracked", count)
 
     def set_explanation_mode(self, activate: bool = True) -> None:
-        super().set_explanation_mode(activate)
         if activate and self._uses_batch():
             self._refuse_batch_statistics()
+        super().set_explanation_mode(activate)
 
     def forward(self, x: Tensor) -> Tensor:
         self.check_input(x)
@@ -119,25 +119,22 @@ class RunningNorm2d(Norm2d):
         var = self.running_var.to(dtype).view(1, -1, 1, 1)
         return normalise(x, mean, var, self.weight, self.bias, self.eps)
 
-    def _batch_statistics(self, x: Tensor) -> tuple[Tensor | None, Tensor, Tensor | int]:
-        """Mean (None where it is not needed), biased variance, and the number of values that they are of."""
-        values = (x.detach() if self.detach else x).to(statistics_dtype(x))
+    def _batch_statistics(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | int]:
+        """Mean, biased variance, and the number of values that they are of."""
+        values = x.detach() if self.detach else x
         if self._is_synchronised():
             return combined_statistics(*local_statistics(values, self.dims), self.process_group)
-        if not self.centred:
-            return None, torch.var(values, self.dims, correction=0, keepdim=True), 0
         mean, var, count = local_statistics(values, self.dims)
-        if self.training and count < 2:
+        if self.centred and self.training and count < 2:
             raise ValueError(f"{type(self).__name__} in training needs more than one value, got {tuple(x.shape)}.")
         return mean, var, count
 
     @torch.no_grad()
-    def _update_running(self, mean: Tensor | None, var: Tensor, count: Tensor | int) -> None:
+    def _update_running(self, mean: Tensor, var: Tensor, count: Tensor | int) -> None:
         assert self.running_mean is not None
         assert self.running_var is not None
         factor = self._count_batch()
         if self.centred:
-            assert mean is not None
             self.running_mean.lerp_(mean.flatten().to(self.running_mean.dtype), factor)
             fewer = (count - 1).clamp(min=1) if isinstance(count, Tensor) else count - 1
             var = var * (count / fewer)

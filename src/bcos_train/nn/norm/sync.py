@@ -8,6 +8,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.nn.functional import all_reduce
 
+from bcos_train.nn.functional import statistics_dtype
+from bcos_train.nn.norm.moments import moments, values_per_statistic
+
 __all__ = ["combined_statistics", "local_statistics"]
 
 
@@ -17,14 +20,11 @@ def local_statistics(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor, 
     Of an empty batch both are 0, and still part of the graph of `x`, so that this process takes part in the
     collectives of the backward pass.
     """
-    count = 1
-    for dim in dims:
-        count *= x.shape[dim]
+    count = values_per_statistic(x, dims)
     if count == 0:
-        zero = x.sum(dims, keepdim=True)
+        zero = x.sum(dims, keepdim=True, dtype=statistics_dtype(x))
         return zero, zero, 0
-    var, mean = torch.var_mean(x, dims, correction=0, keepdim=True)
-    return mean, var, count
+    return *moments(x, dims), count
 
 
 def combined_statistics(

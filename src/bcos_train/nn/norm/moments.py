@@ -1,0 +1,56 @@
+"""Mean and variance, fast and sparing of memory."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bcos_train.nn.functional import statistics_dtype
+
+__all__ = ["moments", "values_per_statistic"]
+
+
+def moments(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of `x` over `dims`, which stay as axes of size 1; in float32 or float64."""
+    return _Moments.apply(x, dims)
+
+
+def values_per_statistic(x: Tensor, dims: tuple[int, ...]) -> int:
+    """How many values of `x` each mean over `dims` is of."""
+    count = 1
+    for dim in dims:
+        count *= x.shape[dim]
+    return count
+
+
+class _Moments(torch.autograd.Function):
+    """What `torch.var_mean` computes. For the backward pass it keeps the input as it is, not a float32 copy of it."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        values = x.to(statistics_dtype(x))
+        if x.device.type == "cpu":  # `var_mean` takes one value at a time there, and more than ten times as long
+            mean = values.mean(dims, keepdim=True)
+            return mean, (values - mean).square().mean(dims, keepdim=True)
+        var, mean = torch.var_mean(values, dims, correction=0, keepdim=True)
+        return mean, var
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, tuple[int, ...]], output: tuple[Tensor, Tensor]) -> None:
+        x, dims = inputs
+        ctx.save_for_backward(x, output[0])
+        ctx.count = values_per_statistic(x, dims)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad_mean: Tensor | None, grad_var: Tensor | None) -> tuple[Tensor | None, None]:
+        x, mean = ctx.saved_tensors
+        grad = None
+        if grad_var is not None:
+            grad = (x - mean) * (grad_var * (2 / ctx.count))
+        if grad_mean is not None:
+            shift = grad_mean / ctx.count
+            grad = shift.expand(x.shape) if grad is None else grad + shift
+        return None if grad is None else grad.to(x.dtype), None

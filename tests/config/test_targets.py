@@ -1,0 +1,63 @@
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pytest
+import toys
+
+import bcos_train
+from bcos_train.config import TARGETS, UserError
+from bcos_train.config.signature import has_open_end, parameters
+from bcos_train.config.targets import resolve
+
+OURS = [name for name in TARGETS if name.startswith("bcos_train.")]
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_every_target_can_be_imported_and_called(name: str) -> None:
+    pytest.importorskip(name.partition(".")[0])
+    assert callable(resolve(name))
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_our_signatures_are_the_schema(name: str) -> None:
+    target = resolve(name)
+    assert not has_open_end(target), "**kwargs swallow misspelt keys: name the parameters or add config_signature"
+    get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    untyped = [key for key, parameter in parameters(target, {}).items() if parameter.annotation is Any]
+    assert untyped == []
+
+
+def test_names_are_exact_and_without_repetition() -> None:
+    assert len(set(TARGETS)) == len(TARGETS)
+    assert all(part.isidentifier() for name in TARGETS for part in name.split("."))
+
+
+def test_open_ends_are_seen() -> None:
+    assert has_open_end(toys.Open)
+    assert not has_open_end(toys.create_net)
+
+
+def test_a_package_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bcos_train.config.targets.TARGETS", ("nopackage.sub.Logger", "bcos_train.nomodule.Logger"))
+    with pytest.raises(UserError, match=r"^log\._target_=nopackage\.sub\.Logger: nopackage is not installed$"):
+        resolve("nopackage.sub.Logger", "log")
+    # One of ours that is missing is a fault in the code.
+    with pytest.raises(ModuleNotFoundError):
+        resolve("bcos_train.nomodule.Logger")
+
+
+def test_the_machinery_needs_neither_torch_nor_lightning() -> None:
+    """A mistake on the command line is told before anything slow is loaded, as far as this package goes."""
+    code = """
+import sys, types, pathlib
+package = types.ModuleType("bcos_train")
+package.__path__ = [sys.argv[1]]
+sys.modules["bcos_train"] = package
+import bcos_train.config.door
+sys.exit(bool({"torch", "pytorch_lightning"} & set(sys.modules)))
+"""
+    folder = Path(bcos_train.__file__).parent
+    assert subprocess.run([sys.executable, "-c", code, str(folder)], check=False).returncode == 0

@@ -1,0 +1,235 @@
+"""Every B-cos ResNet against the official one of the same name: weights, outputs, explanations."""
+
+import copy
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from official_models import (
+    CIFAR_RESNETS,
+    OFFICIAL_NORMS,
+    OFFICIAL_SUFFIXES,
+    RESNETS,
+    build_official,
+    images,
+    perturb_,
+    relative_error,
+)
+from torch import nn
+from torchvision.ops import StochasticDepth
+
+from bcos_train import create_model
+
+#: Parameters and state dict entries of the published weights (official README and the files themselves).
+PUBLISHED = {
+    "resnet18": (11_693_120, 101),
+    "resnet34": (21_797_568, 181),
+    "resnet50": (25_538_880, 266),
+    "resnet101": (44_504_896, 521),
+    "resnet152": (60_125_504, 776),
+    "resnext50_32x4d": (25_003_200, 266),
+}
+SLOW = {
+    "resnet101",
+    "resnet152",
+    "resnext101_32x8d",
+    "wide_resnet50_2",
+    "wide_resnet101_2",
+    "resnext29_8x64d",
+    "resnext29_16x64d",
+}
+
+
+@dataclass
+class Pair:
+    name: str
+    ours: Any
+    official: Any
+    #: Of both, float32: in training mode, then in evaluation mode with the running statistics that came of it.
+    outputs: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+
+    def images(self, n: int = 2) -> torch.Tensor:
+        small = {"resnext29_8x64d": 8, "resnext29_16x64d": 8, "resnet110": 16}
+        return images(small.get(self.name, 32 if self.name in CIFAR_RESNETS else 64), n)
+
+
+def build_pair(name: str, seed: int = 0, **options: Any) -> Pair:
+    """Both models, each built after setting the same seed."""
+    torch.manual_seed(seed)
+    official = build_official(name, **options)
+    options = {{"norm": "norm_layer"}.get(key, key): value for key, value in options.items()}
+    torch.manual_seed(seed)
+    return Pair(name, create_model(name, **options), official)
+
+
+def share_state(pair: Pair) -> None:
+    """Ours perturbed, then loaded into the official model and back."""
+    perturb_(pair.ours)
+    pair.official.load_state_dict(pair.ours.state_dict(), strict=True)
+    pair.ours.load_state_dict(pair.official.state_dict(), strict=True)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in RESNETS],
+)
+def pair(request: pytest.FixtureRequest) -> Pair:
+    """As built: not to be changed."""
+    return build_pair(request.param)
+
+
+@pytest.fixture(scope="module")
+def trained(pair: Pair) -> Pair:
+    """The same weights, and running statistics that have seen a batch; float64 after the float32 outputs."""
+    own = copy.deepcopy(pair)
+    share_state(own)
+    models = (own.ours, own.official)
+    with torch.no_grad():
+        own.outputs["train"] = [model.train()(own.images()) for model in models]
+        own.outputs["eval"] = [model.eval()(own.images()) for model in models]
+    for model in models:
+        model.double()
+    return own
+
+
+def assert_same_state(ours: nn.Module, official: nn.Module) -> None:
+    state, expected = ours.state_dict(), official.state_dict()
+    assert list(state) == list(expected)
+    for key, value in expected.items():
+        assert state[key].dtype == value.dtype, key
+        assert torch.equal(state[key], value), key
+
+
+def test_same_seed_gives_the_same_initial_state(pair: Pair) -> None:
+    assert_same_state(pair.ours, pair.official)
+
+
+def test_parameters_are_in_the_same_order(pair: Pair) -> None:
+    assert [key for key, _ in pair.ours.named_parameters()] == [key for key, _ in pair.official.named_parameters()]
+
+
+@pytest.mark.parametrize(("name", "expected"), PUBLISHED.items(), ids=PUBLISHED)
+def test_size_of_the_published_weights(name: str, expected: tuple[int, int]) -> None:
+    with torch.device("meta"):
+        model = create_model(name)
+    assert (sum(p.numel() for p in model.parameters()), len(model.state_dict())) == expected
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_same_outputs(trained: Pair, mode: str) -> None:
+    assert relative_error(*trained.outputs[mode]) < 1e-5
+
+
+def test_same_running_statistics(trained: Pair) -> None:
+    official = dict(trained.official.named_buffers())
+    assert {name for name, _ in trained.ours.named_buffers()} == set(official)
+    for name, buffer in trained.ours.named_buffers():
+        assert relative_error(buffer, official[name]) < 1e-5, name
+
+
+def test_same_explanation(trained: Pair) -> None:
+    # In float64: the gradient through a hundred layers turns float32's rounding into relative errors above 1e-4.
+    trained.ours.load_state_dict(trained.official.state_dict())
+    assert_same_explanation(trained, trained.images(1).double(), None, 1e-9)
+
+
+@pytest.mark.parametrize("idx", [None, 3])
+@pytest.mark.parametrize("name", ["resnet18", "resnet20"])
+def test_same_explanation_in_float32(name: str, idx: int | None) -> None:
+    pair = build_pair(name)
+    pair.ours.eval()
+    pair.official.eval()
+    assert_same_explanation(pair, pair.images(1), idx, 1e-4)
+
+
+def assert_same_explanation(pair: Pair, x: torch.Tensor, idx: int | None, tolerance: float) -> None:
+    ours = pair.ours.explain(x, idx=idx)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Input tensor did not require grad")
+        official = pair.official.explain(x.clone(), idx=idx)
+    assert list(ours) == list(official)
+    assert ours["prediction"] == official["prediction"]
+    assert ours["explained_class_idx"] == official["explained_class_idx"]
+    assert not x.requires_grad
+    for key in ("dynamic_linear_weights", "contribution_map"):
+        assert relative_error(ours[key], official[key].detach()) < tolerance, key
+    assert ours["explanation"].shape == official["explanation"].shape
+    # The pixels whose contribution is about zero may be opaque here and transparent there.
+    assert (np.abs(ours["explanation"] - official["explanation"]) > 1e-3).mean() < 1e-3
+
+
+# The norm study: 12 norms with three kinds of affine parameters, and none.
+
+
+@pytest.mark.parametrize("norm", ["none", *(norm + suffix for norm in OFFICIAL_NORMS for suffix in OFFICIAL_SUFFIXES)])
+def test_every_norm_of_the_norm_study(norm: str) -> None:
+    pair = build_pair("resnet20", norm=norm)
+    assert_same_state(pair.ours, pair.official)
+    share_state(pair)
+    models = (pair.ours.double(), pair.official.double())
+    x = images(16, dtype=torch.float64)
+    with torch.no_grad():
+        ours, official = (model.train()(x) for model in models)
+    assert relative_error(ours, official) < 1e-10
+    ours, official = (model.eval().explain(x[:1].clone().requires_grad_()) for model in models)
+    assert ours["prediction"] == official["prediction"]
+    assert relative_error(ours["dynamic_linear_weights"], official["dynamic_linear_weights"]) < 1e-10
+
+
+# Options.
+
+OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "b=1.5": ("resnet20", {"b": 1.5}),
+    "max_out=1": ("resnet20", {"max_out": 1}),
+    "max_out=2 b=1.25": ("resnet18", {"max_out": 2, "b": 1.25}),
+    "num_classes=3": ("resnet20", {"num_classes": 3}),
+    "in_chans=3": ("resnet18", {"in_chans": 3}),
+    "logit_temperature": ("resnet20", {"logit_temperature": 10.0, "logit_bias": -2.0}),
+    "zero_init_residual basic": ("resnet20", {"zero_init_residual": True}),
+    "zero_init_residual bottleneck": ("resnext29_32x4d", {"zero_init_residual": True}),
+    "zero_init_residual without weights": ("resnet20", {"zero_init_residual": True, "norm": "bnu-unaffine"}),
+    "small_inputs": ("resnet18", {"small_inputs": True}),
+    "dilated": ("resnet50", {"replace_stride_with_dilation": [False, True, True]}),
+    "dilated once": ("resnet50", {"replace_stride_with_dilation": [True, False, False]}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:dilation > 1 is much slower")
+@pytest.mark.parametrize(("name", "options"), OPTIONS.values(), ids=OPTIONS)
+def test_options(name: str, options: dict[str, Any]) -> None:
+    pair = build_pair(name, **options)
+    assert_same_state(pair.ours, pair.official)
+    models = (pair.ours.double(), pair.official.double())
+    size = 8 if "small_inputs" in options else 32
+    x = images(size, n=4, in_chans=options.get("in_chans", 6), dtype=torch.float64)
+    for is_training in (True, False):
+        with torch.no_grad():
+            ours, official = (model.train(is_training)(x) for model in models)
+        assert relative_error(ours, official) < 1e-10
+
+
+@pytest.mark.parametrize("name", ["resnet20", "resnet50", "resnext29_32x4d"])
+def test_stochastic_depth(name: str) -> None:
+    pair = build_pair(name, stochastic_depth_prob=0.3)
+    drops, official_drops = (
+        [(key, module.p, module.mode) for key, module in model.named_modules() if isinstance(module, StochasticDepth)]
+        for model in (pair.ours, pair.official)
+    )
+    assert drops == official_drops
+    assert drops[-1][1] == 0.3
+    x, results = images(32, n=8), []
+    for model in (pair.ours, pair.official, pair.ours):
+        # The third time in evaluation mode, as the reference that the draws differ from.
+        torch.manual_seed(1)
+        with torch.no_grad():
+            results.append(model.train(len(results) < 2)(x))
+    assert relative_error(results[0], results[1]) < 1e-5
+    without = create_model(name).eval()
+    without.load_state_dict(pair.ours.state_dict())
+    with torch.no_grad():
+        assert torch.equal(without(x), results[2])
+        torch.manual_seed(2)
+        assert relative_error(pair.ours.train()(x), results[0]) > 1e-3
