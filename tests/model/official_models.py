@@ -39,7 +39,9 @@ def official_norm(name: str) -> Any:
     return OFFICIAL_SUFFIXES[dash + suffix](OFFICIAL_NORMS[norm])
 
 
-def build_official(name: str, norm: str = "bnu-linear", b: float = 2, max_out: int | None = None, **options: Any) -> Any:
+def build_official(
+    name: str, norm: str = "bnu-linear", b: float = 2, max_out: int | None = None, **options: Any
+) -> Any:
     is_cifar = name in CIFAR_RESNETS
     if max_out is None:
         max_out = 2 if is_cifar else 1
@@ -70,4 +72,4 @@ def relative_error(ours: Tensor, official: Tensor) -> float:
     """Largest difference over the largest magnitude; of zeros the difference itself."""
     assert ours.shape == official.shape
     difference, scale = (ours - official).abs().max(), official.abs().max()
-    return float(difference / scale if scale > 0 else difference)
+    return (difference / scale if scale > 0 else difference).item()

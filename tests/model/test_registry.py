@@ -40,7 +40,9 @@ def test_defaults(name: str) -> None:
     assert (model.pool is None) == is_cifar
 
 
-@pytest.mark.parametrize("depth", [18, 34, 50, 101, 152])
+@pytest.mark.parametrize(
+    "depth", [18, 34, 50, pytest.param(101, marks=pytest.mark.slow), pytest.param(152, marks=pytest.mark.slow)]
+)
 def test_standard_resnets_are_those_of_torchvision(depth: int) -> None:
     torch.manual_seed(0)
     ours = create_model(f"standard_resnet{depth}", num_classes=7).state_dict()

@@ -138,6 +138,9 @@ class BcosResNet(BcosModel):
     Shape: ``(N, in_chans, H, W) -> (N, K)``.
     """
 
+    #: None in the three-stage networks: users of torchvision expect the attribute.
+    layer4: nn.Module | None
+
     def __init__(
         self,
         block: type[BasicBlock] | type[Bottleneck],
@@ -162,11 +165,7 @@ class BcosResNet(BcosModel):
         super().__init__()
         if num_classes < 1:
             raise ValueError(f"num_classes={num_classes}: at least 1")
-        if not 0 <= stochastic_depth_prob < 1:
-            raise ValueError(f"stochastic_depth_prob={stochastic_depth_prob}: at least 0 and less than 1")
-        dilate = [False] * (len(layers) - 1) if replace_stride_with_dilation is None else replace_stride_with_dilation
-        if len(dilate) != len(layers) - 1:
-            raise ValueError(f"replace_stride_with_dilation takes {len(layers) - 1} values, got {list(dilate)}")
+        steps = _strides_and_dilations(len(layers), replace_stride_with_dilation)
         norm_layer = make_norm(norm_layer) if isinstance(norm_layer, str) else norm_layer
         conv_layer = partial(BcosConv2d, b=b, max_out=max_out) if conv_layer is None else conv_layer
 
@@ -178,37 +177,16 @@ class BcosResNet(BcosModel):
             self.pool = nn.AvgPool2d(kernel_size=3, stride=2, padding=1)
         self.bn1 = norm_layer(inplanes)
 
-        # layer4 exists, empty, in the three-stage networks too, as users of torchvision expect the attribute.
-        self.layer4: nn.Module | None
+        make_block = partial(
+            _make_block, block, groups=groups, base_width=width_per_group, norm_layer=norm_layer, conv_layer=conv_layer
+        )
         drop_probs = _linear_drop_probs(stochastic_depth_prob, sum(layers))
-        channels, dilation = inplanes, 1
-        for stage, depth in enumerate(layers):
-            planes, stride, first_dilation = inplanes * 2**stage, 1 if stage == 0 else 2, dilation
-            if stage > 0 and dilate[stage - 1]:
-                dilation, stride = dilation * stride, 1
-            blocks = []
-            for i in range(depth):
-                downsample = None
-                if i == 0 and (stride != 1 or channels != planes * block.expansion):
-                    downsample = nn.Sequential(
-                        conv_layer(channels, planes * block.expansion, kernel_size=1, stride=stride),
-                        norm_layer(planes * block.expansion),
-                    )
-                blocks.append(
-                    block(
-                        channels,
-                        planes,
-                        stride if i == 0 else 1,
-                        downsample,
-                        groups,
-                        width_per_group,
-                        first_dilation if i == 0 else dilation,
-                        norm_layer,
-                        conv_layer,
-                        next(drop_probs),
-                    )
-                )
-                channels = planes * block.expansion
+        channels = inplanes
+        for stage, (depth, (stride, first_dilation, dilation)) in enumerate(zip(layers, steps, strict=True)):
+            planes = inplanes * 2**stage
+            blocks = [make_block(channels, planes, stride, first_dilation, next(drop_probs))]
+            channels = planes * block.expansion
+            blocks += [make_block(channels, planes, 1, dilation, next(drop_probs)) for _ in range(depth - 1)]
             setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))
         if len(layers) == 3:
             self.layer4 = None
@@ -258,7 +236,45 @@ class BcosResNet(BcosModel):
         return [module for name in names if (module := getattr(self, name)) is not None]
 
 
+def _strides_and_dilations(n_stages: int, replace: Sequence[bool] | None) -> list[tuple[int, int, int]]:
+    """For each stage the first block's stride and dilation, and the others' dilation."""
+    replace = [False] * (n_stages - 1) if replace is None else replace
+    if len(replace) != n_stages - 1:
+        raise ValueError(f"replace_stride_with_dilation takes {n_stages - 1} values, got {list(replace)}")
+    steps, dilation = [(1, 1, 1)], 1
+    for is_replaced in replace:
+        # The first block still sees its predecessor's resolution.
+        factor = 2 if is_replaced else 1
+        steps.append((2 // factor, dilation, dilation * factor))
+        dilation *= factor
+    return steps
+
+
+def _make_block(
+    block: type[BasicBlock] | type[Bottleneck],
+    inplanes: int,
+    planes: int,
+    stride: int,
+    dilation: int,
+    drop_prob: float,
+    *,
+    groups: int,
+    base_width: int,
+    norm_layer: Layer,
+    conv_layer: Layer,
+) -> ResidualBlock:
+    """A block with a projection beside its branch wherever the shapes of input and output differ."""
+    outplanes, downsample = planes * block.expansion, None
+    if stride != 1 or inplanes != outplanes:
+        projection = conv_layer(inplanes, outplanes, kernel_size=1, stride=stride)
+        downsample = nn.Sequential(projection, norm_layer(outplanes))
+    return block(inplanes, planes, stride, downsample, groups, base_width, dilation, norm_layer, conv_layer, drop_prob)
+
+
 def _linear_drop_probs(last: float, n: int) -> Iterator[float]:
+    """The drop probabilities of ``n`` blocks: a straight line, as in arXiv 1603.09382, but from 0 for the first."""
+    if not 0 <= last < 1:
+        raise ValueError(f"stochastic_depth_prob={last}: at least 0 and less than 1")
     return iter([last * i / max(n - 1, 1) for i in range(n)])
 
 
