@@ -266,6 +266,12 @@ class TestSweep:
         assert "RuntimeError: a fault" in err
         assert err.endswith("no such folder\n")
 
+    @pytest.mark.parametrize("code", [130, 143])
+    def test_stops_when_a_job_was_told_to(self, command: Command, code: int) -> None:
+        command.outcome = code
+        assert command("-m", "seed=1,2,3") == (code, "")
+        assert len(command.seen) == 1
+
 
 class TestFlags:
     def test_cfg_prints_the_config_even_if_wrong(self, command: Command) -> None:

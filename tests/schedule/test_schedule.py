@@ -16,11 +16,11 @@ from bcos_train.schedule import Schedule
 EPOCHS, STEPS_PER_EPOCH, LR = 12, 5, 0.3
 
 SCHEDULES: dict[str, tuple[Callable[..., Schedule], dict[str, Any]]] = {
-    "cosineannealinglr": (schedule.cosine, {"lr_min": 0.0}),
-    "cosineannealinglr lr_min": (schedule.cosine, {"lr_min": 0.01}),
-    "steplr": (schedule.step, {"step_size": 3, "gamma": 0.5}),
-    "steplr long": (schedule.step, {"step_size": 30, "gamma": 0.1}),
-    "exponentiallr": (schedule.exponential, {"gamma": 0.8}),
+    "cosineannealinglr": (schedule.Cosine, {"lr_min": 0.0}),
+    "cosineannealinglr lr_min": (schedule.Cosine, {"lr_min": 0.01}),
+    "steplr": (schedule.Step, {"step_size": 3, "gamma": 0.5}),
+    "steplr long": (schedule.Step, {"step_size": 30, "gamma": 0.1}),
+    "exponentiallr": (schedule.Exponential, {"gamma": 0.8}),
 }
 WARMUPS: dict[str, dict[str, Any]] = {
     "none": {},
@@ -85,10 +85,10 @@ def test_equals_the_official_schedule(name: str, interval: str, warmup: str, met
     [
         (
             LRSchedulerFactory("cosineannealinglr", epochs=90, warmup_method="linear", warmup_epochs=5),
-            schedule.cosine(epochs=90, warmup_epochs=5),
+            schedule.Cosine(epochs=90, warmup_epochs=5),
         ),
-        (LRSchedulerFactory("cosineannealinglr", epochs=100), schedule.cosine(epochs=100)),
-        (LRSchedulerFactory("steplr", step_size=30, gamma=0.1), schedule.step(epochs=90)),
+        (LRSchedulerFactory("cosineannealinglr", epochs=100), schedule.Cosine(epochs=100)),
+        (LRSchedulerFactory("steplr", step_size=30, gamma=0.1), schedule.Step(epochs=90)),
     ],
     ids=["bcos_final", "norm_ablations_final", "baseline"],
 )
@@ -98,8 +98,8 @@ def test_published_runs(factory: LRSchedulerFactory, ours: Schedule) -> None:
 
 def test_exponential_by_step_decays_as_much_as_by_epoch() -> None:
     """The official one multiplies by gamma at every step then, which is down to nothing within an epoch."""
-    by_step = schedule.exponential(epochs=4, gamma=0.5, interval="step")
-    by_epoch = schedule.exponential(epochs=4, gamma=0.5)
+    by_step = schedule.Exponential(epochs=4, gamma=0.5, interval="step")
+    by_epoch = schedule.Exponential(epochs=4, gamma=0.5)
     for epoch in range(4):
         assert by_step.lr(10 * epoch, 10, LR) == pytest.approx(by_epoch.lr(10 * epoch, 10, LR), rel=1e-12)
     ratios = [by_step.lr(n + 1, 10, LR) / by_step.lr(n, 10, LR) for n in range(39)]
@@ -108,61 +108,61 @@ def test_exponential_by_step_decays_as_much_as_by_epoch() -> None:
 
 @pytest.mark.parametrize("interval", ["epoch", "step"])
 def test_constant(interval: Any) -> None:
-    made = schedule.constant(epochs=6, interval=interval, warmup_epochs=2, warmup_decay=0.1)
+    made = schedule.Constant(epochs=6, interval=interval, warmup_epochs=2, warmup_decay=0.1)
     rates = our_rates(made, 5, LR)
     assert rates[0] == pytest.approx(0.1 * LR)
     assert rates[:10] == sorted(rates[:10])
     assert rates[10:] == [LR] * 20
-    assert our_rates(schedule.constant(epochs=3), 5, LR) == [LR] * 15
+    assert our_rates(schedule.Constant(epochs=3), 5, LR) == [LR] * 15
 
 
 def test_rates_by_hand() -> None:
-    cosine = schedule.cosine(epochs=6, warmup_epochs=2, warmup_decay=0.1, lr_min=0.2)
+    cosine = schedule.Cosine(epochs=6, warmup_epochs=2, warmup_decay=0.1, lr_min=0.2)
     expected = [0.1, 0.55, 1.0, *(0.2 + 0.4 * (1 + math.cos(math.pi * t / 4)) for t in (1, 2, 3))]
     assert our_rates(cosine, 1, 1.0) == pytest.approx(expected)
-    step = schedule.step(epochs=5, step_size=2, gamma=0.5)
+    step = schedule.Step(epochs=5, step_size=2, gamma=0.5)
     assert our_rates(step, 1, 8.0) == [8, 8, 4, 4, 2]
 
 
 def test_step_falls_at_the_epoch_whatever_the_number_of_steps() -> None:
     """Sums of fractions such as 1/7 must not put the fall one step late."""
     for steps_per_epoch in (3, 7, 49, 1563, 5005):
-        made = schedule.step(epochs=90, interval="step")
+        made = schedule.Step(epochs=90, interval="step")
         for epoch in (30, 60):
             first = epoch * steps_per_epoch
             assert made.lr(first - 1, steps_per_epoch, 1.0) > 5 * made.lr(first, steps_per_epoch, 1.0)
 
 
 def test_cosine_of_a_run_that_is_all_warmup() -> None:
-    made = schedule.cosine(epochs=3, warmup_epochs=3)
+    made = schedule.Cosine(epochs=3, warmup_epochs=3)
     assert our_rates(made, 2, LR) == sorted(our_rates(made, 2, LR))
     assert made.lr(6, 2, LR) == LR
 
 
 def test_after_the_end_the_cosine_stays_at_its_minimum() -> None:
-    made = schedule.cosine(epochs=3, lr_min=0.05)
+    made = schedule.Cosine(epochs=3, lr_min=0.05)
     assert [made.lr(step, 2, LR) for step in (6, 9, 40)] == [0.05] * 3
 
 
 @pytest.mark.parametrize(
     ("make", "options", "message"),
     [
-        (schedule.cosine, {"epochs": 0}, "schedule.epochs=0: at least 1"),
+        (schedule.Cosine, {"epochs": 0}, "schedule.epochs=0: at least 1"),
         (
-            schedule.step,
+            schedule.Step,
             {"epochs": 3, "warmup_epochs": 1, "warmup_steps": 1, "interval": "step"},
             "schedule.warmup_epochs or schedule.warmup_steps, not both",
         ),
-        (schedule.cosine, {"epochs": 3, "warmup_epochs": -1}, "schedule.warmup_epochs=-1: at least 0"),
+        (schedule.Cosine, {"epochs": 3, "warmup_epochs": -1}, "schedule.warmup_epochs=-1: at least 0"),
         (
-            schedule.cosine,
+            schedule.Cosine,
             {"epochs": 3, "warmup_steps": -1, "interval": "step"},
             "schedule.warmup_steps=-1: at least 0",
         ),
-        (schedule.cosine, {"epochs": 3, "warmup_steps": 10}, "schedule.warmup_steps needs schedule.interval=step"),
-        (schedule.exponential, {"epochs": 3, "warmup_decay": 0.0}, "schedule.warmup_decay=0.0: more than 0"),
-        (schedule.constant, {"epochs": 3, "warmup_decay": 1.5}, "schedule.warmup_decay=1.5: .*at most 1"),
-        (schedule.step, {"epochs": 3, "step_size": 0}, "schedule.step_size=0: at least 1"),
+        (schedule.Cosine, {"epochs": 3, "warmup_steps": 10}, "schedule.warmup_steps needs schedule.interval=step"),
+        (schedule.Exponential, {"epochs": 3, "warmup_decay": 0.0}, "schedule.warmup_decay=0.0: more than 0"),
+        (schedule.Constant, {"epochs": 3, "warmup_decay": 1.5}, "schedule.warmup_decay=1.5: .*at most 1"),
+        (schedule.Step, {"epochs": 3, "step_size": 0}, "schedule.step_size=0: at least 1"),
     ],
 )
 def test_errors(make: Callable[..., Schedule], options: dict[str, Any], message: str) -> None:

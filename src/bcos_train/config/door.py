@@ -33,6 +33,8 @@ Task = Callable[[dict[str, Any]], int | None]
 
 #: Exit codes: a mistake of the user's, and an interrupt as shells report it (128 + SIGINT).
 MISTAKE, INTERRUPTED = 2, 130
+#: Codes from here on are 128 + a signal's number.
+SIGNALLED = 128
 #: Of a larger sweep the other jobs are checked as they start; composing one takes 0.1 s.
 MAX_PREFLIGHT = 1000
 #: The variable by which Hydra's users ask for tracebacks.
@@ -41,6 +43,14 @@ FULL_ERROR = "HYDRA_FULL_ERROR"
 
 class JobFailed(Exception):
     """A job in another process ended with this exit code."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+class SweepStopped(BaseException):
+    """A job of a sweep was told to stop: the jobs after it are not to start. No ``Exception``: Hydra goes on at those."""
 
     def __init__(self, code: int) -> None:
         super().__init__(code)
@@ -107,8 +117,8 @@ def _enter(main: Task, config_name: str, root: Callable[..., Any], config_dir: P
         # Hydra then raises its errors instead of printing them and leaving with exit code 1.
         with _environment(FULL_ERROR, "1"):
             run()
-    except JobFailed as failed:
-        return failed.code
+    except (JobFailed, SweepStopped) as stopped:
+        return stopped.code
     except ValueError as error:  # flags that don't go together; nothing of ours ends here
         raise UserError(one_line(error)) from error
     finally:
@@ -206,6 +216,8 @@ def _make_task(
                 code = 1
         if code and os.getpid() != home:
             raise JobFailed(code)
+        if is_sweep and code >= SIGNALLED:
+            raise SweepStopped(code)
         outcome.code = max(outcome.code, code)
 
     return task

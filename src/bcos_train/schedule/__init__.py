@@ -6,38 +6,34 @@ configurations chain.
 """
 
 import math
-from collections.abc import Callable
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["Schedule", "constant", "cosine", "exponential", "step"]
-
-Interval = Literal["epoch", "step"]
-WarmupMethod = Literal["linear", "constant"]
+__all__ = ["Constant", "Cosine", "Exponential", "Schedule", "Step"]
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """Warm-up followed by a decay.
+@dataclass(frozen=True, kw_only=True)
+class Schedule(ABC):
+    """Warm-up followed by a decay, which the subclasses define.
 
     Args:
-        decay: ``(base_lr, t, total) -> lr``; t epochs since the end of the warm-up, of ``total`` after it.
         epochs: Length of the run.
         interval: ``"epoch"`` holds the rate through an epoch; ``"step"`` changes it at every optimizer step.
         warmup_epochs, warmup_steps: Length of the warm-up; at most one of them. Steps need ``interval="step"``.
         warmup_method: ``"linear"`` rises from ``warmup_decay`` to 1 times the base rate, ``"constant"`` holds
             ``warmup_decay`` until the end of the warm-up.
+        warmup_decay: Share of the base rate in (0, 1] with which the warm-up begins.
 
     Raises:
         ValueError: A length that is not positive, both lengths, or steps at epoch intervals.
     """
 
-    decay: Callable[[float, float, float], float]
     epochs: int
-    interval: Interval = "epoch"
+    interval: Literal["epoch", "step"] = "epoch"
     warmup_epochs: int | None = None
     warmup_steps: int | None = None
-    warmup_method: WarmupMethod = "linear"
+    warmup_method: Literal["linear", "constant"] = "linear"
     warmup_decay: float = 0.01
 
     def __post_init__(self) -> None:
@@ -52,6 +48,10 @@ class Schedule:
             raise ValueError("schedule.warmup_steps needs schedule.interval=step")
         if not 0 < self.warmup_decay <= 1:
             raise ValueError(f"schedule.warmup_decay={self.warmup_decay}: more than 0, at most 1")
+
+    @abstractmethod
+    def decay(self, base_lr: float, t: float, total: float) -> float:
+        """Learning rate ``t`` epochs after the end of the warm-up, of ``total`` epochs that follow it."""
 
     def lr(self, step: int, steps_per_epoch: int, base_lr: float) -> float:
         """Learning rate of optimizer step ``step`` (counted from 0)."""
@@ -69,78 +69,48 @@ class Schedule:
         return 0.0 if self.warmup_epochs is None else float(self.warmup_epochs)
 
 
-def cosine(
-    *,
-    epochs: int,
-    lr_min: float = 0.0,
-    interval: Interval = "epoch",
-    warmup_epochs: int | None = None,
-    warmup_steps: int | None = None,
-    warmup_method: WarmupMethod = "linear",
-    warmup_decay: float = 0.01,
-) -> Schedule:
+@dataclass(frozen=True, kw_only=True)
+class Cosine(Schedule):
     """Half a cosine from the base rate to ``lr_min`` over the epochs after the warm-up (arXiv 1608.03983, eq. 5)."""
 
-    def decay(base_lr: float, t: float, total: float) -> float:
+    lr_min: float = 0.0
+
+    def decay(self, base_lr: float, t: float, total: float) -> float:
         # A warm-up as long as the run leaves nothing to decay.
         share = min(t / total, 1.0) if total > 0 else 0.0
-        return lr_min + (base_lr - lr_min) * (1 + math.cos(math.pi * share)) / 2
-
-    return Schedule(decay, epochs, interval, warmup_epochs, warmup_steps, warmup_method, warmup_decay)
+        return self.lr_min + (base_lr - self.lr_min) * (1 + math.cos(math.pi * share)) / 2
 
 
-def step(
-    *,
-    epochs: int,
-    step_size: int = 30,
-    gamma: float = 0.1,
-    interval: Interval = "epoch",
-    warmup_epochs: int | None = None,
-    warmup_steps: int | None = None,
-    warmup_method: WarmupMethod = "linear",
-    warmup_decay: float = 0.01,
-) -> Schedule:
+@dataclass(frozen=True, kw_only=True)
+class Step(Schedule):
     """The rate is multiplied by ``gamma`` every ``step_size`` epochs."""
-    if step_size < 1:
-        raise ValueError(f"schedule.step_size={step_size}: at least 1 epoch")
 
-    def decay(base_lr: float, t: float, total: float) -> float:
+    step_size: int = 30
+    gamma: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.step_size < 1:
+            raise ValueError(f"schedule.step_size={self.step_size}: at least 1 epoch")
+
+    def decay(self, base_lr: float, t: float, total: float) -> float:
         # The small term: a whole number of epochs, reached by adding fractions, counts as reached.
-        return base_lr * gamma ** math.floor(t / step_size + 1e-9)
-
-    return Schedule(decay, epochs, interval, warmup_epochs, warmup_steps, warmup_method, warmup_decay)
+        return base_lr * self.gamma ** math.floor(t / self.step_size + 1e-9)
 
 
-def exponential(
-    *,
-    epochs: int,
-    gamma: float = 0.1,
-    interval: Interval = "epoch",
-    warmup_epochs: int | None = None,
-    warmup_steps: int | None = None,
-    warmup_method: WarmupMethod = "linear",
-    warmup_decay: float = 0.01,
-) -> Schedule:
+@dataclass(frozen=True, kw_only=True)
+class Exponential(Schedule):
     """The rate is multiplied by ``gamma`` each epoch; with ``interval="step"``, by its fitting root each step."""
 
-    def decay(base_lr: float, t: float, total: float) -> float:
-        return base_lr * gamma**t
+    gamma: float = 0.1
 
-    return Schedule(decay, epochs, interval, warmup_epochs, warmup_steps, warmup_method, warmup_decay)
+    def decay(self, base_lr: float, t: float, total: float) -> float:
+        return base_lr * self.gamma**t
 
 
-def constant(
-    *,
-    epochs: int,
-    interval: Interval = "epoch",
-    warmup_epochs: int | None = None,
-    warmup_steps: int | None = None,
-    warmup_method: WarmupMethod = "linear",
-    warmup_decay: float = 0.01,
-) -> Schedule:
+@dataclass(frozen=True, kw_only=True)
+class Constant(Schedule):
     """The base rate throughout, after the warm-up if there is one."""
 
-    def decay(base_lr: float, t: float, total: float) -> float:
+    def decay(self, base_lr: float, t: float, total: float) -> float:
         return base_lr
-
-    return Schedule(decay, epochs, interval, warmup_epochs, warmup_steps, warmup_method, warmup_decay)
