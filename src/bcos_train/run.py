@@ -1,7 +1,9 @@
 """The wiring: a checked config in, a run folder out. ``train`` and ``evaluate``, and nothing else."""
 
 import contextlib
+import errno
 import logging
+import signal
 import sys
 import tempfile
 import time
@@ -25,10 +27,10 @@ from bcos_train.dataset import BcosEncoding, ImageSource, Standardize
 from bcos_train.dataset.data_module import DataModule
 from bcos_train.nn import sync_batch_norm_
 from bcos_train.schedule import Schedule
-from bcos_train.training import launch
+from bcos_train.training import launch, loggers
 from bcos_train.training.build import build_trainer, print_banner
 from bcos_train.training.checkpoint import load
-from bcos_train.training.checkpointer import Checkpointer, Checkpointing, find_checkpoint
+from bcos_train.training.checkpointer import Checkpointer, Checkpointing, UnknownMonitor, find_checkpoint
 from bcos_train.training.ema import Ema, EmaCallback, ema_decay
 from bcos_train.training.explanation_logging import ExplanationCallback, ExplanationLogging
 from bcos_train.training.finish import finish, report_evaluation
@@ -94,12 +96,14 @@ def train(config: Mapping[str, Any]) -> int:
     world = launch.launched_world_size()
     if world is None and options.num_nodes > 1:
         raise UserError(f"trainer.num_nodes={options.num_nodes} needs a launcher: srun, torchrun or submitit")
-    if world is None and options.world_size > 1:
-        return _restart(config, options.processes_per_node)
-    if world is not None and world != options.world_size:
+    if world not in (None, options.world_size):
         raise UserError(
             f"the launcher started {world} processes, but trainer.devices x trainer.num_nodes is {options.world_size}"
         )
+    with blame(""):
+        split_batch(config["batch_size"], options.world_size, options.max_batch_per_device)
+    if world is None and options.world_size > 1:
+        return _restart(config, options.processes_per_node)
     parts = TrainConfig(**instantiate(config))
     stop = StopFlag()
     with stop.watching():
@@ -107,8 +111,20 @@ def train(config: Mapping[str, Any]) -> int:
             return launch.exit_with(_train(parts, config, stop))
         except Interrupted as interrupted:
             return launch.exit_with(interrupted.exit_code)
+        except (KeyboardInterrupt, SystemExit):
+            if not stop.at_once:  # what Lightning makes of a KeyboardInterrupt is SystemExit(1)
+                raise
+            return launch.exit_with(128 + signal.SIGINT)
+        except UnknownMonitor as error:
+            raise UserError(str(error)) from error
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            text = "make room and give the same command again; the checkpoints are as they were"
+            raise UserError(f"{error}: {text}") from error
         except NonFiniteLoss as error:
-            Console(stderr=True).print(f"stopped: {error}", style="red", highlight=False, markup=False)
+            console = Console(stderr=True, soft_wrap=True)
+            console.print(f"stopped: {error}", style="red", highlight=False, markup=False)
             return launch.exit_with(DIVERGED)
 
 
@@ -122,9 +138,9 @@ def _restart(config: Mapping[str, Any], processes: int) -> int:
 
 def _train(parts: TrainConfig, config: Mapping[str, Any], stop: StopFlag) -> int:
     console = Console(quiet=launch.rank() > 0)
+    split = split_batch(parts.batch_size, parts.trainer.world_size, parts.trainer.max_batch_per_device)
     with blame(""):
-        split = split_batch(parts.batch_size, parts.trainer.world_size, parts.trainer.max_batch_per_device)
-    trainer = build_trainer(parts.trainer, split.accumulate)
+        trainer = build_trainer(parts.trainer, split.accumulate)
     trainer.strategy.setup_environment()
     data = _load_data(parts, split, trainer)
     model = _build_model(parts, data)
@@ -141,14 +157,18 @@ def _train(parts: TrainConfig, config: Mapping[str, Any], stop: StopFlag) -> int
             with blame(""):
                 stack.enter_context(locked(folder.path))
             save(config, folder.path / CONFIG)
-        module = _build_module(parts, model, data)
+        module = _build_module(parts, model, data, data.steps_per_epoch)
         csv_logger = CsvLogger(folder.path)
-        trainer.loggers = [csv_logger, *_extra_loggers(parts, folder)]
+        extra_loggers = _extra_loggers(parts, folder) if trainer.is_global_zero else []
+        stack.callback(loggers.close, extra_loggers)
+        with blame(""):
+            loggers.start(extra_loggers, config)
+        trainer.loggers = [csv_logger, *extra_loggers]
         trainer.callbacks += _build_callbacks(parts, data, folder, console, stop)  # type: ignore[attr-defined]
         print_banner(console, parts, config["model"]["name"], model, data, split, folder)
         checkpoint = None if folder.resume_from is None else load(folder.resume_from)
-        if checkpoint is not None:
-            csv_logger.forget_after(checkpoint["global_step"])
+        # Rows of steps that will be taken again, all of them if there is no checkpoint.
+        csv_logger.forget_after(-1 if checkpoint is None else checkpoint["global_step"])
         started = time.monotonic()
         trainer.fit(module, datamodule=data, ckpt_path=folder.resume_from)
         if trainer.is_global_zero:
@@ -190,21 +210,27 @@ def evaluate(config: Mapping[str, Any], given: Sequence[str] = ()) -> int:
     if folder is None and config["weights"] is None:
         raise UserError("nothing to evaluate: give run=<run folder>, or model=… dataset=… weights=<path>")
     if folder is not None:
+        if config["weights"] is not None:
+            raise UserError("give run=<run folder> or weights=<path>, not both")
         own = {key: config[key] for key in ("run", "checkpoint", "weights", "use_ema", "output")}
-        config = overlay(load_config(folder / CONFIG), config, given) | own
+        # A recipe or a launcher is no key of the config.
+        keys = [key for key in given if key.partition(".")[0] in config]
+        config = overlay(load_config(folder / CONFIG), config, keys) | own
     parts = EvaluateConfig(**instantiate(config))
     if launch.launched_world_size() is None:
         parts = replace(parts, trainer=replace(parts.trainer, devices=1, num_nodes=1))
     with blame(""):
         path = Path(config["weights"]) if folder is None else find_checkpoint(folder / CHECKPOINTS, parts.checkpoint)
         state, is_ema = read_weights(path, parts.use_ema)
-    trainer = build_trainer(parts.trainer)
+        trainer = build_trainer(parts.trainer)
+        split = split_batch(parts.batch_size, parts.trainer.world_size, None)
     trainer.strategy.setup_environment()
-    data = _load_data(parts, split_batch(parts.batch_size, parts.trainer.world_size, None), trainer, stage="validate")
+    data = _load_data(parts, split, trainer, stage="validate")
     model = _build_model(parts, data)
     with blame(""):
         load_weights(model, state, str(path))
-    module = _build_module(parts, model, data)
+    # The training part may be missing.
+    module = _build_module(parts, model, data, steps_per_epoch=1)
     started = time.monotonic()
     trainer.validate(module, datamodule=data, verbose=False)
     if trainer.is_global_zero:
@@ -251,7 +277,7 @@ def _build_model(parts: TrainConfig, data: DataModule) -> nn.Module:
     return model
 
 
-def _build_module(parts: TrainConfig, model: nn.Module, data: DataModule) -> Classifier:
+def _build_module(parts: TrainConfig, model: nn.Module, data: DataModule, steps_per_epoch: int) -> Classifier:
     augmentation, options = parts.augmentation, parts.trainer
     mix = None
     if augmentation.mixup_alpha or augmentation.cutmix_alpha:
@@ -262,7 +288,7 @@ def _build_module(parts: TrainConfig, model: nn.Module, data: DataModule) -> Cla
         eval_loss=parts.eval_loss,
         optimizer=parts.optimizer,
         schedule=parts.schedule,
-        steps_per_epoch=data.steps_per_epoch,
+        steps_per_epoch=steps_per_epoch,
         encoding=parts.encoding,
         mix=mix,
         gradient_clip_val=options.gradient_clip_val,
@@ -274,7 +300,10 @@ def _build_module(parts: TrainConfig, model: nn.Module, data: DataModule) -> Cla
 
 
 def _extra_loggers(parts: TrainConfig, folder: RunFolder) -> list[Logger]:
-    return [make(folder=folder.path, run_id=folder.name) for make in (parts.logger or {}).values()]
+    try:
+        return [make(folder=folder.path, run_id=folder.name) for make in (parts.logger or {}).values()]
+    except ModuleNotFoundError as error:
+        raise UserError(f"logger: {' '.join(str(error).split())}") from error
 
 
 def _build_callbacks(
@@ -295,8 +324,10 @@ def _build_callbacks(
 
 def _quieten() -> None:
     """Silence what Lightning says that the banner says better, or that doesn't apply here."""
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    for package in ("pytorch_lightning", "lightning_fabric", "lightning.fabric"):
+        logging.getLogger(package).setLevel(logging.ERROR)
     for message in (
+        ".*sync_dist=True.*",  # what is logged on rank 0 alone has been summed over the processes before
         ".*does not have many workers.*",
         ".*smaller than the logging interval.*",
         ".*LeafSpec.*",

@@ -32,7 +32,7 @@ __all__ = ["door", "given_keys"]
 Task = Callable[[dict[str, Any]], int | None]
 
 #: Exit codes: a mistake of the user's, and an interrupt as shells report it (128 + SIGINT).
-MISTAKE, INTERRUPTED = 2, 130
+MISTAKE, INTERRUPTED, PIPE_CLOSED = 2, 130, 141
 #: Codes from here on are 128 + a signal's number.
 SIGNALLED = 128
 #: Of a larger sweep the other jobs are checked as they start; composing one takes 0.1 s.
@@ -50,7 +50,7 @@ class JobFailed(Exception):
 
 
 class SweepStopped(BaseException):
-    """A job of a sweep was told to stop: the jobs after it are not to start. No ``Exception``: Hydra goes on at those."""
+    """A job of a sweep was told to stop: the jobs after it are not to start. Hydra goes on at an ``Exception``."""
 
     def __init__(self, code: int) -> None:
         super().__init__(code)
@@ -84,6 +84,9 @@ def door(
                 code = _enter(main, config_name, root, folder, script_dir)
             except KeyboardInterrupt:
                 code = INTERRUPTED
+            except BrokenPipeError:  # `--help | head`
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                code = PIPE_CLOSED
             except (UserError, HydraException, OmegaConfBaseException) as error:
                 _report(error)
                 code = MISTAKE

@@ -1,13 +1,17 @@
 """Lightning's trainer as this project uses it, and the words with which a run begins."""
 
+import inspect
 import os
+import warnings
 from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.strategies import DDPStrategy, Strategy
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from bcos_train.dataset.data_module import DataModule
 from bcos_train.nn import RunningNorm2d
@@ -15,25 +19,52 @@ from bcos_train.training.checkpoint import VerifiedCheckpointIO
 from bcos_train.training.options import BatchSplit, TrainerOptions
 from bcos_train.training.run_folder import RunFolder
 
+#: torch 2.15 renamed DDP's switch for broadcasting buffers at each forward pass.
+_BUFFERS = next(
+    key
+    for key in ("forward_sync_buffers", "broadcast_buffers")
+    if key in inspect.signature(DistributedDataParallel).parameters
+)
 _PRECISION: dict[Any, Any] = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 
 
 def build_trainer(options: TrainerOptions, accumulate: int = 1) -> pl.Trainer:
-    """A trainer whose data order, checkpoints and signals are ours, still without loggers and callbacks."""
+    """A trainer whose data order, checkpoints and signals are ours, still without loggers and callbacks.
+
+    Raises:
+        ValueError: The machine has no such accelerator, or it can't compute with that precision.
+    """
     strategy: str | Strategy = "auto"
     if options.world_size > 1:
         # Buffers are broadcast before a validation instead (see training.distributed.broadcast_buffers).
-        strategy = DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
+        buffers: dict[str, Any] = {_BUFFERS: False}
+        strategy = DDPStrategy(gradient_as_bucket_view=True, **buffers)
     plugins: list[Any] = [VerifiedCheckpointIO()]
     if "SLURM_PROCID" in os.environ and options.world_size > 1 and "RANK" not in os.environ:
         # Requeueing saves within the signal handler, at whatever line that interrupts.
         plugins.append(SLURMEnvironment(auto_requeue=False))
+    precision = _PRECISION[str(options.precision)]
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*AMP with fp16 is not supported.*")
+            trainer = _make_trainer(options, accumulate, strategy, precision, plugins)
+    except (MisconfigurationException, ModuleNotFoundError) as error:
+        raise ValueError(f"trainer.accelerator={options.accelerator}: {error}") from error
+    if trainer.precision != precision:
+        # Lightning takes another one with no more than a warning.
+        raise ValueError(f"trainer.precision={options.precision} needs a GPU: take bf16 or 32")
+    return trainer
+
+
+def _make_trainer(
+    options: TrainerOptions, accumulate: int, strategy: str | Strategy, precision: Any, plugins: list[Any]
+) -> pl.Trainer:
     return pl.Trainer(
         accelerator=options.accelerator,
         devices=options.processes_per_node,
         num_nodes=options.num_nodes,
         strategy=strategy,
-        precision=_PRECISION[str(options.precision)],
+        precision=precision,
         max_epochs=options.max_epochs,
         accumulate_grad_batches=accumulate,
         check_val_every_n_epoch=options.val_every_n_epochs,

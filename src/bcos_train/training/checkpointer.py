@@ -1,6 +1,8 @@
 """When to save, what to keep, and leaving when asked to."""
 
+import glob
 import json
+import math
 import os
 import time
 from dataclasses import dataclass
@@ -10,9 +12,11 @@ from typing import Any, Literal
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Checkpoint
 
+from bcos_train.suggest import join_words, suggest
 from bcos_train.training import checkpoint as files
 from bcos_train.training.distributed import largest
 from bcos_train.training.interrupt import Interrupted, StopFlag
+from bcos_train.training.module import Classifier
 
 BEST = "best.json"
 
@@ -50,6 +54,10 @@ class Checkpointing:
             raise ValueError(f"checkpointing.every_n_minutes={self.every_n_minutes}: more than 0, or null")
 
 
+class UnknownMonitor(ValueError):
+    """``checkpointing.monitor`` is nothing that this run logs."""
+
+
 class Checkpointer(Checkpoint):
     """Writes ``last.ckpt`` and the best ones into ``folder`` at the ends of optimizer steps and of epochs.
 
@@ -60,6 +68,7 @@ class Checkpointer(Checkpoint):
         self.folder, self.options, self.stop = folder, options, stop
         #: The best so far, best first: file name, score, epoch.
         self.best: list[dict[str, Any]] = []
+        self._has_scored = False
         self._saved_at_time = time.monotonic()
 
     @property
@@ -69,36 +78,53 @@ class Checkpointer(Checkpoint):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.stop.install()
         self._saved_at_time = time.monotonic()
+        if trainer.is_global_zero and trainer.ckpt_path is not None:
+            assert isinstance(pl_module, Classifier)
+            self._restore_best(Path(trainer.ckpt_path), trainer.global_step, pl_module.steps_per_epoch)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         n = batch_idx + 1
-        if n == trainer.num_training_batches or n % trainer.accumulate_grad_batches:
-            return
-        minutes, steps = self.options.every_n_minutes, self.options.every_n_steps
-        due = minutes is not None and time.monotonic() - self._saved_at_time >= 60 * minutes
-        due |= steps is not None and trainer.global_step % steps == 0
-        self._save_if(trainer, due)
+        if n < trainer.num_training_batches and n % trainer.accumulate_grad_batches == 0:
+            self._save_if(trainer, pl_module, self._is_due(trainer))
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, Classifier)
         done = trainer.current_epoch + 1
-        score = self._score(trainer)
-        ranked = score is not None and self._ranks(score)
-        due = ranked or done % self.options.every_n_epochs == 0 or done == trainer.max_epochs
+        is_end = done == trainer.max_epochs
+        score = pl_module.epoch_metrics.get(self.options.monitor or "")
+        self._has_scored |= score is not None
         name = None
-        if ranked:
-            name = f"epoch={done:04d}-{(self.options.monitor or '').replace('/', '_')}={score:.4f}{files.SUFFIX}"
+        if score is not None and self._ranks(score):
+            # No "=" in it: the path can be given as it is, checkpoint=<path>.
+            name = f"epoch-{done:04d}-{self._monitor_in_names}-{score:.4f}{files.SUFFIX}"
             self.best.append({"file": name, "score": score, "epoch": done})
             self.best.sort(key=lambda entry: entry["score"], reverse=self.options.mode == "max")
+        due = name is not None or done % self.options.every_n_epochs == 0 or is_end or self._is_due(trainer)
+        complaint = self._unknown_monitor(trainer, pl_module.epoch_metrics) if not self._has_scored else None
+        is_unknown = largest(int(complaint is not None), trainer.strategy.root_device)
         # Once all epochs are done there is nothing left to stop.
-        self._save_if(trainer, due, name, is_end=done == trainer.max_epochs)
+        self._save_if(trainer, pl_module, due or bool(is_unknown), name, is_end=is_end)
+        if is_unknown:
+            raise UnknownMonitor(complaint)
 
-    def _save_if(self, trainer: pl.Trainer, due: bool, best: str | None = None, is_end: bool = False) -> None:
+    def _is_due(self, trainer: pl.Trainer) -> bool:
+        """By time or by count."""
+        minutes, steps = self.options.every_n_minutes, self.options.every_n_steps
+        if steps is not None and trainer.global_step % steps == 0:
+            return True
+        return minutes is not None and time.monotonic() - self._saved_at_time >= 60 * minutes
+
+    def _save_if(
+        self, trainer: pl.Trainer, module: pl.LightningModule, due: bool, best: str | None = None, is_end: bool = False
+    ) -> None:
         # Clocks and signals differ between processes; all must save, or leave, at the same step.
         signum = largest(0 if is_end else self.stop.signum or 0, trainer.strategy.root_device)
         if not (signum or largest(int(due), trainer.strategy.root_device)):
             return
+        assert isinstance(module, Classifier)
+        module.stop_if_not_finite_weights()
         dropped = self.best[self.options.keep_best :]
         self.best = self.best[: self.options.keep_best]
         trainer.save_checkpoint(self.last)
@@ -112,32 +138,66 @@ class Checkpointer(Checkpoint):
         if signum:
             raise Interrupted(signum)
 
-    def _score(self, trainer: pl.Trainer) -> float | None:
-        if self.options.monitor is None or self.options.keep_best == 0:
+    def _unknown_monitor(self, trainer: pl.Trainer, logged: dict[str, float]) -> str | None:
+        """What is wrong with ``monitor``, once an epoch with a validation hasn't logged it."""
+        monitor = self.options.monitor
+        groups = {key.partition("/")[0] for key in logged}
+        if monitor is None or self.options.keep_best == 0 or not trainer.is_global_zero or "val" not in groups:
             return None
-        metrics = trainer.callback_metrics
-        if self.options.monitor not in metrics:
-            raise ValueError(
-                f"checkpointing.monitor={self.options.monitor} is not logged; logged are: {', '.join(sorted(metrics))}"
-            )
-        return float(metrics[self.options.monitor])
+        # Explanation metrics may be rarer than validations; the last epoch has both.
+        is_rare = monitor.startswith("explanation/") and "explanation" not in groups
+        if is_rare and trainer.current_epoch + 1 < (trainer.max_epochs or 0):
+            return None
+        return (
+            f"checkpointing.monitor={monitor}: nothing of that name is logged{suggest(monitor, logged)} "
+            f"(logged are {join_words(sorted(logged), 'and')})"
+        )
 
     def _ranks(self, score: float) -> bool:
+        if self.options.keep_best == 0 or not math.isfinite(score):
+            return False
         if len(self.best) < self.options.keep_best:
             return True
         worst = self.best[-1]["score"]
         return score > worst if self.options.mode == "max" else score < worst
 
+    def _restore_best(self, source: Path, steps: int, steps_per_epoch: int) -> None:
+        """Make the list and the files agree again with the state of ``source``, from which training goes on.
+
+        They differ if the process was killed between the two, or if ``source`` is older than the newest checkpoint.
+        """
+        if self.best:
+            pattern = f"epoch-*-{glob.escape(self._monitor_in_names)}-*{files.SUFFIX}"
+            for path in {*self.folder.glob(pattern)} - {self.folder / entry["file"] for entry in self.best}:
+                files.delete(path)
+        for entry in list(self.best):
+            path = self.folder / entry["file"]
+            if path.exists():
+                continue
+            if entry["epoch"] * steps_per_epoch == steps:
+                files.copy(source, path)
+            else:
+                self.best.remove(entry)
+        self._write_best()
+
+    @property
+    def _monitor_in_names(self) -> str:
+        return (self.options.monitor or "").replace("/", "_")
+
     def _write_best(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
         temporary = self.folder / f".{BEST}.tmp"
         temporary.write_text(json.dumps(self.best, indent=1))
         os.replace(temporary, self.folder / BEST)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best}
+        return {"monitor": self.options.monitor, "mode": self.options.mode, "best": self.best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best = list(state_dict["best"])
+        # Scores of another metric can't be compared with this one's; those files are left where they are.
+        if (state_dict["monitor"], state_dict["mode"]) == (self.options.monitor, self.options.mode):
+            self.best = list(state_dict["best"])
+            self._has_scored = bool(self.best)
 
 
 def find_checkpoint(folder: Path, which: str) -> Path:
@@ -148,13 +208,17 @@ def find_checkpoint(folder: Path, which: str) -> Path:
     """
     if which == "last":
         path, complaints = files.newest_valid(folder)
-        if path is None:
-            raise ValueError("; ".join(complaints) or f"no checkpoint in {folder}")
+        if complaints or path is None:
+            other = f"; the newest one that isn't: checkpoint={path}" if path else ""
+            raise ValueError("; ".join(complaints) + other or f"no checkpoint in {folder}")
         return path
     if which == "best":
         if not (folder / BEST).exists() or not (best := json.loads((folder / BEST).read_text())):
             raise ValueError(f"no best checkpoint in {folder}: take checkpoint=last")
-        return folder / best[0]["file"]
+        path = folder / best[0]["file"]
+        if not path.is_file():
+            raise ValueError(f"the best checkpoint, {path.name}, is missing in {folder}: take checkpoint=last")
+        return path
     if not Path(which).is_file():
         raise ValueError(f"checkpoint={which}: no such file; give best, last or a path")
     return Path(which)

@@ -50,7 +50,8 @@ class EmaCallback(pl.Callback):
     Args:
         decay: Per update.
         every_n_steps: Optimizer steps between updates.
-        warmup_steps: Up to this step each update is a copy: the average begins where the learning rate's warm-up ends.
+        warmup_steps: Up to the first update at or after this step each one is a copy: the average begins where the
+            learning rate's warm-up ends.
     """
 
     def __init__(self, decay: float, every_n_steps: int, warmup_steps: int) -> None:
@@ -79,13 +80,13 @@ class EmaCallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        # Under accumulation several batches end at the same optimizer step.
-        if step == self._updated_at or step % self.every_n_steps:
+        # Under accumulation several batches end at the same optimizer step, the first ones of all at step 0.
+        if step in (0, self._updated_at) or step % self.every_n_steps:
             return
         assert self.ema is not None
         assert isinstance(pl_module, Classifier)
         self._updated_at = step
-        if step <= self.warmup_steps:
+        if step - self.every_n_steps < self.warmup_steps:
             self.ema.set(pl_module.model)
         else:
             self.ema.update(pl_module.model)

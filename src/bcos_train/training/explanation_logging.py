@@ -103,7 +103,8 @@ class ExplanationCallback(pl.Callback):
         epoch = trainer.current_epoch + 1
         is_due = epoch % self.options.every_n_epochs == 0 or epoch == trainer.max_epochs
         assert isinstance(pl_module, Classifier)
-        if not is_due or not isinstance(pl_module.model, BcosModel):
+        is_on = self.options.gallery_images or self.options.metric_images
+        if not is_on or not is_due or not isinstance(pl_module.model, BcosModel):
             return
         with evaluating(pl_module.model):
             self._log(trainer, pl_module, epoch)

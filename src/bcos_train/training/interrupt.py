@@ -5,12 +5,14 @@ checkpoints saved there hold states that never were.
 """
 
 import contextlib
+import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
+
+from bcos_train.training.launch import rank
 
 #: Ctrl-C, the schedulers' polite stop, and what Slurm is usually told to send before the time limit.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -30,6 +32,8 @@ class StopFlag:
 
     def __init__(self) -> None:
         self.signum: int | None = None
+        #: Ctrl-C after a first signal
+        self.at_once = False
 
     def install(self) -> None:
         """Take over the handlers. Called again once Lightning has put its own in their place."""
@@ -39,10 +43,15 @@ class StopFlag:
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if self.signum is not None and signum == signal.SIGINT:
-            raise KeyboardInterrupt  # asked twice: now
+            self.at_once = True
+            raise KeyboardInterrupt
         self.signum = signum
-        name = signal.Signals(signum).name
-        sys.stderr.write(f"\n{name}: saving after this batch, then leaving (Ctrl-C again leaves at once)\n")
+        if rank() == 0:
+            name = signal.Signals(signum).name
+            text = f"\n{name}: saving after this batch, then leaving (Ctrl-C again leaves at once)\n"
+            # Not through sys.stderr, which may be in the middle of a write, or closed with its terminal.
+            with contextlib.suppress(OSError):
+                os.write(2, text.encode())
 
     @contextlib.contextmanager
     def watching(self) -> Iterator["StopFlag"]:

@@ -19,6 +19,8 @@ METRICS = "metrics.csv"
 
 def log_now(module: pl.LightningModule, metrics: Mapping[str, float]) -> None:
     """Write ``metrics`` to all loggers under the number of optimizer steps taken, and show them to callbacks."""
+    if isinstance(epoch_metrics := getattr(module, "epoch_metrics", None), dict):
+        epoch_metrics.update(metrics)
     module.log_dict(dict(metrics), logger=False, rank_zero_only=True)
     row = {**metrics, "epoch": module.current_epoch}
     for logger in module.trainer.loggers:
@@ -28,7 +30,8 @@ def log_now(module: pl.LightningModule, metrics: Mapping[str, float]) -> None:
 class CsvLogger(Logger):
     """``metrics.csv`` in the run folder: a row for each step at which something was logged.
 
-    Rows are appended as they come; the file is written anew only when a metric appears for the first time.
+    Rows are appended as they come; the file is written anew only when a metric appears for the first time, or belongs
+    to the row before. What has been logged is on the disk, so a checkpoint never knows of steps that the file doesn't.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -37,6 +40,7 @@ class CsvLogger(Logger):
         self._columns: list[str] = []
         self._rows: list[dict[str, Any]] = []
         if self.path.exists():
+            self._drop_half_a_line()
             self._rows = read_metrics(self.path)
             self._columns = list(dict.fromkeys(key for row in self._rows for key in row))
 
@@ -70,7 +74,9 @@ class CsvLogger(Logger):
         else:
             self._rows.append(row)
             with self.path.open("a", newline="") as file:
-                csv.DictWriter(file, self._columns).writerow(row)
+                csv.DictWriter(file, self._columns, lineterminator="\n").writerow(row)
+                file.flush()
+                os.fsync(file.fileno())
 
     @rank_zero_only
     def forget_after(self, step: int) -> None:
@@ -84,10 +90,18 @@ class CsvLogger(Logger):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_suffix(".csv.tmp")
         with temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self._columns)
+            writer = csv.DictWriter(file, self._columns, lineterminator="\n")
             writer.writeheader()
             writer.writerows(self._rows)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, self.path)
+
+    def _drop_half_a_line(self) -> None:
+        """A line without its end was being written when the machine died."""
+        content = self.path.read_bytes()
+        if not content.endswith(b"\n"):
+            os.truncate(self.path, content.rfind(b"\n") + 1)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

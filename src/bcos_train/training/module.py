@@ -1,5 +1,6 @@
 """The LightningModule: one training or validation step of any classifier."""
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -15,7 +16,7 @@ from bcos_train.dataset.encoding import BcosEncoding, Standardize, to_float
 from bcos_train.dataset.randomness import step_seed
 from bcos_train.optimizer import adaptive_clip_grad_
 from bcos_train.schedule import Schedule
-from bcos_train.training.distributed import broadcast_buffers, is_distributed
+from bcos_train.training.distributed import broadcast_buffers, is_distributed, largest
 from bcos_train.training.logging import log_now
 from bcos_train.training.score import ClassificationScore
 
@@ -24,7 +25,10 @@ Batch = tuple[Tensor, Tensor, Tensor]
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss is NaN or infinite; raised on all processes together, before the optimizer steps."""
+    """The loss, or a weight about to be saved, is NaN or infinite; raised on all processes together.
+
+    A loss is seen before the optimizer steps.
+    """
 
 
 class Classifier(pl.LightningModule):
@@ -74,6 +78,8 @@ class Classifier(pl.LightningModule):
         self.last_loss = float("nan")
         #: ``loss``, ``acc1``, ``acc5`` and ``count`` of the latest validation
         self.val_result: dict[str, float] = {}
+        #: what has been logged since the beginning of this epoch, the latest of each
+        self.epoch_metrics: dict[str, float] = {}
 
     def forward(self, images: Tensor) -> Tensor:
         """uint8 RGB ``(N, 3, H, W)`` -> logits ``(N, K)``."""
@@ -87,6 +93,9 @@ class Classifier(pl.LightningModule):
         return self.encoding.encode(floats).contiguous(memory_format=self.memory_format)
 
     # ---- training
+
+    def on_train_epoch_start(self) -> None:
+        self.epoch_metrics.clear()
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         step = self.current_epoch * int(self.trainer.num_training_batches) + batch_idx
@@ -105,18 +114,31 @@ class Classifier(pl.LightningModule):
 
     def _stop_if_not_finite(self, loss: Tensor, logits: Tensor, indices: Tensor, batch_idx: int) -> None:
         # One number a step is read back from the device: cheaper than a run of NaN weights.
-        worst = loss.detach()
-        if dist.is_available() and dist.is_initialized():
+        mean = loss.detach()
+        if is_distributed():
             # A loss here may be fine and another process's not: all must stop, or the others wait for ever.
-            worst = torch.where(worst.isfinite(), worst, torch.inf)
-            dist.all_reduce(worst, dist.ReduceOp.MAX)
-        self.last_loss = worst.item()
-        if not torch.isfinite(torch.tensor(self.last_loss)):
+            mean = torch.where(mean.isfinite(), mean, torch.inf) / dist.get_world_size()
+            dist.all_reduce(mean)
+        self.last_loss = mean.item()
+        if not math.isfinite(self.last_loss):
             rows = ~logits.detach().isfinite().all(1)
             culprits = indices[rows] if rows.any() else indices
             raise NonFiniteLoss(
-                f"the loss is not finite ({float(loss)}) in epoch {self.current_epoch}, batch {batch_idx}, after "
+                f"the loss is not finite ({loss.item()}) in epoch {self.current_epoch + 1} of "
+                f"{self.trainer.max_epochs}, batch {batch_idx + 1} of {self.trainer.num_training_batches}, after "
                 f"{self.global_step} optimizer steps; samples {culprits.tolist()[:16]}. The step was not taken; "
+                "try a lower optimizer.lr, a longer warm-up, gradient clipping or trainer.precision=32."
+            )
+
+    def stop_if_not_finite_weights(self) -> None:
+        """Keep weights that no run can go on from out of a checkpoint: a finite loss can have infinite gradients."""
+        state = self.model.state_dict()
+        broken = [key for key, value in state.items() if not bool(value.isfinite().all())]
+        # Statistics differ between processes.
+        if largest(len(broken), self.device):
+            named = ", ".join(broken[:3]) or "those of another process"
+            raise NonFiniteLoss(
+                f"weights are not finite ({named}) after {self.global_step} optimizer steps. They were not saved; "
                 "try a lower optimizer.lr, a longer warm-up, gradient clipping or trainer.precision=32."
             )
 

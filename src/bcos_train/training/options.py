@@ -15,7 +15,7 @@ class TrainerOptions:
 
     Args:
         max_epochs: Passes over the training set.
-        accelerator: Lightning's: ``"auto"``, ``"cpu"``, ``"gpu"``, …
+        accelerator: ``"auto"`` takes a GPU if there is one.
         devices: Processes on each node, one a device; ``"auto"``: all GPUs, or one process on the CPU.
         num_nodes: Machines; more than one needs a launcher (torchrun, srun, submitit).
         precision: 32, or mixed precision with ``"bf16"`` or 16.
@@ -34,7 +34,7 @@ class TrainerOptions:
     """
 
     max_epochs: int
-    accelerator: str = "auto"
+    accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = "auto"
     devices: int | Literal["auto"] = "auto"
     num_nodes: int = 1
     precision: Precision = 32

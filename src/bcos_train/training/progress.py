@@ -6,6 +6,7 @@ from typing import Any
 import pytorch_lightning as pl
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from torch.optim import Optimizer
 
 from bcos_train.training.logging import log_now
 from bcos_train.training.module import Batch, Classifier
@@ -14,12 +15,16 @@ from bcos_train.training.module import Batch, Classifier
 class TrainingLog(pl.Callback):
     """Loss, learning rate, gradient norm and throughput every ``log_every_n_steps`` optimizer steps; loss and
     accuracy of each epoch.
+
+    ``train/loss_step``, ``lr`` and ``gradient_norm`` (before clipping) in the row of step n are those of the n-th
+    optimizer step, counted from 1; its rate is the schedule's at n - 1.
     """
 
     def __init__(self) -> None:
         self._images = 0
-        self._seconds = 0.0
         self._started = 0.0
+        self._losses: list[float] = []
+        self._lr = float("nan")
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
@@ -27,18 +32,27 @@ class TrainingLog(pl.Callback):
         if self._images == 0:
             self._started = time.perf_counter()
 
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        self._lr = float(optimizer.param_groups[0]["lr"])  # at the end of the batch it is the next step's
+
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         assert isinstance(pl_module, Classifier)
         self._images += len(batch[0]) * trainer.world_size
+        self._losses.append(pl_module.last_loss)
+        if (batch_idx + 1) % trainer.accumulate_grad_batches and batch_idx + 1 < trainer.num_training_batches:
+            return
+        loss, self._losses = sum(self._losses) / len(self._losses), []
         step, every = trainer.global_step, pl_module.log_every_n_steps
-        if step == 0 or step % every or (batch_idx + 1) % trainer.accumulate_grad_batches:
+        if step % every:
             return
         seconds = time.perf_counter() - self._started
         metrics = {
-            "train/loss_step": pl_module.last_loss,
-            "lr": float(trainer.optimizers[0].param_groups[0]["lr"]),
+            "train/loss_step": loss,
+            "lr": self._lr,
             "images_per_second": self._images / seconds,
         }
         if pl_module.gradient_norm is not None:

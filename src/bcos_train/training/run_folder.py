@@ -24,7 +24,6 @@ WITHOUT_EFFECT = (
     "checkpointing",
     "explanation",
     "num_workers",
-    "dataset.root",
     "dataset.download",
     "trainer.accelerator",
     "trainer.devices",
@@ -36,6 +35,10 @@ WITHOUT_EFFECT = (
 )
 
 
+#: Data sets that are the same wherever they lie; of any other, the folder says what is in it.
+SAME_ANYWHERE = ("bcos_train.dataset.Cifar10", "bcos_train.dataset.ImageNet")
+
+
 def run_hash(config: Mapping[str, Any]) -> str:
     """Eight hexadecimal digits that depend on what changes results, and on nothing else.
 
@@ -43,6 +46,10 @@ def run_hash(config: Mapping[str, Any]) -> str:
     hash names what was asked for.
     """
     kept = _without(config, WITHOUT_EFFECT)
+    dataset = kept.get("dataset", {})
+    root = dataset.pop("root", None)
+    if root is not None and dataset["_target_"] not in SAME_ANYWHERE:
+        dataset["root"] = os.path.abspath(os.path.expanduser(root))
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -97,15 +104,19 @@ def locked(folder: Path) -> Iterator[None]:
     """Keep a second process from training in the same folder; the lock goes with the process, however it ends.
 
     Raises:
-        ValueError: Another process holds it.
+        ValueError: Another process holds it, or the folder can't be written to.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    with (folder / ".lock").open("w") as file:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise ValueError(f"can't write to {folder}: {error.strerror}") from error
+    with lock as file:
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            yield
+            return
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -35,9 +36,14 @@ def read_weights(path: Path, use_ema: bool | None = None) -> tuple[dict[str, Ten
         raise ValueError(f"weights={path}: no such file")
     if path.suffix == ".safetensors":
         _refuse_ema(use_ema, path)
-        return load_file(path), False
+        try:
+            return load_file(path), False
+        except SafetensorError as error:
+            raise ValueError(f"{path} is no safetensors file: {error}") from error
     if path.suffix == files.SUFFIX:
         content = files.load(path)
+        if "model" not in content:
+            raise ValueError(f"{path} holds no model")
         if use_ema is None:
             use_ema = "model_ema" in content
         if use_ema and "model_ema" not in content:
@@ -48,7 +54,10 @@ def read_weights(path: Path, use_ema: bool | None = None) -> tuple[dict[str, Ten
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(f"{path} is no state dict of tensors: {' '.join(str(error).split())[:200]}") from error
-    return content.get("state_dict", content), False
+    state = content.get("state_dict", content) if isinstance(content, dict) else None
+    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path} is no state dict of tensors")
+    return state, False
 
 
 def _refuse_ema(use_ema: bool | None, path: Path) -> None:

@@ -1,0 +1,88 @@
+"""Two processes on the CPU do what one does with the same global batch."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bcos_train.config import UserError
+from bcos_train.run import train
+
+from .runs import compose, final_state, metric_rows, run_folder
+
+ROOT = Path(__file__).parents[2]
+#: An odd number of validation images, a last batch that is smaller, accumulation.
+SMALL = (
+    "dataset.size=16",
+    "limit_train=44",
+    "limit_val=33",
+    "batch_size=16",
+    "trainer.max_epochs=2",
+    "trainer.log_every_n_steps=1",
+    "trainer.accelerator=cpu",
+    "trainer.max_batch_per_device=4",
+    "num_workers=0",
+    "explanation=none",
+    # Adam would turn the rounding of gradients near zero into whole steps.
+    "optimizer=sgd",
+    # Where two MaxOut units are equal but for rounding, either may win, and the gradients differ by more than rounding.
+    "model.max_out=1",
+    "ema={_target_: bcos_train.training.Ema, decay: 0.99, every_n_steps: 2}",
+)
+SELF_START = [sys.executable, "train.py", "trainer.devices=2"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py"]
+
+
+def start(command: list[str], *overrides: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
+    return subprocess.run(
+        [*command, *overrides], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("command", "norm", "extra"),
+    [
+        pytest.param(SELF_START, "lnu-linear", (), id="own start, no batch statistics"),
+        pytest.param(TORCHRUN, "bnu-linear", ("trainer.sync_batchnorm=true",), id="torchrun, synchronised uncentred"),
+        pytest.param(SELF_START, "bn", ("trainer.sync_batchnorm=true",), id="own start, synchronised centred"),
+    ],
+)
+def test_same_losses_as_one_process(command: list[str], norm: str, extra: tuple[str, ...], tmp_path: Path) -> None:
+    overrides = (*SMALL, f"model.norm_layer={norm}", *extra)
+    if extra:
+        # With accumulation a device would see a part of the batch: statistics would differ by definition.
+        overrides = (*overrides, "trainer.max_batch_per_device=null")
+    assert train(compose(tmp_path / "one", *overrides)) == 0
+    result = start(command, *overrides, f"runs={tmp_path / 'two'}")
+    assert result.returncode == 0, result.stderr[-3000:]
+    one, two = run_folder(tmp_path / "one"), run_folder(tmp_path / "two")
+    assert one.name == two.name
+    rows = list(zip(metric_rows(one), metric_rows(two), strict=True))
+    assert len(rows) == 6
+    for a, b in rows:
+        assert a.keys() == b.keys()
+        for key in a:
+            if a[key] and key not in ("step", "epoch"):
+                assert float(b[key]) == pytest.approx(float(a[key]), rel=1e-4), (key, a["step"])
+    for key, value in final_state(one)["model"].items():
+        assert value.allclose(final_state(two)["model"][key], rtol=1e-4, atol=1e-5), key
+
+
+def test_batch_that_cannot_be_split(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="can't be split over 2 processes: try 14 or 16"):
+        train(compose(tmp_path, *SMALL, "batch_size=15", "trainer.devices=2"))
+
+
+def test_wrong_number_of_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(UserError, match=r"started 2 processes, but trainer.devices x trainer.num_nodes is 3"):
+        train(compose(tmp_path, *SMALL, "trainer.devices=3"))
+
+
+def test_several_nodes_need_a_launcher(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="needs a launcher"):
+        train(compose(tmp_path, *SMALL, "trainer.num_nodes=2"))

@@ -1,0 +1,246 @@
+"""Evaluating gives the numbers that training logged."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from bcos_train.config import UserError
+from bcos_train.run import evaluate, train
+from bcos_train.training import checkpoint as files
+from bcos_train.training.logging import read_metrics
+from bcos_train.training.weights import load_weights, read_weights
+
+from .runs import TINY, compose, run_folder
+from .toys import TinyNet
+
+#: An odd number of validation images; the best epoch isn't the last one.
+SMALL = (*TINY, "trainer.max_epochs=3", "limit_train=24", "optimizer.lr=0.02")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    runs = tmp_path_factory.mktemp("runs")
+    assert train(compose(runs, *SMALL, "checkpointing.monitor=val/loss", "checkpointing.mode=min")) == 0
+    return run_folder(runs)
+
+
+@pytest.fixture(scope="module")
+def plain_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    runs = tmp_path_factory.mktemp("runs")
+    assert train(compose(runs, *TINY, "limit_train=16", "trainer.max_epochs=1", "ema=null")) == 0
+    return run_folder(runs)
+
+
+def results(tmp_path: Path, *settings: str, base: Sequence[str] = (), **keys: Any) -> dict[str, Any]:
+    """What ``evaluate.py`` with these settings writes; ``keys`` are settings whose values are paths."""
+    config = compose(tmp_path, *base, *settings, name="evaluate")
+    keys = {"output": str(tmp_path / "out"), **{key: str(value) for key, value in keys.items()}}
+    assert evaluate({**config, **keys}, [*(text.partition("=")[0] for text in settings), *keys]) == 0
+    content: dict[str, Any] = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    return content
+
+
+def logged(folder: Path, epoch: int, prefix: str) -> dict[str, float]:
+    row = [row for row in read_metrics(folder / "metrics.csv") if f"{prefix}/loss" in row][epoch - 1]
+    return {key: pytest.approx(row[f"{prefix}/{key}"], rel=1e-6) for key in ("loss", "acc1", "acc5")}
+
+
+def best_epoch(folder: Path) -> int:
+    return int(json.loads((folder / "checkpoints" / "best.json").read_text())[0]["epoch"])
+
+
+@pytest.mark.parametrize(("settings", "prefix"), [((), "val_ema"), (("use_ema=false",), "val")], ids=["ema", "plain"])
+@pytest.mark.parametrize("checkpoint", ["best", "last", "path"])
+def test_numbers_of_a_run(
+    checkpoint: str, settings: tuple[str, ...], prefix: str, run: Path, tmp_path: Path
+) -> None:
+    epoch = 3 if checkpoint == "last" else best_epoch(run)
+    assert best_epoch(run) != 3, "best and last must differ for this test to say something"
+    given: Any = checkpoint
+    if checkpoint == "path":
+        given = run / "checkpoints" / json.loads((run / "checkpoints" / "best.json").read_text())[0]["file"]
+    content = results(tmp_path, *settings, run=run, checkpoint=given)
+    assert {key: content[key] for key in ("loss", "acc1", "acc5")} == logged(run, epoch, prefix)
+    assert content["count"] == 21
+    assert content["correct1"] == round(content["acc1"] * 21 / 100)
+    assert content["ema"] == (prefix == "val_ema")
+    assert content["model"] == "resnet20"
+    assert content["dataset"] == "digits"
+    assert (tmp_path / "out" / content["gallery"]).stat().st_size > 10_000
+
+
+def test_results_go_into_the_run_folder(plain_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(plain_run, folder)
+    config = compose(tmp_path, name="evaluate")
+    assert evaluate({**config, "run": str(folder)}, ["run"]) == 0
+    content = json.loads((folder / "evaluation.json").read_text())
+    assert {key: content[key] for key in ("loss", "acc1", "acc5")} == logged(plain_run, 1, "val")
+    assert not content["ema"]
+    assert (folder / "gallery.png").exists()
+    out = capsys.readouterr().out
+    assert f"{content['acc1']:.3f}" in out
+    assert str(folder) in out.replace("\n", "")
+
+
+@pytest.mark.parametrize(
+    ("settings", "count"),
+    [
+        pytest.param(("batch_size=5",), 21, id="batch size"),
+        pytest.param(("limit_val=7",), 7, id="fewer images"),
+        pytest.param(("num_workers=1", "trainer.precision=bf16"), 21, id="workers and precision"),
+        pytest.param(("trainer.devices=2",), 21, id="devices: one process without a launcher"),
+        pytest.param(("recipe=long", "hydra.verbose=true"), 21, id="what is no key of the config"),
+    ],
+)
+def test_settings_override_the_runs(settings: tuple[str, ...], count: int, run: Path, tmp_path: Path) -> None:
+    keys = [text for text in settings if not text.startswith(("recipe", "hydra"))]
+    config = compose(tmp_path, *keys, name="evaluate")
+    config |= {"run": str(run), "output": str(tmp_path)}
+    assert evaluate(config, [text.partition("=")[0] for text in settings]) == 0
+    content = json.loads((tmp_path / "evaluation.json").read_text())
+    assert content["count"] == count
+    if settings == ("batch_size=5",):
+        assert {key: content[key] for key in ("loss", "acc1")}.items() <= logged(run, best_epoch(run), "val_ema").items()
+
+
+def test_other_folder_of_images(plain_run: Path, tmp_path: Path) -> None:
+    """Another data set, of which there is no training part."""
+    generator = np.random.default_rng(0)
+    for label in range(10):
+        (tmp_path / "images" / "val" / str(label)).mkdir(parents=True)
+        Image.fromarray(generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(
+            tmp_path / "images" / "val" / str(label) / "image.png"
+        )
+    settings = ("dataset=imagefolder", f"dataset.root={tmp_path / 'images'}", "limit_val=null")
+    content = results(tmp_path, *settings, run=plain_run)
+    assert (content["dataset"], content["count"]) == ("imagefolder", 10)
+
+
+# ---- weights without a run
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pth", "pth in state_dict", "ckpt"])
+def test_weights_files(kind: str, run: Path, tmp_path: Path) -> None:
+    path = tmp_path / f"weights.{kind.split()[0]}"
+    if kind == "safetensors":
+        shutil.copy(run / "model.safetensors", path)
+    elif kind == "ckpt":
+        path = run / "checkpoints" / files.LAST
+    else:
+        state = load_file(run / "model.safetensors")
+        torch.save({"state_dict": state, "epoch": 3} if "in" in kind else state, path)
+    content = results(tmp_path, "use_ema=false", base=TINY, weights=path)
+    assert {key: content[key] for key in ("loss", "acc1", "acc5")} == logged(run, 3, "val")
+    if kind == "ckpt":
+        content = results(tmp_path, base=TINY, weights=path)
+        assert {key: content[key] for key in ("loss", "acc1", "acc5")} == logged(run, 3, "val_ema")
+
+
+def test_exported_average(run: Path, tmp_path: Path) -> None:
+    content = results(tmp_path, base=TINY, weights=run / "model_ema.safetensors")
+    assert {key: content[key] for key in ("loss", "acc1", "acc5")} == logged(run, 3, "val_ema")
+
+
+# ---- mistakes
+
+
+def mistake(tmp_path: Path, *settings: str, **keys: Any) -> str:
+    config = compose(tmp_path, *TINY, *settings, name="evaluate")
+    with pytest.raises(UserError) as caught:
+        evaluate({**config, **{key: str(value) for key, value in keys.items()}}, [*keys])
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_nothing_to_evaluate(tmp_path: Path, plain_run: Path) -> None:
+    assert mistake(tmp_path).startswith("nothing to evaluate: give run=<run folder>, or model=")
+    message = mistake(tmp_path, run=plain_run, weights=plain_run / "model.safetensors")
+    assert message == "give run=<run folder> or weights=<path>, not both"
+
+
+def test_folder_that_is_no_run(tmp_path: Path) -> None:
+    assert "No such file or directory" in mistake(tmp_path, run=tmp_path / "none")
+    shutil.copy(Path(__file__), tmp_path / "config.yaml")
+    assert "config.yaml: not a config" in mistake(tmp_path, run=tmp_path)
+
+
+def test_checkpoints_that_are_not_there(tmp_path: Path, plain_run: Path) -> None:
+    assert mistake(tmp_path, run=plain_run, checkpoint="bset").startswith("checkpoint=bset: no such file")
+    folder = tmp_path / "run"
+    shutil.copytree(plain_run, folder)
+    (folder / "checkpoints" / files.LAST).write_bytes(b"x")
+    assert "is damaged" in mistake(tmp_path, run=folder, checkpoint="last")
+    shutil.rmtree(folder / "checkpoints")
+    assert "no best checkpoint" in mistake(tmp_path, run=folder)
+    assert "no checkpoint in" in mistake(tmp_path, run=folder, checkpoint="last")
+
+
+def test_average_that_is_not_there(tmp_path: Path, plain_run: Path) -> None:
+    for keys in ({"run": plain_run}, {"weights": plain_run / "model.safetensors"}):
+        assert mistake(tmp_path, "use_ema=true", **keys).endswith("holds no averaged weights: use_ema=false")
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        pytest.param(lambda p: p.with_suffix(".safetensors").write_bytes(b"nonsense"), "is no safetensors file", id="safetensors"),
+        pytest.param(lambda p: p.with_suffix(".pth").write_bytes(b"nonsense"), "is no state dict of tensors", id="bytes"),
+        pytest.param(lambda p: torch.save([1, 2], p.with_suffix(".pth")), "is no state dict of tensors", id="list"),
+        pytest.param(lambda p: torch.save({}, p.with_suffix(".pth")), "is no state dict of tensors", id="empty"),
+        pytest.param(lambda p: torch.save({"a": 1}, p.with_suffix(".pth")), "is no state dict of tensors", id="numbers"),
+        pytest.param(lambda p: torch.save({"a": torch.nn.Linear(1, 1)}, p.with_suffix(".pth")), "is no state dict of tensors", id="objects"),
+        pytest.param(lambda p: p.with_suffix(".ckpt").write_bytes(b"nonsense"), "has no weights.ckpt.sha256 beside it", id="no digest"),
+        pytest.param(lambda p: files.save({"optimizer": {}}, p.with_suffix(".ckpt")), "holds no model", id="no model"),
+    ],
+)  # fmt: skip
+def test_files_that_are_no_weights(write: Any, message: str, tmp_path: Path) -> None:
+    write(tmp_path / "weights")
+    (path,) = [path for path in tmp_path.glob("weights.*") if not path.name.endswith("sha256")]
+    assert message in mistake(tmp_path, weights=path)
+
+
+def test_weights_of_another_model(tmp_path: Path, plain_run: Path) -> None:
+    path = plain_run / "model.safetensors"
+    assert mistake(tmp_path, weights=tmp_path / "none.pth") == f"weights={tmp_path / 'none.pth'}: no such file"
+    assert "doesn't fit the model: " in mistake(tmp_path, "model=resnet32", weights=path)
+    message = mistake(tmp_path, "model.max_out=1", weights=path)
+    assert message.endswith("conv1.linear.weight has the shape (32, 6, 3, 3), the model (16, 6, 3, 3)")
+
+
+def test_first_of_each_kind_is_named() -> None:
+    model = TinyNet()
+    state = dict(model.state_dict())
+    load_weights(model, state, "file")
+    state["hed.linear.weight"] = state.pop("head.linear.weight")
+    state["conv.linear.weight"] = torch.zeros(1)
+    with pytest.raises(ValueError, match="doesn't fit") as caught:
+        load_weights(model, state, "file")
+    assert str(caught.value) == (
+        "file doesn't fit the model: head.linear.weight is missing; hed.linear.weight is unknown; did you mean "
+        "head.linear.weight?; conv.linear.weight has the shape (1,), the model (8, 6, 3, 3)"
+    )
+
+
+def test_reading_runs_no_code(tmp_path: Path) -> None:
+    class Trap:
+        def __reduce__(self) -> Any:
+            import os
+
+            return os.mkdir, (str(tmp_path / "trapped"),)
+
+    torch.save({"weight": Trap()}, tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match="is no state dict of tensors"):
+        read_weights(tmp_path / "weights.pth")
+    assert not (tmp_path / "trapped").exists()
+    save_file({"weight": torch.zeros(1)}, tmp_path / "weights.safetensors")
+    assert read_weights(tmp_path / "weights.safetensors")[0].keys() == {"weight"}

@@ -1,0 +1,181 @@
+"""Asked to stop at any moment, a run saves at the end of a batch, leaves with the right code, and goes on exactly."""
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bcos_train.dataset.data_module import DataModule
+from bcos_train.run import train
+from bcos_train.training import Classifier
+from bcos_train.training import checkpoint as files
+from bcos_train.training.interrupt import SIGNALS, StopFlag
+
+from .runs import TINY, assert_same_state, compose, final_state, metric_rows, run_folder, signal_at
+
+SMALL = (*TINY, "limit_train=24", "limit_val=17")
+STEPS = 3  # an epoch
+
+
+def send(signum: int = signal.SIGTERM) -> None:
+    os.kill(os.getpid(), signum)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    runs = tmp_path_factory.mktemp("uninterrupted")
+    assert train(compose(runs, *SMALL)) == 0
+    return run_folder(runs)
+
+
+@pytest.fixture(autouse=True)
+def handlers_are_left_as_they_were() -> Any:
+    before = [signal.getsignal(signum) for signum in SIGNALS]
+    yield
+    assert [signal.getsignal(signum) for signum in SIGNALS] == before
+
+
+def goes_on(runs: Path, uninterrupted: Path) -> None:
+    assert train(compose(runs, *SMALL)) == 0
+    folder = run_folder(runs)
+    ours, theirs = final_state(folder), final_state(uninterrupted)
+    for key in ("model", "model_ema", "optimizer_states", "global_step", "epoch"):
+        assert_same_state(ours[key], theirs[key], key)
+    assert metric_rows(folder) == metric_rows(uninterrupted)
+
+
+def steps_saved(runs: Path) -> int:
+    return final_state(run_folder(runs))["global_step"]
+
+
+@pytest.mark.parametrize(
+    ("signum", "code"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 128 + signal.SIGUSR1)],
+    ids=lambda value: value.name if isinstance(value, signal.Signals) else "",
+)
+def test_exit_codes(
+    signum: int, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    signal_at(monkeypatch, 1, signum)
+    assert train(compose(tmp_path, *SMALL)) == code
+    assert steps_saved(tmp_path) == 2, "the batch was finished, and no other begun"
+    name = signal.Signals(signum).name
+    assert f"{name}: saving after this batch, then leaving (Ctrl-C again leaves at once)" in capfd.readouterr().err
+
+
+def in_validation(patch: pytest.MonkeyPatch) -> None:
+    original = Classifier.validation_step
+
+    def validation_step(self: Classifier, batch: Any, batch_idx: int) -> Any:
+        if batch_idx == 1:
+            send()
+        return original(self, batch, batch_idx)
+
+    patch.setattr(Classifier, "validation_step", validation_step)
+
+
+def in_setup(patch: pytest.MonkeyPatch) -> None:
+    """Between Lightning's taking over of the handlers and the first batch."""
+    original = DataModule.train_dataloader
+    patch.setattr(DataModule, "train_dataloader", lambda self: (send(), original(self))[1])
+
+
+def before_the_model_is_built(patch: pytest.MonkeyPatch) -> None:
+    original = DataModule.setup
+    patch.setattr(DataModule, "setup", lambda self, stage=None: (send(), original(self, stage))[1])
+
+
+def while_saving(patch: pytest.MonkeyPatch) -> None:
+    original = files._sha256
+    patch.setattr(files, "_sha256", lambda path: (send(), original(path))[1])
+
+
+@pytest.mark.parametrize(
+    ("moment", "steps"),
+    [
+        pytest.param(in_validation, STEPS, id="in validation: saved after the epoch"),
+        pytest.param(in_setup, 1, id="while setting up"),
+        pytest.param(before_the_model_is_built, 1, id="before the model is built"),
+        pytest.param(while_saving, STEPS + 1, id="while saving: after the next batch"),
+    ],
+)
+def test_moments(
+    moment: Callable[[pytest.MonkeyPatch], None], steps: int, uninterrupted: Path, tmp_path: Path
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        moment(patch)
+        assert train(compose(tmp_path, *SMALL)) == 143
+    assert steps_saved(tmp_path) == steps
+    goes_on(tmp_path, uninterrupted)
+
+
+def test_second_ctrl_c_leaves_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def training_step(self: Classifier, batch: Any, batch_idx: int) -> Any:
+        send(signal.SIGINT)
+        seen.append("once")
+        send(signal.SIGINT)
+        seen.append("twice")
+
+    monkeypatch.setattr(Classifier, "training_step", training_step)
+    assert train(compose(tmp_path, *SMALL)) == 130
+    assert seen == ["once"]
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_second_other_signal_waits_for_the_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm sends what it was told to send before the time limit, and SIGTERM later."""
+    original = Classifier.training_step
+
+    def training_step(self: Classifier, *args: Any) -> Any:
+        send(signal.SIGUSR1)
+        send(signal.SIGTERM)
+        return original(self, *args)
+
+    monkeypatch.setattr(Classifier, "training_step", training_step)
+    assert train(compose(tmp_path, *SMALL)) == 143
+    assert steps_saved(tmp_path) == 1
+
+
+def test_interrupt_before_a_stop_was_asked_for_is_no_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A KeyboardInterrupt that isn't ours isn't swallowed."""
+
+    def training_step(self: Classifier, *args: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Classifier, "training_step", training_step)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        train(compose(tmp_path, *SMALL))
+
+
+def test_flag_alone() -> None:
+    stop = StopFlag()
+    with stop.watching():
+        assert stop.signum is None
+        send(signal.SIGTERM)
+        assert stop.signum == signal.SIGTERM
+        with pytest.raises(KeyboardInterrupt):
+            send(signal.SIGINT)
+    with pytest.raises(ZeroDivisionError), StopFlag().watching():
+        raise ZeroDivisionError
+
+
+def test_closed_stderr_is_no_reason_to_fail(tmp_path: Path) -> None:
+    """As when the terminal that a run was started from has gone."""
+    stop = StopFlag()
+    kept = os.dup(2)
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        os.dup2(writer, 2)
+        with stop.watching():
+            send(signal.SIGTERM)
+    finally:
+        os.dup2(kept, 2)
+        for descriptor in (kept, writer):
+            os.close(descriptor)
+    assert stop.signum == signal.SIGTERM
