@@ -164,7 +164,8 @@ def _train(parts: TrainConfig, config: Mapping[str, Any], stop: StopFlag) -> int
         with blame(""):
             loggers.start(extra_loggers, config)
         trainer.loggers = [csv_logger, *extra_loggers]
-        trainer.callbacks += _build_callbacks(parts, data, folder, console, stop)  # type: ignore[attr-defined]
+        title = f"{config['model']['name']} on {parts.dataset.name} · {folder.name}"
+        trainer.callbacks += _build_callbacks(parts, data, title, folder, console, stop)  # type: ignore[attr-defined]
         print_banner(console, parts, config["model"]["name"], model, data, split, folder)
         checkpoint = None if folder.resume_from is None else load(folder.resume_from)
         # Rows of steps that will be taken again, all of them if there is no checkpoint.
@@ -263,13 +264,10 @@ def _load_data(parts: TrainConfig, split: BatchSplit, trainer: pl.Trainer, stage
 
 
 def _build_model(parts: TrainConfig, data: DataModule) -> nn.Module:
-    """The model with the data set's number of classes; the seed's first use, as in the official code."""
+    """The model with random weights; the seed's first use, as in the official code."""
     pl.seed_everything(parts.seed, verbose=False)
-    given = getattr(parts.model, "keywords", {}).get("num_classes")
-    if given is not None and given < data.num_classes:
-        raise UserError(f"model.num_classes={given}: {data.dataset.name} has {data.num_classes} classes")
     with blame("model"):
-        model = parts.model() if given is not None else parts.model(num_classes=data.num_classes)
+        model = parts.model(num_classes=_num_classes(parts, data))
     if parts.trainer.sync_batchnorm and parts.trainer.world_size > 1:
         sync_batch_norm_(model)
     if parts.trainer.uses_channels_last:
@@ -277,11 +275,19 @@ def _build_model(parts: TrainConfig, data: DataModule) -> nn.Module:
     return model
 
 
+def _num_classes(parts: TrainConfig, data: DataModule) -> int:
+    """The model's number of classes: the data set's, or more if the config says so."""
+    given = getattr(parts.model, "keywords", {}).get("num_classes")
+    if given is not None and given < data.num_classes:
+        raise UserError(f"model.num_classes={given}: {data.dataset.name} has {data.num_classes} classes")
+    return data.num_classes if given is None else given
+
+
 def _build_module(parts: TrainConfig, model: nn.Module, data: DataModule, steps_per_epoch: int) -> Classifier:
     augmentation, options = parts.augmentation, parts.trainer
     mix = None
     if augmentation.mixup_alpha or augmentation.cutmix_alpha:
-        mix = BatchMix(data.num_classes, augmentation.mixup_alpha, augmentation.cutmix_alpha)
+        mix = BatchMix(_num_classes(parts, data), augmentation.mixup_alpha, augmentation.cutmix_alpha)
     return Classifier(
         model,
         loss=parts.loss,
@@ -307,7 +313,7 @@ def _extra_loggers(parts: TrainConfig, folder: RunFolder) -> list[Logger]:
 
 
 def _build_callbacks(
-    parts: TrainConfig, data: DataModule, folder: RunFolder, console: Console, stop: StopFlag
+    parts: TrainConfig, data: DataModule, title: str, folder: RunFolder, console: Console, stop: StopFlag
 ) -> list[pl.Callback]:
     """In the order in which their hooks run: measure, average, explain, show, save."""
     callbacks: list[pl.Callback] = [TrainingLog()]
@@ -316,7 +322,7 @@ def _build_callbacks(
         warmup_steps = round(parts.schedule.warmup(data.steps_per_epoch) * data.steps_per_epoch)
         callbacks.append(EmaCallback(ema_decay(parts.ema.decay, data.batch_size, every, epochs), every, warmup_steps))
     if parts.explanation is not None:
-        callbacks.append(ExplanationCallback(parts.explanation, folder.path / "explanations", folder.name))
+        callbacks.append(ExplanationCallback(parts.explanation, folder.path / "explanations", title))
     if parts.trainer.progress:
         callbacks.append(ProgressDisplay(console))
     return [*callbacks, Checkpointer(folder.checkpoints, parts.checkpointing, stop)]

@@ -256,7 +256,7 @@ def number_of_steps(action: Callable[[], None]) -> int:
 def test_steps_are_counted(tmp_path: Path) -> None:
     """The crash tests below go through every call that touches the disk: there must be some."""
     files.save(content(1), tmp_path / LAST)
-    # Four files (the checkpoint, its digest, the digest of the previous one) are flushed, four renamed, a folder flushed.
+    # Three files (the checkpoint, its digest, that of the previous one) are flushed, four renamed, the folder flushed.
     assert number_of_steps(lambda: files.save(content(2), tmp_path / LAST)) == 1 + 3 + 4 + 1
 
 

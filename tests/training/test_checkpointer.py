@@ -1,5 +1,6 @@
 """When checkpoints are saved, which are kept, and that a killed run goes on from them."""
 
+import errno
 import json
 import os
 import signal
@@ -276,13 +277,26 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
     assert saver.saved_at == [1, 2, 3, 4]
 
 
+def test_full_disk_is_the_users_to_put_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "last.ckpt")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "_dump", full)
+        with pytest.raises(
+            UserError, match=r"No space left on device: 'last.ckpt': make room and give the same command"
+        ):
+            train(compose(tmp_path, *SMALL))
+    assert train(compose(tmp_path, *SMALL)) == 0
+
+
 # ---- finding
 
 
 def test_find_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"no checkpoint in {tmp_path}"):
         find_checkpoint(tmp_path, "last")
-    with pytest.raises(ValueError, match="no best checkpoint in .*: take checkpoint=last"):
+    with pytest.raises(ValueError, match=r"no best checkpoint in .*: take checkpoint=last"):
         find_checkpoint(tmp_path, "best")
     run_scores(tmp_path, [1, 3, 2], keep_best=2)
     assert find_checkpoint(tmp_path, "last") == tmp_path / LAST

@@ -75,7 +75,9 @@ def test_average_follows_the_official_rule(every: int, warmup_steps: int, accumu
     for key, value in ours.items():
         if value.is_floating_point():  # buffers are averaged too
             torch.testing.assert_close(value, expected[key], rtol=1e-5, atol=1e-6, msg=key)
-    assert int(ours["norm.num_batches_tracked"]) in {int(s["norm.num_batches_tracked"]) for s in history.states.values()}
+    assert int(ours["norm.num_batches_tracked"]) in {
+        int(s["norm.num_batches_tracked"]) for s in history.states.values()
+    }
     assert not any(p.requires_grad for p in ema.model.parameters())
     assert not ema.model.training
 

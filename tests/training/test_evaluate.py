@@ -59,9 +59,7 @@ def best_epoch(folder: Path) -> int:
 
 @pytest.mark.parametrize(("settings", "prefix"), [((), "val_ema"), (("use_ema=false",), "val")], ids=["ema", "plain"])
 @pytest.mark.parametrize("checkpoint", ["best", "last", "path"])
-def test_numbers_of_a_run(
-    checkpoint: str, settings: tuple[str, ...], prefix: str, run: Path, tmp_path: Path
-) -> None:
+def test_numbers_of_a_run(checkpoint: str, settings: tuple[str, ...], prefix: str, run: Path, tmp_path: Path) -> None:
     epoch = 3 if checkpoint == "last" else best_epoch(run)
     assert best_epoch(run) != 3, "best and last must differ for this test to say something"
     given: Any = checkpoint
@@ -109,7 +107,9 @@ def test_settings_override_the_runs(settings: tuple[str, ...], count: int, run: 
     content = json.loads((tmp_path / "evaluation.json").read_text())
     assert content["count"] == count
     if settings == ("batch_size=5",):
-        assert {key: content[key] for key in ("loss", "acc1")}.items() <= logged(run, best_epoch(run), "val_ema").items()
+        assert {key: content[key] for key in ("loss", "acc1")}.items() <= logged(
+            run, best_epoch(run), "val_ema"
+        ).items()
 
 
 def test_other_folder_of_images(plain_run: Path, tmp_path: Path) -> None:
@@ -190,23 +190,25 @@ def test_average_that_is_not_there(tmp_path: Path, plain_run: Path) -> None:
         assert mistake(tmp_path, "use_ema=true", **keys).endswith("holds no averaged weights: use_ema=false")
 
 
+NO_STATE = "is no state dict of tensors"
+
+
 @pytest.mark.parametrize(
-    ("write", "message"),
+    ("name", "write", "message"),
     [
-        pytest.param(lambda p: p.with_suffix(".safetensors").write_bytes(b"nonsense"), "is no safetensors file", id="safetensors"),
-        pytest.param(lambda p: p.with_suffix(".pth").write_bytes(b"nonsense"), "is no state dict of tensors", id="bytes"),
-        pytest.param(lambda p: torch.save([1, 2], p.with_suffix(".pth")), "is no state dict of tensors", id="list"),
-        pytest.param(lambda p: torch.save({}, p.with_suffix(".pth")), "is no state dict of tensors", id="empty"),
-        pytest.param(lambda p: torch.save({"a": 1}, p.with_suffix(".pth")), "is no state dict of tensors", id="numbers"),
-        pytest.param(lambda p: torch.save({"a": torch.nn.Linear(1, 1)}, p.with_suffix(".pth")), "is no state dict of tensors", id="objects"),
-        pytest.param(lambda p: p.with_suffix(".ckpt").write_bytes(b"nonsense"), "has no weights.ckpt.sha256 beside it", id="no digest"),
-        pytest.param(lambda p: files.save({"optimizer": {}}, p.with_suffix(".ckpt")), "holds no model", id="no model"),
+        pytest.param("w.safetensors", lambda p: p.write_bytes(b"x" * 99), "is no safetensors file", id="safetensors"),
+        pytest.param("w.pth", lambda p: p.write_bytes(b"x" * 99), NO_STATE, id="bytes"),
+        pytest.param("w.pth", lambda p: torch.save([1, 2], p), NO_STATE, id="list"),
+        pytest.param("w.pth", lambda p: torch.save({}, p), NO_STATE, id="empty"),
+        pytest.param("w.pth", lambda p: torch.save({"a": 1}, p), NO_STATE, id="numbers"),
+        pytest.param("w.pth", lambda p: torch.save({"a": torch.nn.Linear(1, 1)}, p), NO_STATE, id="objects"),
+        pytest.param("w.ckpt", lambda p: p.write_bytes(b"x" * 99), "has no w.ckpt.sha256 beside it", id="no digest"),
+        pytest.param("w.ckpt", lambda p: files.save({"optimizer": {}}, p), "holds no model", id="no model"),
     ],
-)  # fmt: skip
-def test_files_that_are_no_weights(write: Any, message: str, tmp_path: Path) -> None:
-    write(tmp_path / "weights")
-    (path,) = [path for path in tmp_path.glob("weights.*") if not path.name.endswith("sha256")]
-    assert message in mistake(tmp_path, weights=path)
+)
+def test_files_that_are_no_weights(name: str, write: Any, message: str, tmp_path: Path) -> None:
+    write(tmp_path / name)
+    assert message in mistake(tmp_path, weights=tmp_path / name)
 
 
 def test_weights_of_another_model(tmp_path: Path, plain_run: Path) -> None:

@@ -102,9 +102,7 @@ def while_saving(patch: pytest.MonkeyPatch) -> None:
         pytest.param(while_saving, STEPS + 1, id="while saving: after the next batch"),
     ],
 )
-def test_moments(
-    moment: Callable[[pytest.MonkeyPatch], None], steps: int, uninterrupted: Path, tmp_path: Path
-) -> None:
+def test_moments(moment: Callable[[pytest.MonkeyPatch], None], steps: int, uninterrupted: Path, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         moment(patch)
         assert train(compose(tmp_path, *SMALL)) == 143

@@ -27,7 +27,6 @@ from bcos_train.training.checkpoint import LAST
 from bcos_train.training.checkpointer import Checkpointer
 from bcos_train.training.interrupt import StopFlag
 from bcos_train.training.logging import read_metrics
-from bcos_train.training.score import ClassificationScore
 
 from .runs import TINY, compose, run_folder
 from .toys import RandomSource, TinyNet, fit, make_data, make_module, make_trainer
@@ -114,7 +113,9 @@ def test_diverged_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert files.load(folder / "checkpoints" / LAST)["global_step"] == 1
     assert not (folder / "summary.json").exists()
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("stopped: the loss is not finite (nan) in epoch 1 of 1, batch 2 of 2, after 1 optimizer steps")
+    assert line.startswith(
+        "stopped: the loss is not finite (nan) in epoch 1 of 1, batch 2 of 2, after 1 optimizer steps"
+    )
 
 
 # ---- learning rate
@@ -167,16 +168,14 @@ def test_groups_keep_their_ratio(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("algorithm", [None, "agc", "norm", "value"])
 def test_steps_equal_a_plain_loop(algorithm: str | None, tmp_path: Path) -> None:
-    bound = {"agc": 0.02, "norm": 0.1, "value": 0.01}.get(algorithm or "", None)
+    bound = {"agc": 0.02, "norm": 0.1, "value": 0.01}.get(algorithm or "")
     data, model = make_data(), TinyNet()
     reference = TinyNet()
     reference.load_state_dict(model.state_dict())
     optimizer = torch.optim.Adam(reference.parameters(), lr=1e-2)
     losses, norms = [], []
     for x, labels in batches(data):
-        loss = nn.functional.binary_cross_entropy_with_logits(
-            reference(x), nn.functional.one_hot(labels, 4).float()
-        )
+        loss = nn.functional.binary_cross_entropy_with_logits(reference(x), nn.functional.one_hot(labels, 4).float())
         optimizer.zero_grad()
         loss.backward()
         parameters = [p for p in reference.parameters() if p.grad is not None]
@@ -189,9 +188,11 @@ def test_steps_equal_a_plain_loop(algorithm: str | None, tmp_path: Path) -> None
         elif algorithm == "value":
             nn.utils.clip_grad_value_(parameters, bound or 0)
         if algorithm is not None:
-            assert any(not torch.equal(a, p.grad) for a, p in zip(before, parameters, strict=True) if p.grad is not None)
+            assert any(
+                not torch.equal(a, p.grad) for a, p in zip(before, parameters, strict=True) if p.grad is not None
+            )
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     clipping = {} if algorithm is None else {"gradient_clip_val": bound, "gradient_clip_algorithm": algorithm}
     module = make_module(data, model, **clipping)
     fit(tmp_path, data=make_data(), module=module)
@@ -324,7 +325,7 @@ def test_step_randomness_depends_on_the_step_alone(tmp_path: Path) -> None:
     assert len(set(losses[0])) == 6
 
 
-# ---- validation and scores
+# ---- validation
 
 
 def test_validation_counts_every_sample_once(tmp_path: Path) -> None:
@@ -346,58 +347,6 @@ def test_validation_counts_every_sample_once(tmp_path: Path) -> None:
     assert module.val_result["loss"] == pytest.approx(sum(losses) / 13, rel=1e-6)
     assert module.val_result["acc1"] == pytest.approx(100 * top1 / 13)
     assert module.val_result["acc5"] == pytest.approx(100 * top5 / 13)
-
-
-@pytest.mark.parametrize("num_classes", [2, 3, 5, 20])
-@pytest.mark.parametrize("soft", [False, True], ids=["indices", "distributions"])
-def test_score_against_a_loop(soft: bool, num_classes: int) -> None:
-    torch.manual_seed(1)
-    score = ClassificationScore()
-    losses, top1, top5 = [], 0, 0
-    for size in (7, 1, 4):
-        logits, labels = torch.randn(size, num_classes), torch.randint(num_classes, (size,))
-        target = nn.functional.one_hot(labels, num_classes) * 0.6 + 0.4 / num_classes if soft else labels
-        loss = torch.rand(())
-        score.update(loss, logits, target)
-        for row, label in zip(logits, labels, strict=True):
-            losses.append(float(loss))
-            rank = sorted(range(num_classes), key=lambda k: -row[k]).index(int(label))
-            top1 += rank < 1
-            top5 += rank < 5
-    result = score.compute()
-    assert result == {
-        "loss": pytest.approx(sum(losses) / 12),
-        "acc1": pytest.approx(100 * top1 / 12),
-        "acc5": pytest.approx(100 * top5 / 12),
-        "count": 12,
-    }
-    if num_classes <= 5:
-        assert result["acc5"] == 100
-
-
-def test_score_persists_in_the_middle_of_an_epoch() -> None:
-    torch.manual_seed(2)
-    parts = [(torch.rand(()), torch.randn(5, 4), torch.randint(4, (5,))) for _ in range(4)]
-    whole, first, second = ClassificationScore(), ClassificationScore(), ClassificationScore()
-    for part in parts:
-        whole.update(*part)
-    for part in parts[:2]:
-        first.update(*part)
-    second.load_state_dict(first.state_dict())
-    for part in parts[2:]:
-        second.update(*part)
-    assert second.compute() == whole.compute()
-    second.reset()
-    assert second.compute() == {"loss": 0.0, "acc1": 0.0, "acc5": 0.0, "count": 0}
-
-
-def test_score_of_many_samples_is_exact() -> None:
-    """A sum in float32 would stop growing."""
-    score = ClassificationScore()
-    score.loss_sum += 2.0**25
-    score.count += 2**25
-    score.update(torch.tensor(1.0), torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64))
-    assert float(score.loss_sum) == 2**25 + 1
 
 
 def test_few_classes(tmp_path: Path) -> None:

@@ -68,7 +68,9 @@ def draw_gallery(
     x = module.encode(images)
     result = explain(model, x)
     probabilities = module.loss.probabilities(result.logits)  # type: ignore[operator]
-    return gallery(x, result, labels, data.class_names, probabilities=probabilities, max_samples=len(x), **headline)
+    # A model may have more classes than the data set.
+    names = data.class_names + [f"class {k}" for k in range(data.num_classes, result.logits.shape[1])]
+    return gallery(x, result, labels, names, probabilities=probabilities, max_samples=len(x), **headline)
 
 
 @contextlib.contextmanager
@@ -90,8 +92,8 @@ class ExplanationCallback(pl.Callback):
     no random number is drawn that anything else depends on.
     """
 
-    def __init__(self, options: ExplanationLogging, folder: Path, run_name: str) -> None:
-        self.options, self.folder, self.run_name = options, folder, run_name
+    def __init__(self, options: ExplanationLogging, folder: Path, title: str) -> None:
+        self.options, self.folder, self.title = options, folder, title
         self._samples: tuple[Tensor, Tensor] | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -118,7 +120,7 @@ class ExplanationCallback(pl.Callback):
         if n := self.options.gallery_images:
             accuracy = trainer.callback_metrics.get("val/acc1")
             headline = {
-                "run_name": self.run_name,
+                "run_name": self.title,
                 "epoch": epoch,
                 "accuracy": None if accuracy is None else float(accuracy) / 100,
             }

@@ -1,0 +1,178 @@
+"""A run's folder: its name, what is found in it, and its lock."""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bcos_train.config import UserError
+from bcos_train.run import train
+from bcos_train.training import checkpoint as files
+from bcos_train.training.run_folder import find_run_folder, locked, run_hash, write_json
+
+from .runs import TINY, compose, run_folder, signal_at
+
+SMALL = (*TINY, "limit_train=16", "limit_val=9", "trainer.max_epochs=1")
+
+
+# ---- the run's name
+
+
+@pytest.fixture(scope="module")
+def base_hash() -> str:
+    return run_hash(compose(Path("runs"), *TINY))
+
+
+WITHOUT_EFFECT = (
+    "num_workers=3",
+    "trainer.devices=2",
+    "trainer.num_nodes=2",
+    "trainer.accelerator=gpu",
+    "trainer.max_batch_per_device=4",
+    "trainer.channels_last=true",
+    "trainer.progress=true",
+    "trainer.log_every_n_steps=7",
+    "logger=wandb",
+    "logger=[wandb,tensorboard]",
+    "explanation=default",
+    "checkpointing.keep_best=5",
+    "name=other",
+    "resume=false",
+)
+WITH_EFFECT = (
+    "optimizer.lr=0.01",
+    "optimizer=sgd",
+    "seed=1",
+    "model=resnet32",
+    "model.b=1.5",
+    "augmentation=crop_flip",
+    "augmentation.mixup_alpha=0.5",
+    "augmentation.train.degrees=5.0",
+    "batch_size=16",
+    "trainer.max_epochs=3",
+    "trainer.precision=bf16",
+    "trainer.gradient_clip_val=0.1",
+    "trainer.sync_batchnorm=true",
+    "schedule=step",
+    "loss=cross_entropy",
+    "limit_train=8",
+    "limit_val=8",
+    "ema=null",
+    "dataset.val_fraction=0.3",
+    "encoding._target_=bcos_train.dataset.Standardize",
+)
+
+
+@pytest.mark.parametrize("override", WITHOUT_EFFECT)
+def test_hash_ignores_what_changes_no_result(override: str, base_hash: str) -> None:
+    assert run_hash(compose(Path("elsewhere"), *TINY, override)) == base_hash
+
+
+def test_hash_depends_on_what_changes_results(base_hash: str) -> None:
+    hashes = {override: run_hash(compose(Path("runs"), *TINY, override)) for override in WITH_EFFECT}
+    assert len({*hashes.values(), base_hash}) == len(WITH_EFFECT) + 1, hashes
+
+
+@pytest.mark.parametrize(("dataset", "counts"), [("imagefolder", True), ("cifar10", False), ("imagenet", False)])
+def test_folder_counts_where_it_says_what_is_in_it(dataset: str, counts: bool, tmp_path: Path) -> None:
+    def named(root: str) -> str:
+        return run_hash(compose(tmp_path, f"dataset={dataset}", f"dataset.root={root}"))
+
+    assert (named("/a") != named("/b")) == counts
+    # The same folder, written otherwise.
+    assert named("/a") == named("/a/") == named("/b/../a")
+    assert named("x") == named(f"{os.getcwd()}/x")
+    assert named('"~/x"') == named(os.path.expanduser("~/x"))
+
+
+def test_hash_does_not_change_the_config(tmp_path: Path) -> None:
+    config = compose(tmp_path, "dataset=imagefolder", "dataset.root=x")
+    before = json.dumps(config)
+    run_hash(config)
+    assert json.dumps(config) == before
+
+
+# ---- the run folder
+
+
+def test_new_folders_are_counted(tmp_path: Path) -> None:
+    base = tmp_path / "name-1234"
+    assert find_run_folder(base, resume=True).path == base
+    assert find_run_folder(base, resume=False).path == base
+    base.mkdir()
+    assert find_run_folder(base, resume=False).path == tmp_path / "name-1234-2"
+    (tmp_path / "name-1234-2").mkdir()
+    folder = find_run_folder(base, resume=False)
+    assert folder.path == tmp_path / "name-1234-3"
+    assert (folder.resume_from, folder.finished, folder.complaints) == (None, False, ())
+
+
+def test_what_is_found_in_a_folder(tmp_path: Path) -> None:
+    files.save({"n": 1}, tmp_path / "checkpoints" / files.LAST)
+    files.save({"n": 2}, tmp_path / "checkpoints" / files.LAST)
+    folder = find_run_folder(tmp_path, resume=True)
+    assert folder.resume_from == folder.checkpoints / files.LAST
+    assert not folder.finished
+    (tmp_path / "checkpoints" / files.LAST).write_bytes(b"")
+    write_json(tmp_path / "summary.json", {})
+    folder = find_run_folder(tmp_path, resume=True)
+    assert folder.resume_from == folder.checkpoints / files.PREVIOUS
+    assert folder.finished
+    assert len(folder.complaints) == 1
+
+
+@pytest.fixture
+def other_process(tmp_path: Path) -> Iterator[tuple[int, Path]]:
+    """A process that holds the lock of a folder."""
+    folder, ready = tmp_path / "run", tmp_path / "ready"
+    pid = os.fork()
+    if pid == 0:
+        with locked(folder):
+            ready.touch()
+            time.sleep(60)
+        os._exit(0)
+    while not ready.exists():
+        time.sleep(0.01)
+    yield pid, folder
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
+def test_second_process_is_refused(other_process: tuple[int, Path]) -> None:
+    _, folder = other_process
+    with pytest.raises(ValueError, match=r"another process is training in .*: wait, stop it, or give name=") as caught:
+        locked(folder).__enter__()
+    assert "\n" not in str(caught.value)
+
+
+def test_killed_process_leaves_no_lock(tmp_path: Path) -> None:
+    pid = os.fork()
+    if pid == 0:
+        locked(tmp_path).__enter__()
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(pid, 0)
+    with locked(tmp_path), pytest.raises(ValueError, match="another process"):
+        locked(tmp_path).__enter__()
+    with locked(tmp_path):
+        pass
+
+
+def test_second_run_is_the_users_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = compose(tmp_path, *SMALL)
+    signal_at(monkeypatch, 0)
+    assert train(config) == 143
+    folder = run_folder(tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != ".lock"}
+    with locked(folder), pytest.raises(UserError, match="another process is training in"):
+        train(config)
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != ".lock"}
+
+
+def test_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"can't write to .*file/digits.*: Not a directory"):
+        train(compose(tmp_path / "file", *SMALL))
