@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from bcos_train.augmentation import Augmentation, BatchMix
 from bcos_train.config import UserError, blame, check, instantiate, overlay, save
 from bcos_train.config import load as load_config
-from bcos_train.dataset import BcosEncoding, ImageSource, Standardize
+from bcos_train.dataset import BcosEncoding, ImageSource, Standardize, UnreadableImage
 from bcos_train.dataset.data_module import DataModule
 from bcos_train.nn import sync_batch_norm_
 from bcos_train.schedule import Schedule
@@ -85,14 +85,20 @@ class TrainConfig:
     resume: bool = True
 
 
-def train(config: Mapping[str, Any]) -> int:
+def train(config: Mapping[str, Any], folder: Path | None = None) -> int:
     """Train as a checked, plain config says; returns the exit code.
+
+    Args:
+        config: All keys of ``configs/train.yaml``.
+        folder: Run folder to go on in; ``None``: the one that belongs to the config.
 
     Raises:
         UserError: Something in the config or the data that the user can put right.
     """
     _quieten()
     options: TrainerOptions = instantiate(config["trainer"], path="trainer")
+    if not config["name"] or "/" in config["name"]:
+        raise UserError(f"name={config['name']}: a word for the run folder's name, without /")
     world = launch.launched_world_size()
     if world is None and options.num_nodes > 1:
         raise UserError(f"trainer.num_nodes={options.num_nodes} needs a launcher: srun, torchrun or submitit")
@@ -108,13 +114,16 @@ def train(config: Mapping[str, Any]) -> int:
     stop = StopFlag()
     with stop.watching():
         try:
-            return launch.exit_with(_train(parts, config, stop))
+            return launch.exit_with(_train(parts, config, stop, folder))
         except Interrupted as interrupted:
             return launch.exit_with(interrupted.exit_code)
         except (KeyboardInterrupt, SystemExit):
             if not stop.at_once:  # what Lightning makes of a KeyboardInterrupt is SystemExit(1)
                 raise
             return launch.exit_with(128 + signal.SIGINT)
+        except UnreadableImage as error:
+            # A loading process sends its whole traceback along; the message is in its last line.
+            raise UserError(str(error).strip().splitlines()[-1].rpartition("UnreadableImage: ")[2]) from error
         except UnknownMonitor as error:
             raise UserError(str(error)) from error
         except OSError as error:
@@ -136,7 +145,7 @@ def _restart(config: Mapping[str, Any], processes: int) -> int:
         return launch.run_under_torchrun("bcos_train.run", path, processes)
 
 
-def _train(parts: TrainConfig, config: Mapping[str, Any], stop: StopFlag) -> int:
+def _train(parts: TrainConfig, config: Mapping[str, Any], stop: StopFlag, resumed: Path | None) -> int:
     console = Console(quiet=launch.rank() > 0)
     split = split_batch(parts.batch_size, parts.trainer.world_size, parts.trainer.max_batch_per_device)
     with blame(""):
@@ -145,9 +154,11 @@ def _train(parts: TrainConfig, config: Mapping[str, Any], stop: StopFlag) -> int
     data = _load_data(parts, split, trainer)
     model = _build_model(parts, data)
     base = Path(parts.runs, parts.dataset.name, config["model"]["name"], f"{parts.name}-{run_hash(config)}")
-    folder: RunFolder = trainer.strategy.broadcast(find_run_folder(base, parts.resume))
+    folder: RunFolder = trainer.strategy.broadcast(
+        find_run_folder(base, parts.resume) if resumed is None else find_run_folder(resumed, resume=True)
+    )
     for complaint in folder.complaints:
-        console.print(f"passed over: {complaint}", style="yellow", highlight=False)
+        console.print(f"passed over: {complaint}", style="yellow", highlight=False, soft_wrap=True)
     if folder.finished:
         text = f"finished already: {folder.path} (resume=false trains anew in another folder)"
         console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -217,6 +228,8 @@ def evaluate(config: Mapping[str, Any], given: Sequence[str] = ()) -> int:
         # A recipe or a launcher is no key of the config.
         keys = [key for key in given if key.partition(".")[0] in config]
         config = overlay(load_config(folder / CONFIG), config, keys) | own
+        if problems := check(config, root=EvaluateConfig):
+            raise UserError("\n".join(f"{folder / CONFIG}: {problem}" for problem in problems))
     parts = EvaluateConfig(**instantiate(config))
     if launch.launched_world_size() is None:
         parts = replace(parts, trainer=replace(parts.trainer, devices=1, num_nodes=1))
@@ -268,6 +281,11 @@ def _build_model(parts: TrainConfig, data: DataModule) -> nn.Module:
     pl.seed_everything(parts.seed, verbose=False)
     with blame("model"):
         model = parts.model(num_classes=_num_classes(parts, data))
+    channels = getattr(model, "in_chans", parts.encoding.in_channels)
+    if channels != parts.encoding.in_channels:
+        raise UserError(f"model.in_chans={channels}: the encoding gives {parts.encoding.in_channels} channels")
+    with blame("optimizer"):
+        parts.optimizer([nn.Parameter(torch.zeros(1, 1))])  # a wrong number is told before anything is written
     if parts.trainer.sync_batchnorm and parts.trainer.world_size > 1:
         sync_batch_norm_(model)
     if parts.trainer.uses_channels_last:
@@ -287,7 +305,8 @@ def _build_module(parts: TrainConfig, model: nn.Module, data: DataModule, steps_
     augmentation, options = parts.augmentation, parts.trainer
     mix = None
     if augmentation.mixup_alpha or augmentation.cutmix_alpha:
-        mix = BatchMix(_num_classes(parts, data), augmentation.mixup_alpha, augmentation.cutmix_alpha)
+        with blame("augmentation"):
+            mix = BatchMix(_num_classes(parts, data), augmentation.mixup_alpha, augmentation.cutmix_alpha)
     return Classifier(
         model,
         loss=parts.loss,
@@ -343,13 +362,16 @@ def _quieten() -> None:
 
 
 def main() -> int:
-    """Train as the saved config given as argument says: ``python -m bcos_train.run config.yaml``."""
+    """Train as a saved config says, in its run folder if it lies in one: ``python -m bcos_train.run config.yaml``."""
     launch.report_pid()
     try:
-        config = load_config(sys.argv[1])
+        if len(sys.argv) != 2:
+            raise UserError("usage: python -m bcos_train.run <config.yaml>")
+        path = Path(sys.argv[1])
+        config = load_config(path)
         if problems := check(config, root=TrainConfig):
             raise UserError("\n".join(map(str, problems)))
-        return train(config)
+        return train(config, path.parent if (path.parent / CHECKPOINTS).is_dir() else None)
     except UserError as error:
         if launch.rank() == 0:
             print(error, file=sys.stderr)

@@ -1,12 +1,14 @@
 """Build what a config describes."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 from bcos_train.config.errors import UserError, blame
 from bcos_train.config.plain import join, to_plain
+from bcos_train.config.signature import parameters
 from bcos_train.config.targets import resolve
+from bcos_train.config.values import members
 
 __all__ = ["MISSING", "RESERVED", "instantiate", "is_reserved"]
 
@@ -64,10 +66,25 @@ def _build(value: Any, path: str) -> Any:
     if "_target_" not in value:
         return arguments
     target = resolve(value["_target_"], path)
+    arguments = _as_annotated(target, arguments)
     if value.get("_partial_", False):
         return partial(target, **arguments)
     with blame(path):
         return target(**arguments)
+
+
+def _as_annotated(target: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
+    """Whole numbers as floats where the target's annotation asks for them: YAML's ``1`` is no ``1.0``."""
+    try:
+        known = parameters(target, arguments)
+    except ValueError:
+        return arguments  # the target itself says it better
+    converted = dict(arguments)
+    for key, value in arguments.items():
+        kinds = members(known[key].annotation) if key in known else ()
+        if type(value) is int and float in kinds and int not in kinds:
+            converted[key] = float(value)
+    return converted
 
 
 def is_reserved(key: object) -> bool:

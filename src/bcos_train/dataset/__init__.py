@@ -7,7 +7,7 @@ from bcos_train.dataset.base import ImageDataset, ImageSource
 from bcos_train.dataset.cifar10 import Cifar10
 from bcos_train.dataset.digits import Digits
 from bcos_train.dataset.encoding import BcosEncoding, Standardize, add_inverse, to_float
-from bcos_train.dataset.folder import ImageFolder
+from bcos_train.dataset.folder import ImageFolder, UnreadableImage
 from bcos_train.dataset.imagenet import ImageNet
 from bcos_train.dataset.randomness import Stream, derive_seed, epoch_order, isolated_rng, step_seed
 from bcos_train.dataset.sampler import EvalBatchSampler, TrainBatchSampler
@@ -26,6 +26,7 @@ __all__ = [
     "Standardize",
     "Stream",
     "TrainBatchSampler",
+    "UnreadableImage",
     "add_inverse",
     "derive_seed",
     "epoch_order",

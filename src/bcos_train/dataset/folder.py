@@ -55,7 +55,11 @@ class FolderImages(Dataset[tuple[Image.Image, int]]):
             return pil_loader(path), int(self.labels[index])
         # Pillow reports damage by any of these, depending on the format.
         except (OSError, SyntaxError, ValueError, EOFError, IndexError) as error:
-            raise ValueError(f"cannot read the image {path}: {error}") from error
+            raise UnreadableImage(f"cannot read the image {path}: {error}") from error
+
+
+class UnreadableImage(ValueError):
+    """A file with the name of an image that is none, or a damaged one."""
 
 
 class ImageFolder:

@@ -22,8 +22,10 @@ class BcosModel(nn.Module):
     Subclasses define ``get_classifier`` and ``get_feature_extractor``.
     """
 
-    #: PIL image -> ``(6, H, W)``: the inference transform that belongs to the model; set by whoever trained it.
-    transform: Callable[[Any], Tensor] | None = None
+    #: PIL image -> ``(6, H, W)``: the inference transform that belongs to the model, see ``create_model``.
+    transform: Callable[[Any], Tensor]
+    #: Channels of the input.
+    in_chans: int
 
     #: Logits -> probabilities under the binary cross-entropy that B-cos models are trained with.
     to_probabilities = staticmethod(torch.sigmoid)
@@ -56,6 +58,11 @@ class BcosModel(nn.Module):
         if in_tensor.ndim != 4 or in_tensor.shape[0] != 1:
             raise ValueError(
                 f"explain takes one image (1, 6, H, W), got {tuple(in_tensor.shape)}; see bcos_train.explain"
+            )
+        if in_tensor.shape[1] != self.in_chans:
+            raise ValueError(
+                f"the model takes {self.in_chans} channels, got {in_tensor.shape[1]}: a B-cos network's input is "
+                "[r, g, b, 1-r, 1-g, 1-b], which model.transform makes of an image"
             )
         result = explain(self, in_tensor, idx)
         return official_dict(result, in_tensor, smooth=smooth, alpha_percentile=alpha_percentile)

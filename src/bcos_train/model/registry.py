@@ -11,6 +11,9 @@ from typing import Any
 
 from torch import nn
 
+from bcos_train.dataset.encoding import BcosEncoding, Standardize
+from bcos_train.model.base import BcosModel
+from bcos_train.model.transform import InferenceTransform
 from bcos_train.suggest import suggest
 
 Builder = Callable[..., nn.Module]
@@ -56,7 +59,8 @@ def create_model(name: str, *, pretrained: bool = False, **options: Any) -> nn.M
 
     Returns:
         The model in training mode. Input ``(N, 6, H, W)`` in [0, 1], channels ``[r, g, b, 1-r, 1-g, 1-b]``; output
-        logits ``(N, num_classes)``.
+        logits ``(N, num_classes)``. ``model.transform`` makes the input ``(6, H, W)`` of a PIL image: resize to 256
+        and centre crop to 224, or for the CIFAR networks the image as it is; standard models get standardised RGB.
 
     Raises:
         ValueError: Unknown model or option; the message names the nearest ones.
@@ -67,7 +71,12 @@ def create_model(name: str, *, pretrained: bool = False, **options: Any) -> nn.M
             raise ValueError(f"{name} has no option {key!r}{suggest(key, known)}; options: {', '.join(known)}")
     if pretrained:
         raise ValueError(f"official weights of {name} can't be loaded yet: pretrained=False")
-    return _BUILDERS[name](**options)
+    model = _BUILDERS[name](**options)
+    is_bcos = isinstance(model, BcosModel)
+    small = is_bcos and getattr(model, "pool", None) is None
+    encoding = BcosEncoding() if is_bcos else Standardize()
+    model.transform = InferenceTransform(None if small else 256, 224, encoding)  # type: ignore[assignment]
+    return model
 
 
 def _config_signature(node: Mapping[str, Any]) -> inspect.Signature:

@@ -56,7 +56,9 @@ def finish(
     }
     # Last of all: this file is what says that the run has ended.
     write_json(folder.path / SUMMARY, summary)
-    lines = [f"done in {duration(seconds)}: validation accuracy {metrics.get('val/acc1', float('nan')):.2f} %"]
+    lines = [f"done in {duration(seconds)}"]
+    if "val/acc1" in metrics:
+        lines[0] += f": validation accuracy {metrics['val/acc1']:.2f} %"
     if best:
         lines.append(f"best: {best[0]['score']:.2f} after epoch {best[0]['epoch']}")
     lines.append(f"folder: {folder.path}")
@@ -104,5 +106,7 @@ def report_evaluation(
     )
     console = Console()
     console.print(table)
-    console.print(f"weights: {origin['weights']}{' (averaged)' if origin['ema'] else ''}", highlight=False)
-    console.print(f"results: {output}", highlight=False)
+    console.print(
+        f"weights: {origin['weights']}{' (averaged)' if origin['ema'] else ''}", highlight=False, soft_wrap=True
+    )
+    console.print(f"results: {output}", highlight=False, soft_wrap=True)

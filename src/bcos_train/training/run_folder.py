@@ -45,12 +45,21 @@ def run_hash(config: Mapping[str, Any]) -> str:
     Without synchronised statistics batch norms depend on how many images a device sees, that is on the hardware; the
     hash names what was asked for.
     """
-    kept = _without(config, WITHOUT_EFFECT)
+    kept = _numbers_alike(_without(config, WITHOUT_EFFECT))
     dataset = kept.get("dataset", {})
     root = dataset.pop("root", None)
     if root is not None and dataset["_target_"] not in SAME_ANYWHERE:
         dataset["root"] = os.path.abspath(os.path.expanduser(root))
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _numbers_alike(value: Any) -> Any:
+    """``1`` and ``1.0`` are one setting."""
+    if isinstance(value, Mapping):
+        return {key: _numbers_alike(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_numbers_alike(item) for item in value]
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def _without(config: Mapping[str, Any], paths: tuple[str, ...], prefix: str = "") -> dict[str, Any]:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from bcos_train.suggest import suggest
@@ -16,7 +16,10 @@ WEIGHTS, EMA_WEIGHTS = "model.safetensors", "model_ema.safetensors"
 def save_weights(model: nn.Module, path: Path) -> None:
     """The model's state as safetensors."""
     # Weights in channels_last are stored in the order that every reader expects.
-    save_file({key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}, path)
+    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_bytes(save(state))  # safetensors' own writer makes files that nobody else may read
+    temporary.replace(path)
 
 
 def read_weights(path: Path, use_ema: bool | None = None) -> tuple[dict[str, Tensor], bool]:
