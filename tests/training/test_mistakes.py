@@ -1,0 +1,73 @@
+"""Mistakes that only show while a run is put together: one line each, and nothing is left behind."""
+
+import signal
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from bcos_train.config import UserError
+from bcos_train.run import train
+from bcos_train.training.run_folder import run_hash
+
+from .runs import TINY, compose, final_state, run_folder, signal_at
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.lr=-1", "optimizer: Invalid learning rate: -1"),
+        ("optimizer.weight_decay=-1", "optimizer: Invalid weight_decay value: -1"),
+        ("model.in_chans=3", "model.in_chans=3: the encoding gives 6 channels"),
+        ("model.b=0.5", "model: .*0.5"),
+        ("name=a/b", "name=a/b: a word"),
+        ("name=''", "name=: a word"),
+    ],
+)
+def test_one_line_and_no_run_folder(override: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        train(compose(tmp_path, *TINY, override))
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unreadable_image(workers: int, tmp_path: Path) -> None:
+    for part in ("train", "val"):
+        for name in ("a", "b"):
+            (tmp_path / part / name).mkdir(parents=True)
+            Image.new("RGB", (32, 32)).save(tmp_path / part / name / "0.png")
+    bad = tmp_path / "train" / "a" / "1.jpg"
+    bad.write_text("no image")
+    overrides = (
+        "dataset=imagefolder",
+        f"dataset.root={tmp_path}",
+        "model.num_classes=2",
+        "augmentation=plain",
+        "batch_size=2",
+        "trainer.max_epochs=1",
+        "trainer.accelerator=cpu",
+        f"num_workers={workers}",
+    )
+    with pytest.raises(UserError) as caught:
+        train(compose(tmp_path / "runs", *overrides))
+    assert str(caught.value).startswith(f"cannot read the image {bad}")
+    assert "\n" not in str(caught.value)
+
+
+def test_whole_numbers_pass_for_floats(tmp_path: Path) -> None:
+    a = compose(tmp_path, *TINY, "augmentation.cutmix_alpha=1", "optimizer.weight_decay=0")
+    b = compose(tmp_path, *TINY, "augmentation.cutmix_alpha=1.0", "optimizer.weight_decay=0.0")
+    assert run_hash(a) == run_hash(b)
+    assert train({**a, "limit_train": 8, "limit_val": 8}) == 0
+
+
+def test_a_run_in_a_further_folder_goes_on_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = compose(tmp_path, *TINY, "resume=false")
+    with monkeypatch.context() as patch:
+        signal_at(patch, 3)
+        assert train(config) == 128 + signal.SIGTERM
+    folder = run_folder(tmp_path)
+    assert train(config, folder) == 0
+    assert run_folder(tmp_path) == folder
+    assert final_state(folder)["global_step"] == 10
