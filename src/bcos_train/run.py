@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,6 @@ from bcos_train.nn import sync_batch_norm_
 from bcos_train.schedule import Schedule
 from bcos_train.training import launch, loggers
 from bcos_train.training.build import build_trainer, print_banner
-from bcos_train.training.checkpoint import load
 from bcos_train.training.checkpointer import Checkpointer, Checkpointing, UnknownMonitor, find_checkpoint
 from bcos_train.training.ema import Ema, EmaCallback, ema_decay
 from bcos_train.training.explanation_logging import ExplanationCallback, ExplanationLogging
@@ -114,27 +113,35 @@ def train(config: Mapping[str, Any], folder: Path | None = None) -> int:
     stop = StopFlag()
     with stop.watching():
         try:
-            return launch.exit_with(_train(parts, config, stop, folder))
+            with _mistakes_that_show_late():
+                return launch.exit_with(_train(parts, config, stop, folder))
         except Interrupted as interrupted:
             return launch.exit_with(interrupted.exit_code)
         except (KeyboardInterrupt, SystemExit):
             if not stop.at_once:  # what Lightning makes of a KeyboardInterrupt is SystemExit(1)
                 raise
             return launch.exit_with(128 + signal.SIGINT)
-        except UnreadableImage as error:
-            # A loading process sends its whole traceback along; the message is in its last line.
-            raise UserError(str(error).strip().splitlines()[-1].rpartition("UnreadableImage: ")[2]) from error
-        except UnknownMonitor as error:
-            raise UserError(str(error)) from error
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            text = "make room and give the same command again; the checkpoints are as they were"
-            raise UserError(f"{error}: {text}") from error
         except NonFiniteLoss as error:
             console = Console(stderr=True, soft_wrap=True)
             console.print(f"stopped: {error}", style="red", highlight=False, markup=False)
             return launch.exit_with(DIVERGED)
+
+
+@contextlib.contextmanager
+def _mistakes_that_show_late() -> Iterator[None]:
+    """What only reading the data or writing the results brings to light, as a :class:`UserError`."""
+    try:
+        yield
+    except UnreadableImage as error:
+        # A loading process sends its whole traceback along; the message is in its last line.
+        raise UserError(str(error).strip().splitlines()[-1].rpartition("UnreadableImage: ")[2]) from error
+    except UnknownMonitor as error:
+        raise UserError(str(error)) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        text = "make room and give the same command again; the checkpoints are as they were"
+        raise UserError(f"{error}: {text}") from error
 
 
 def _restart(config: Mapping[str, Any], processes: int) -> int:
@@ -153,10 +160,14 @@ def _train(parts: TrainConfig, config: Mapping[str, Any], stop: StopFlag, resume
     trainer.strategy.setup_environment()
     data = _load_data(parts, split, trainer)
     model = _build_model(parts, data)
+    with blame("optimizer"):
+        parts.optimizer([nn.Parameter(torch.zeros(1, 1))])  # a wrong number is told before anything is written
     base = Path(parts.runs, parts.dataset.name, config["model"]["name"], f"{parts.name}-{run_hash(config)}")
-    folder: RunFolder = trainer.strategy.broadcast(
-        find_run_folder(base, parts.resume) if resumed is None else find_run_folder(resumed, resume=True)
-    )
+    found: RunFolder | None = None
+    if trainer.is_global_zero:  # it reads every checkpoint through
+        found = find_run_folder(base, parts.resume) if resumed is None else find_run_folder(resumed, resume=True)
+    folder = trainer.strategy.broadcast(found)
+    assert folder is not None
     for complaint in folder.complaints:
         console.print(f"passed over: {complaint}", style="yellow", highlight=False, soft_wrap=True)
     if folder.finished:
@@ -178,9 +189,8 @@ def _train(parts: TrainConfig, config: Mapping[str, Any], stop: StopFlag, resume
         title = f"{config['model']['name']} on {parts.dataset.name} · {folder.name}"
         trainer.callbacks += _build_callbacks(parts, data, title, folder, console, stop)  # type: ignore[attr-defined]
         print_banner(console, parts, config["model"]["name"], model, data, split, folder)
-        checkpoint = None if folder.resume_from is None else load(folder.resume_from)
-        # Rows of steps that will be taken again, all of them if there is no checkpoint.
-        csv_logger.forget_after(-1 if checkpoint is None else checkpoint["global_step"])
+        if folder.resume_from is None:
+            csv_logger.forget_after(-1)  # all steps will be taken again
         started = time.monotonic()
         trainer.fit(module, datamodule=data, ckpt_path=folder.resume_from)
         if trainer.is_global_zero:
@@ -246,7 +256,8 @@ def evaluate(config: Mapping[str, Any], given: Sequence[str] = ()) -> int:
     # The training part may be missing.
     module = _build_module(parts, model, data, steps_per_epoch=1)
     started = time.monotonic()
-    trainer.validate(module, datamodule=data, verbose=False)
+    with _mistakes_that_show_late():
+        trainer.validate(module, datamodule=data, verbose=False)
     if trainer.is_global_zero:
         output = Path(parts.output or folder or Path("evaluations", config["model"]["name"]))
         origin = {"weights": str(path), "ema": is_ema, "model": config["model"]["name"]}
@@ -284,8 +295,6 @@ def _build_model(parts: TrainConfig, data: DataModule) -> nn.Module:
     channels = getattr(model, "in_chans", parts.encoding.in_channels)
     if channels != parts.encoding.in_channels:
         raise UserError(f"model.in_chans={channels}: the encoding gives {parts.encoding.in_channels} channels")
-    with blame("optimizer"):
-        parts.optimizer([nn.Parameter(torch.zeros(1, 1))])  # a wrong number is told before anything is written
     if parts.trainer.sync_batchnorm and parts.trainer.world_size > 1:
         sync_batch_norm_(model)
     if parts.trainer.uses_channels_last:
@@ -303,10 +312,8 @@ def _num_classes(parts: TrainConfig, data: DataModule) -> int:
 
 def _build_module(parts: TrainConfig, model: nn.Module, data: DataModule, steps_per_epoch: int) -> Classifier:
     augmentation, options = parts.augmentation, parts.trainer
-    mix = None
-    if augmentation.mixup_alpha or augmentation.cutmix_alpha:
-        with blame("augmentation"):
-            mix = BatchMix(_num_classes(parts, data), augmentation.mixup_alpha, augmentation.cutmix_alpha)
+    with blame("augmentation"):
+        mix = BatchMix(_num_classes(parts, data), augmentation.mixup_alpha, augmentation.cutmix_alpha)
     return Classifier(
         model,
         loss=parts.loss,

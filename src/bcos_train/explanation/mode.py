@@ -1,12 +1,25 @@
 """Explanation mode: the network frozen into the linear map that it applied to its input."""
 
-from contextlib import ContextDecorator, ExitStack
+from collections.abc import Iterator
+from contextlib import ContextDecorator, ExitStack, contextmanager
 from types import TracebackType
 from typing import Any
 
 from torch import nn
 
-__all__ = ["explanation_mode"]
+__all__ = ["evaluating", "explanation_mode"]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; each module's own mode afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def _is_active(module: Any) -> bool:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bcos_train.explanation import evaluating
 from bcos_train.nn.functional import max_out
 from bcos_train.nn.layer import BcosLayer
 
@@ -30,7 +31,6 @@ def cosine_alignment(model: nn.Module, x: Tensor) -> dict[str, float]:
     sums: defaultdict[str, float] = defaultdict(float)
     counts: defaultdict[str, int] = defaultdict(int)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, BcosLayer)}
-    training = {module: module.training for module in model.modules()}
 
     def recorder(name: str, layer: BcosLayer) -> Any:
         def record(_: nn.Module, args: tuple[Tensor, ...], product: Tensor) -> None:
@@ -42,11 +42,9 @@ def cosine_alignment(model: nn.Module, x: Tensor) -> dict[str, float]:
 
     handles = [layer.linear.register_forward_hook(recorder(name, layer)) for name, layer in layers.items()]
     try:
-        model.eval()
-        model(x)
+        with evaluating(model):
+            model(x)
     finally:
         for handle in handles:
             handle.remove()
-        for module, flag in training.items():
-            module.training = flag
     return {name: sums[name] / counts[name] for name in layers if counts[name]}

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bcos_train.dataset.encoding import BcosEncoding
 from bcos_train.explanation import (
     explain,
     explanation_mode,
@@ -14,6 +15,7 @@ from bcos_train.explanation import (
     official_dict,
     plot_contribution_map,
 )
+from bcos_train.model.transform import InferenceTransform
 
 
 class BcosModel(nn.Module):
@@ -22,10 +24,10 @@ class BcosModel(nn.Module):
     Subclasses define ``get_classifier`` and ``get_feature_extractor``.
     """
 
-    #: PIL image -> ``(6, H, W)``: the inference transform that belongs to the model, see ``create_model``.
-    transform: Callable[[Any], Tensor]
+    #: PIL image -> ``(6, H, W)``: the inference transform that belongs to the model; ImageNet's unless a model says so.
+    transform: Callable[[Any], Tensor] = InferenceTransform(256, 224, BcosEncoding())
     #: Channels of the input.
-    in_chans: int
+    in_chans: int = 6
 
     #: Logits -> probabilities under the binary cross-entropy that B-cos models are trained with.
     to_probabilities = staticmethod(torch.sigmoid)

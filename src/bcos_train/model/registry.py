@@ -11,9 +11,6 @@ from typing import Any
 
 from torch import nn
 
-from bcos_train.dataset.encoding import BcosEncoding, Standardize
-from bcos_train.model.base import BcosModel
-from bcos_train.model.transform import InferenceTransform
 from bcos_train.suggest import suggest
 
 Builder = Callable[..., nn.Module]
@@ -71,12 +68,7 @@ def create_model(name: str, *, pretrained: bool = False, **options: Any) -> nn.M
             raise ValueError(f"{name} has no option {key!r}{suggest(key, known)}; options: {', '.join(known)}")
     if pretrained:
         raise ValueError(f"official weights of {name} can't be loaded yet: pretrained=False")
-    model = _BUILDERS[name](**options)
-    is_bcos = isinstance(model, BcosModel)
-    small = is_bcos and getattr(model, "pool", None) is None
-    encoding = BcosEncoding() if is_bcos else Standardize()
-    model.transform = InferenceTransform(None if small else 256, 224, encoding)  # type: ignore[assignment]
-    return model
+    return _BUILDERS[name](**options)
 
 
 def _config_signature(node: Mapping[str, Any]) -> inspect.Signature:

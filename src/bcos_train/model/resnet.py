@@ -17,8 +17,10 @@ from typing import Any
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
+from bcos_train.dataset.encoding import BcosEncoding
 from bcos_train.model.base import BcosModel
 from bcos_train.model.registry import register_model
+from bcos_train.model.transform import InferenceTransform
 from bcos_train.nn import BcosConv2d, LogitLayer, make_norm
 
 Layer = Callable[..., nn.Module]
@@ -172,6 +174,7 @@ class BcosResNet(BcosModel):
         if small_inputs:
             self.conv1 = conv_layer(in_chans, inplanes, kernel_size=3, padding=1)
             self.pool = None
+            self.transform = InferenceTransform(None, 224, BcosEncoding())
         else:
             self.conv1 = conv_layer(in_chans, inplanes, kernel_size=7, stride=2, padding=3)
             self.pool = nn.AvgPool2d(kernel_size=3, stride=2, padding=1)

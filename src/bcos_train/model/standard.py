@@ -4,7 +4,16 @@ from functools import partial
 
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
+from bcos_train.dataset.encoding import Standardize
 from bcos_train.model.registry import register_model
+from bcos_train.model.transform import InferenceTransform
+
+
+class StandardResNet(ResNet):
+    """torchvision's ResNet with the inference transform that belongs to it."""
+
+    transform = InferenceTransform(256, 224, Standardize())
+
 
 _DEPTHS = {
     18: (BasicBlock, (2, 2, 2, 2)),
@@ -15,4 +24,4 @@ _DEPTHS = {
 }
 
 for _depth, (_block, _layers) in _DEPTHS.items():
-    register_model(f"standard_resnet{_depth}", partial(ResNet, block=_block, layers=list(_layers)))
+    register_model(f"standard_resnet{_depth}", partial(StandardResNet, block=_block, layers=list(_layers)))

@@ -3,7 +3,6 @@
 import glob
 import json
 import math
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from bcos_train.training import checkpoint as files
 from bcos_train.training.distributed import largest
 from bcos_train.training.interrupt import Interrupted, StopFlag
 from bcos_train.training.module import Classifier
+from bcos_train.training.run_folder import write_json
 
 BEST = "best.json"
 
@@ -186,9 +186,7 @@ class Checkpointer(Checkpoint):
 
     def _write_best(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = self.folder / f".{BEST}.tmp"
-        temporary.write_text(json.dumps(self.best, indent=1))
-        os.replace(temporary, self.folder / BEST)
+        write_json(self.folder / BEST, self.best)
 
     def state_dict(self) -> dict[str, Any]:
         return {"monitor": self.options.monitor, "mode": self.options.mode, "best": self.best}

@@ -1,7 +1,5 @@
 """Explanation quality beside accuracy, while training."""
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor, nn
 
 from bcos_train.dataset.data_module import DataModule
-from bcos_train.explanation import constant_term, explain
+from bcos_train.explanation import constant_term, evaluating, explain
 from bcos_train.metric import completeness_error, cosine_alignment
 from bcos_train.model import BcosModel
 from bcos_train.report import gallery, save_gallery
@@ -71,18 +69,6 @@ def draw_gallery(
     # A model may have more classes than the data set.
     names = data.class_names + [f"class {k}" for k in range(data.num_classes, result.logits.shape[1])]
     return gallery(x, result, labels, names, probabilities=probabilities, max_samples=len(x), **headline)
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; each module's own mode afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 class ExplanationCallback(pl.Callback):

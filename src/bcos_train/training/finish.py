@@ -11,11 +11,12 @@ from rich.console import Console
 from rich.table import Table
 
 from bcos_train.dataset.data_module import DataModule
+from bcos_train.explanation import evaluating
 from bcos_train.model import BcosModel
 from bcos_train.report import save_gallery
 from bcos_train.training.checkpointer import Checkpointer
 from bcos_train.training.ema import EmaCallback
-from bcos_train.training.explanation_logging import draw_gallery, evaluating
+from bcos_train.training.explanation_logging import draw_gallery
 from bcos_train.training.logging import METRICS, read_metrics
 from bcos_train.training.module import Classifier
 from bcos_train.training.progress import duration

@@ -10,12 +10,8 @@ import signal
 import threading
 from collections.abc import Iterator
 from types import FrameType
-from typing import Any
 
-from bcos_train.training.launch import rank
-
-#: Ctrl-C, the schedulers' polite stop, and what Slurm is usually told to send before the time limit.
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+from bcos_train.training.launch import SIGNALS, handling, rank
 
 
 class Interrupted(Exception):
@@ -59,10 +55,5 @@ class StopFlag:
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
-        before: dict[int, Any] = {signum: signal.getsignal(signum) for signum in SIGNALS}
-        self.install()
-        try:
+        with handling(self._handle):
             yield self
-        finally:
-            for signum, handler in before.items():
-                signal.signal(signum, handler)

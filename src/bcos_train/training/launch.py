@@ -6,12 +6,28 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 #: Where rank 0 tells the process that started it its pid and, at the end, its exit code.
 REPORT = "BCOS_TRAIN_REPORT"
+
+
+#: Ctrl-C, the schedulers' polite stop, and what Slurm is usually told to send before the time limit.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+@contextlib.contextmanager
+def handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """``handler`` answers :data:`SIGNALS` inside; afterwards they are answered as before."""
+    before: dict[int, Any] = {signum: signal.signal(signum, handler) for signum in SIGNALS}
+    try:
+        yield
+    finally:
+        for signum, earlier in before.items():
+            signal.signal(signum, earlier)
 
 
 def rank() -> int:
@@ -60,15 +76,12 @@ def _forwarding(child: "subprocess.Popen[bytes]", report: Path) -> Iterator[None
             else:
                 os.kill(pid, signum)
 
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    before = {signum: signal.signal(signum, forward) for signum in signals}
-    try:
-        yield
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
-        if child.poll() is None:
-            os.killpg(child.pid, signal.SIGKILL)
+    with handling(forward):
+        try:
+            yield
+        finally:
+            if child.poll() is None:
+                os.killpg(child.pid, signal.SIGKILL)
 
 
 def report_pid() -> None:

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch.optim import Optimizer
 
-from bcos_train.training.logging import log_now
+from bcos_train.training.logging import CsvLogger, log_now
 from bcos_train.training.module import Batch, Classifier
 
 
@@ -25,6 +25,13 @@ class TrainingLog(pl.Callback):
         self._started = 0.0
         self._losses: list[float] = []
         self._lr = float("nan")
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        for logger in trainer.loggers:
+            if isinstance(logger, CsvLogger):
+                logger.forget_after(checkpoint["global_step"])
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
