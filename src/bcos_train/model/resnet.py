@@ -9,8 +9,7 @@ official weights load strictly and the same seed gives the same initial weights.
 Axes: N images, C channels, H height, W width, K classes.
 """
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -18,12 +17,16 @@ from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
 from bcos_train.dataset.encoding import BcosEncoding
-from bcos_train.model.base import BcosModel
+from bcos_train.model.conv_net import (
+    BcosConvNet,
+    Layer,
+    linear_drop_probs,
+    make_logit_layer,
+    resolve_conv,
+    resolve_norm,
+)
 from bcos_train.model.registry import register_model
 from bcos_train.model.transform import InferenceTransform
-from bcos_train.nn import BcosConv2d, LogitLayer, make_norm
-
-Layer = Callable[..., nn.Module]
 
 
 class ResidualBlock(nn.Module):
@@ -114,7 +117,7 @@ class Bottleneck(ResidualBlock):
         self.downsample = downsample
 
 
-class BcosResNet(BcosModel):
+class BcosResNet(BcosConvNet):
     """B-cos ResNet with three (CIFAR) or four (ImageNet) stages.
 
     Args:
@@ -140,6 +143,7 @@ class BcosResNet(BcosModel):
     Shape: ``(N, in_chans, H, W) -> (N, K)``.
     """
 
+    classifier_name = "fc"
     #: None in the three-stage networks: users of torchvision expect the attribute.
     layer4: nn.Module | None
 
@@ -165,11 +169,10 @@ class BcosResNet(BcosModel):
         width_per_group: int = 64,
     ) -> None:
         super().__init__()
-        if num_classes < 1:
-            raise ValueError(f"num_classes={num_classes}: at least 1")
+        self.logit_layer = make_logit_layer(num_classes, logit_temperature, logit_bias)
         steps = _strides_and_dilations(len(layers), replace_stride_with_dilation)
-        norm_layer = make_norm(norm_layer) if isinstance(norm_layer, str) else norm_layer
-        conv_layer = partial(BcosConv2d, b=b, max_out=max_out) if conv_layer is None else conv_layer
+        norm_layer = resolve_norm(norm_layer)
+        self.conv_layer = conv_layer = resolve_conv(conv_layer, b, max_out)
 
         if small_inputs:
             self.conv1 = conv_layer(in_chans, inplanes, kernel_size=3, padding=1)
@@ -183,7 +186,7 @@ class BcosResNet(BcosModel):
         make_block = partial(
             _make_block, block, groups=groups, base_width=width_per_group, norm_layer=norm_layer, conv_layer=conv_layer
         )
-        drop_probs = _linear_drop_probs(stochastic_depth_prob, sum(layers))
+        drop_probs = linear_drop_probs(stochastic_depth_prob, sum(layers))
         channels = inplanes
         for stage, (depth, (stride, first_dilation, dilation)) in enumerate(zip(layers, steps, strict=True)):
             planes = inplanes * 2**stage
@@ -194,21 +197,16 @@ class BcosResNet(BcosModel):
         if len(layers) == 3:
             self.layer4 = None
 
-        self.num_features = channels
+        self.num_features = self.head_hidden_size = channels
         self.num_classes = num_classes
         self.in_chans = in_chans
-        self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
         self.fc = conv_layer(channels, num_classes, kernel_size=1)
-        if logit_bias is None:
-            logit_bias = -math.log(num_classes - 1) if num_classes > 1 else 0.0
-        self.logit_layer = LogitLayer(logit_temperature=logit_temperature, logit_bias=logit_bias)
         self._init_weights(zero_init_residual)
 
     def _init_weights(self, zero_init_residual: bool) -> None:
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
-                # A B-cos unit's weight is normalised: the draw sets its direction alone.
-                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+                self.init_conv(m)
         if zero_init_residual:
             for m in self.modules():
                 if isinstance(m, ResidualBlock):
@@ -216,19 +214,15 @@ class BcosResNet(BcosModel):
                     if weight is not None:
                         nn.init.zeros_(weight)
 
+    def init_conv(self, conv: nn.Conv2d) -> None:
+        # A B-cos unit's weight is normalised: the draw sets its direction alone.
+        nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+
     def forward_features(self, x: Tensor) -> Tensor:
         """Feature map before the classifier: ``(N, in_chans, H, W) -> (N, num_features, H', W')``."""
         for module in self._feature_modules():
             x = module(x)
         return x
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.fc(self.forward_features(x))
-        return self.logit_layer(self.avgpool(x).flatten(1))
-
-    def get_classifier(self) -> nn.Module:
-        """The 1x1 B-cos convolution that gives a logit at each position; the global average comes after it."""
-        return self.fc
 
     def get_feature_extractor(self) -> nn.Sequential:
         """Everything before the classifier, sharing its modules with this model."""
@@ -272,13 +266,6 @@ def _make_block(
         projection = conv_layer(inplanes, outplanes, kernel_size=1, stride=stride)
         downsample = nn.Sequential(projection, norm_layer(outplanes))
     return block(inplanes, planes, stride, downsample, groups, base_width, dilation, norm_layer, conv_layer, drop_prob)
-
-
-def _linear_drop_probs(last: float, n: int) -> Iterator[float]:
-    """The drop probabilities of ``n`` blocks: a straight line, as in arXiv 1603.09382, but from 0 for the first."""
-    if not 0 <= last < 1:
-        raise ValueError(f"stochastic_depth_prob={last}: at least 0 and less than 1")
-    return iter([last * i / max(n - 1, 1) for i in range(n)])
 
 
 def _register(names_and_options: dict[str, dict[str, Any]], **common: Any) -> None:
