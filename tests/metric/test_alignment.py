@@ -54,6 +54,20 @@ def test_linear_layer_by_hand():
     assert cosine_alignment(layer, x)[""] == pytest.approx((1 + 2 * math.sqrt(0.5)) / 4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_one_oblong_image_in_inference_mode(dtype: torch.dtype):
+    torch.manual_seed(0)
+    layer, x = BcosConv2d(6, 8, 3).to(dtype), torch.rand(1, 6, 5, 9, dtype=dtype)
+    with torch.inference_mode():
+        assert cosine_alignment(layer, x.clone())[""] == pytest.approx(patch_cosines(layer, x).mean().item(), rel=1e-5)
+
+
+def test_nan_is_not_hidden():
+    x = torch.rand(2, 6, 5, 5)
+    x[0, 0, 2, 2] = math.nan
+    assert math.isnan(cosine_alignment(BcosConv2d(6, 8, 3), x)[""])
+
+
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -20,7 +20,8 @@ def completeness_error(logit: Tensor, contribution_sum: Tensor, constant: Tensor
             (:func:`bcos_train.explanation.constant_term`; for networks without other biases the logit bias).
 
     Returns:
-        (*), without unit; where the logit is 0 the residual itself, in units of the logit.
+        (*), without unit; where the logit is 0 the residual itself, in units of the logit; NaN where an argument is:
+        a map that can't be added up is no explanation, and is not to be taken for an exact one.
 
     Raises:
         ValueError: the shapes differ.

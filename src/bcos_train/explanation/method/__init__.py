@@ -1,0 +1,81 @@
+"""Explanation methods by name: ``make_method("rise", n_masks=1000)(model, x, targets) -> (N, T, H, W)``."""
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from bcos_train.explanation.method.attention_rollout import AttentionRollout
+from bcos_train.explanation.method.averaged import IntegratedGradients, SmoothGrad
+from bcos_train.explanation.method.backward_rules import DeepLift, GuidedBackprop
+from bcos_train.explanation.method.base import CannotExplain, Method
+from bcos_train.explanation.method.grad_cam import GradCam
+from bcos_train.explanation.method.lime import Lime
+from bcos_train.explanation.method.linear import Bcos, Gradient, InputXGradient
+from bcos_train.explanation.method.occlusion import Occlusion
+from bcos_train.explanation.method.rise import Rise
+from bcos_train.suggest import join_words, suggest
+
+__all__ = [
+    "METHODS",
+    "AttentionRollout",
+    "Bcos",
+    "CannotExplain",
+    "DeepLift",
+    "GradCam",
+    "Gradient",
+    "GuidedBackprop",
+    "InputXGradient",
+    "IntegratedGradients",
+    "Lime",
+    "Method",
+    "Occlusion",
+    "Rise",
+    "SmoothGrad",
+    "list_methods",
+    "make_method",
+]
+
+#: Defaults are those of the official evaluation, where it has the method.
+METHODS: dict[str, Callable[..., Method]] = {
+    "bcos": Bcos,
+    "bcos_relative": partial(Bcos, relative=True),
+    "ixg": InputXGradient,
+    "gradient": Gradient,
+    "int_grad": IntegratedGradients,
+    "guided_backprop": GuidedBackprop,
+    "deep_lift": DeepLift,
+    "grad_cam": GradCam,
+    "smooth_grad": SmoothGrad,
+    "lime": Lime,
+    "rise": Rise,
+    "occlusion5": partial(Occlusion, kernel=5, stride=2),
+    "occlusion9": partial(Occlusion, kernel=9, stride=2),
+    "occlusion13": partial(Occlusion, kernel=13, stride=4),
+    "attention_rollout": AttentionRollout,
+}
+
+
+def list_methods() -> list[str]:
+    """Names of all explanation methods."""
+    return list(METHODS)
+
+
+def make_method(name: str, **options: Any) -> Method:
+    """An explanation method with these options; they are documented at its class.
+
+    Raises:
+        ValueError: no such method, no such option (the message names the nearest), or a value out of range.
+    """
+    if name not in METHODS:
+        raise ValueError(
+            f"unknown explanation method {name!r}{suggest(name, METHODS)}; allowed are "
+            f"{join_words(METHODS, 'and', len(METHODS))}"
+        )
+    factory = METHODS[name]
+    allowed = list(inspect.signature(factory).parameters)
+    for option in options:
+        if option not in allowed:
+            has = f"allowed are {join_words(allowed, 'and')}" if allowed else "it has none"
+            raise ValueError(f"explanation method {name!r} has no option {option!r}{suggest(option, allowed)}; {has}")
+    return factory(**options)
