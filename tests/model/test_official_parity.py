@@ -1,27 +1,34 @@
-"""Every B-cos ResNet against the official one of the same name: weights, outputs, explanations."""
+"""Every convolutional B-cos network against the official one of the same name: weights, outputs, explanations."""
 
 import copy
 import warnings
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from official_models import (
-    CIFAR_RESNETS,
+    CIFAR_NETS,
+    CONV_NETS,
     OFFICIAL_NORMS,
     OFFICIAL_SUFFIXES,
-    RESNETS,
+    Narrow,
     build_official,
+    calibrate_,
     images,
+    narrow_official_convnext,
+    official_defaults,
     perturb_,
     relative_error,
+    without_norm,
 )
 from torch import nn
 from torchvision.ops import StochasticDepth
 
 from bcos_train import create_model
+from bcos_train.nn import BcosConv2d, make_norm
 
 #: Parameters and state dict entries of the published weights (official README and the files themselves).
 PUBLISHED = {
@@ -31,16 +38,61 @@ PUBLISHED = {
     "resnet101": (44_504_896, 521),
     "resnet152": (60_125_504, 776),
     "resnext50_32x4d": (25_003_200, 266),
+    "densenet121": (7_945_440, 605),
+    "densenet161": (28_584_144, 805),
+    "densenet169": (14_078_688, 845),
+    "densenet201": (19_907_808, 1005),
+    "vgg11_bnu": (132_855_872, 43),
+    "convnext_tiny": (28_543_392, 100),
+    "convnext_base": (88_466_304, 190),
+    "convnext_tiny_bnu": (28_543_392, 169),
+    "convnext_base_bnu": (88_466_304, 313),
+    "densenet121_long": (7_945_440, 605),
+    "resnet50_long": (25_538_880, 266),
+    "resnet152_long": (60_125_504, 776),
 }
+#: Each of them also runs with fewer channels, below, or is one of a family of which others run.
 SLOW = {
+    "resnet44",
+    "resnet110",
+    "resnext47_16x8d",
+    "resnext65_32x4d",
+    "resnext65_16x8d",
+    "resnext101_32x4d",
+    "resnext101_16x8d",
     "resnet101",
     "resnet152",
+    "resnet50_long",
+    "resnet152_long",
     "resnext101_32x8d",
     "wide_resnet50_2",
     "wide_resnet101_2",
     "resnext29_8x64d",
     "resnext29_16x64d",
+    "densenet121_long",
+    "densenet161",
+    "densenet201",
+    "densenet190",
+    "densenet250",
+    *(name for name in CONV_NETS if name.startswith("vgg")),
+    "convnext_tiny_bnu",
+    "convnext_small",
+    "convnext_base",
+    "convnext_base_bnu",
+    "convnext_large",
 }
+#: The number that divides the channels of a narrow network.
+DIVISORS = {
+    "densenet161": 8,
+    "densenet201": 4,
+    "densenet190": 10,
+    "densenet250": 6,
+    **dict.fromkeys((name for name in CONV_NETS if name.startswith("vgg")), 16),
+    **dict.fromkeys(("convnext_small", "convnext_base", "convnext_base_bnu", "convnext_large"), 8),
+}
+NARROW = [f"{name} narrow" for name in DIVISORS]
+#: Side of the images for those that cost more than others of their kind.
+SMALLER = {"resnext29_8x64d": 8, "resnext29_16x64d": 8, "resnet110": 16, "densenet190": 8, "densenet250": 8}
 
 
 @dataclass
@@ -48,16 +100,18 @@ class Pair:
     name: str
     ours: Any
     official: Any
+    is_narrow: bool = False
     #: Of both, float32: in training mode, then in evaluation mode with the running statistics that came of it.
     outputs: dict[str, list[torch.Tensor]] = field(default_factory=dict)
 
     def images(self, n: int = 2) -> torch.Tensor:
-        small = {"resnext29_8x64d": 8, "resnext29_16x64d": 8, "resnet110": 16}
-        return images(small.get(self.name, 32 if self.name in CIFAR_RESNETS else 64), n)
+        return images(SMALLER.get(self.name, 32 if self.name in CIFAR_NETS else 64), n)
 
 
 def build_pair(name: str, seed: int = 0, **options: Any) -> Pair:
-    """Both models, each built after setting the same seed."""
+    """Both models, each built after setting the same seed; with " narrow" after the name with fewer channels."""
+    if name.endswith(" narrow"):
+        return build_narrow_pair(name.removesuffix(" narrow"), seed, **options)
     torch.manual_seed(seed)
     official = build_official(name, **options)
     options = {{"norm": "norm_layer"}.get(key, key): value for key, value in options.items()}
@@ -65,16 +119,41 @@ def build_pair(name: str, seed: int = 0, **options: Any) -> Pair:
     return Pair(name, create_model(name, **options), official)
 
 
+def build_narrow_pair(name: str, seed: int = 0, **options: Any) -> Pair:
+    """Both models with a fraction of their channels; `options` have the same names in both."""
+    divisor = DIVISORS[name]
+    if name.startswith("convnext"):
+        sizes = {"small": 96, "base": 128, "large": 192}
+        width = next(width for size, width in sizes.items() if size in name) // divisor
+        channels = (width, 2 * width, 4 * width, 8 * width)
+        torch.manual_seed(seed)
+        official = narrow_official_convnext(name, channels, **options)
+        torch.manual_seed(seed)
+        return Pair(name, create_model(name, channels=channels, **options), official, is_narrow=True)
+    is_cifar = name in CIFAR_NETS
+    narrow = partial(Narrow, divisor=divisor, num_classes=10 if is_cifar else 1000)
+    defaults = official_defaults(name)
+    bcos_options = {"b": 1.25 if without_norm(name) else 2, "max_out": 2 if is_cifar else 1}
+    defaults["conv_layer"] = partial(defaults["conv_layer"], **bcos_options)
+    theirs = {key: narrow(layer) for key, layer in defaults.items()}
+    ours = {"conv_layer": narrow(partial(BcosConv2d, **bcos_options))}
+    if "norm_layer" in theirs:
+        ours["norm_layer"] = narrow(make_norm("bnu-linear"))
+    torch.manual_seed(seed)
+    official = build_official(name, **theirs, **options)
+    torch.manual_seed(seed)
+    return Pair(name, create_model(name, **ours, **options), official, is_narrow=True)
+
+
 def share_state(pair: Pair) -> None:
-    """Ours perturbed, then loaded into the official model and back."""
-    perturb_(pair.ours)
+    """Ours loaded into the official model and back."""
     pair.official.load_state_dict(pair.ours.state_dict(), strict=True)
     pair.ours.load_state_dict(pair.official.state_dict(), strict=True)
 
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in RESNETS],
+    params=[*(pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in CONV_NETS), *NARROW],
 )
 def pair(request: pytest.FixtureRequest) -> Pair:
     """As built: not to be changed."""
@@ -85,11 +164,16 @@ def pair(request: pytest.FixtureRequest) -> Pair:
 def trained(pair: Pair) -> Pair:
     """The same weights, and running statistics that have seen a batch; float64 after the float32 outputs."""
     own = copy.deepcopy(pair)
+    perturb_(own.ours)
+    calibrate_(own.ours, own.images())
     share_state(own)
     models = (own.ours, own.official)
-    with torch.no_grad():
-        own.outputs["train"] = [model.train()(own.images()) for model in models]
-        own.outputs["eval"] = [model.eval()(own.images()) for model in models]
+    for mode in ("train", "eval"):
+        own.outputs[mode] = []
+        for model in models:
+            torch.manual_seed(1)  # of stochastic depth
+            with torch.no_grad():
+                own.outputs[mode].append(model.train(mode == "train")(own.images()))
     for model in models:
         model.double()
     return own
@@ -109,6 +193,16 @@ def test_same_seed_gives_the_same_initial_state(pair: Pair) -> None:
 
 def test_parameters_are_in_the_same_order(pair: Pair) -> None:
     assert [key for key, _ in pair.ours.named_parameters()] == [key for key, _ in pair.official.named_parameters()]
+
+
+@pytest.mark.parametrize("name", sorted(SLOW))
+def test_same_shapes_without_values(name: str) -> None:
+    """In full size, those that take long to fill with numbers."""
+    with torch.device("meta"):
+        ours, official = create_model(name), build_official(name)
+    shapes = [[(key, tensor.shape, tensor.dtype) for key, tensor in m.state_dict().items()] for m in (ours, official)]
+    assert shapes[0] == shapes[1]
+    assert [key for key, _ in ours.named_parameters()] == [key for key, _ in official.named_parameters()]
 
 
 @pytest.mark.parametrize(("name", "expected"), PUBLISHED.items(), ids=PUBLISHED)
@@ -136,8 +230,10 @@ def test_same_explanation(trained: Pair) -> None:
     assert_same_explanation(trained, trained.images(1).double(), None, 1e-9)
 
 
-@pytest.mark.parametrize("idx", [None, 3])
-@pytest.mark.parametrize("name", ["resnet18", "resnet20"])
+@pytest.mark.parametrize(
+    ("name", "idx"),
+    [("resnet18", None), ("resnet20", 3), ("densenet52", 3), ("densenet121", None), ("convnext_atto", None)],
+)
 def test_same_explanation_in_float32(name: str, idx: int | None) -> None:
     pair = build_pair(name)
     pair.ours.eval()
@@ -154,6 +250,7 @@ def assert_same_explanation(pair: Pair, x: torch.Tensor, idx: int | None, tolera
     assert ours["prediction"] == official["prediction"]
     assert ours["explained_class_idx"] == official["explained_class_idx"]
     assert not x.requires_grad
+    assert official["dynamic_linear_weights"].any() or (without_norm(pair.name) and not pair.is_narrow)
     for key in ("dynamic_linear_weights", "contribution_map"):
         assert relative_error(ours[key], official[key].detach()) < tolerance, key
     assert ours["explanation"].shape == official["explanation"].shape
@@ -168,6 +265,7 @@ def assert_same_explanation(pair: Pair, x: torch.Tensor, idx: int | None, tolera
 def test_every_norm_of_the_norm_study(norm: str) -> None:
     pair = build_pair("resnet20", norm=norm)
     assert_same_state(pair.ours, pair.official)
+    perturb_(pair.ours)
     share_state(pair)
     models = (pair.ours.double(), pair.official.double())
     x = images(16, dtype=torch.float64)
@@ -194,6 +292,17 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "small_inputs": ("resnet18", {"small_inputs": True}),
     "dilated": ("resnet50", {"replace_stride_with_dilation": [False, True, True]}),
     "dilated once": ("resnet50", {"replace_stride_with_dilation": [True, False, False]}),
+    "vgg without pooling": ("vgg13_bnu narrow", {"no_pool": True, "logit_bias": -1.0}),
+    "vgg without norm and pooling": ("vgg11 narrow", {"no_pool": True, "logit_temperature": 0.1}),
+    "densenet dropout": ("densenet52", {"drop_rate": 0.2}),
+    "densenet for large images": ("densenet52", {"small_inputs": False, "num_classes": 3}),
+    "densenet bottleneck": ("densenet52", {"bn_size": 2, "max_out": 1, "logit_temperature": 2.0}),
+    "densenet width": ("densenet121", {"growth_rate": 8, "num_init_features": 24, "in_chans": 3, "small_inputs": True}),
+    "densenet in less memory": ("densenet52", {"memory_efficient": True, "drop_rate": 0.1}),
+    "densenet norm": ("densenet52", {"norm": "pn-linear", "b": 1.5}),
+    "convnext": ("convnext_atto", {"stochastic_depth_prob": 0.4, "layer_scale": 0.5, "num_classes": 3}),
+    "convnext norm": ("convnext_atto", {"norm": "bnu", "layer_scale": 1.0, "in_chans": 3, "b": 1.25, "max_out": 2}),
+    "convnext temperature": ("convnext_atto", {"logit_temperature": 0.1, "logit_bias": 1.0, "norm": "none"}),
 }
 
 
@@ -203,12 +312,15 @@ def test_options(name: str, options: dict[str, Any]) -> None:
     pair = build_pair(name, **options)
     assert_same_state(pair.ours, pair.official)
     models = (pair.ours.double(), pair.official.double())
-    size = 8 if "small_inputs" in options else 32
+    size = 8 if options.get("small_inputs") else 32
     x = images(size, n=4, in_chans=options.get("in_chans", 6), dtype=torch.float64)
     for is_training in (True, False):
-        with torch.no_grad():
-            ours, official = (model.train(is_training)(x) for model in models)
-        assert relative_error(ours, official) < 1e-10
+        outputs = []
+        for model in models:
+            torch.manual_seed(1)  # of dropout and stochastic depth
+            with torch.no_grad():
+                outputs.append(model.train(is_training)(x))
+        assert relative_error(*outputs) < 1e-10
 
 
 @pytest.mark.parametrize("name", ["resnet20", "resnet50", "resnext29_32x4d"])

@@ -3,7 +3,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from official_models import CIFAR_RESNETS, RESNETS
+from official_models import CIFAR_NETS, CONV_NETS, RESNETS
 from torch import nn
 from torchvision import models
 
@@ -25,19 +25,21 @@ def test_list_models() -> None:
     assert list_models("resnet?0") == ["resnet50", "resnet20"]
     assert list_models("Resnet*") == []
     assert list_models("resnet") == []
-    assert len(RESNETS) == 24
-    assert len(CIFAR_RESNETS) == 15
+    assert len(RESNETS) == 26
+    assert len(CIFAR_NETS) == 15 + 4
+    assert len(CONV_NETS) == 26 + 9 + 8 + 7
 
 
-@pytest.mark.parametrize("name", RESNETS)
+@pytest.mark.parametrize("name", CONV_NETS)
 def test_defaults(name: str) -> None:
     with torch.device("meta"):
         model = create_model(name)
     assert isinstance(model, BcosModel)
     assert model.training
-    is_cifar = name in CIFAR_RESNETS
+    is_cifar = name in CIFAR_NETS
     assert (model.num_classes, model.in_chans) == (10 if is_cifar else 1000, 6)
-    assert (model.pool is None) == is_cifar
+    if name in RESNETS:
+        assert (model.pool is None) == is_cifar
 
 
 @pytest.mark.parametrize(
@@ -80,11 +82,6 @@ def test_unknown_option_names_the_nearest(name: str, option: str, nearest: str) 
         create_model(name, **{option: 3})
 
 
-def test_pretrained_is_refused_rather_than_ignored() -> None:
-    with pytest.raises(ValueError, match="pretrained=False"):
-        create_model("resnet18", pretrained=True)
-
-
 @pytest.mark.usefixtures("registered")
 def test_register() -> None:
     def tiny(num_classes: int = 4, width: int = 3) -> nn.Module:
@@ -101,12 +98,12 @@ def test_register() -> None:
 @pytest.mark.parametrize("name", ["resnet20", "resnet50", "standard_resnet18"])
 def test_config_signature_lists_the_options_of_the_model(name: str) -> None:
     signature = create_model.config_signature({"name": name})  # type: ignore[attr-defined]
-    assert list(signature.parameters) == ["name", "pretrained", *model_signature(name).parameters]
+    assert list(signature.parameters) == ["name", "pretrained", "weights", *model_signature(name).parameters]
     assert {p.kind for p in signature.parameters.values()} == {inspect.Parameter.KEYWORD_ONLY}
 
 
 def test_config_signature_without_a_name() -> None:
     signature = create_model.config_signature({})  # type: ignore[attr-defined]
-    assert list(signature.parameters) == ["name", "pretrained"]
+    assert list(signature.parameters) == ["name", "pretrained", "weights"]
     with pytest.raises(ValueError, match="did you mean resnet20"):
         create_model.config_signature({"name": "resnet-20x"})  # type: ignore[attr-defined]

@@ -168,3 +168,15 @@ def test_after_the_end_the_cosine_stays_at_its_minimum() -> None:
 def test_errors(make: Callable[..., Schedule], options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(**options)
+
+
+def test_a_quarter_of_a_cosine() -> None:
+    quarter = schedule.Cosine(epochs=100, lr_min=1e-5, periods=0.25)
+    rates = [quarter.lr(epoch * 7, 7, 1.01e-3) for epoch in range(100)]
+    assert rates == pytest.approx([1e-3 * math.cos(math.pi * epoch / 200) + 1e-5 for epoch in range(100)])
+
+
+@pytest.mark.parametrize("periods", [0.0, -0.5, 0.6])
+def test_wrong_part_of_a_cosine(periods: float) -> None:
+    with pytest.raises(ValueError, match=r"schedule.periods=.*: more than 0, at most 0.5"):
+        schedule.Cosine(epochs=3, periods=periods)

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from bcos_train import checkpoint as files
 from bcos_train.config.compose import Composer
 from bcos_train.training import Classifier
-from bcos_train.training import checkpoint as files
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

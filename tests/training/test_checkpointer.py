@@ -15,12 +15,12 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
+from bcos_train import checkpoint as files
+from bcos_train.checkpoint import LAST, PREVIOUS
 from bcos_train.config import UserError
 from bcos_train.run import train
 from bcos_train.training import Checkpointing, Classifier, find_checkpoint
-from bcos_train.training import checkpoint as files
 from bcos_train.training import checkpointer as module_under_test
-from bcos_train.training.checkpoint import LAST, PREVIOUS
 from bcos_train.training.checkpointer import Checkpointer, UnknownMonitor
 from bcos_train.training.interrupt import Interrupted, StopFlag
 from bcos_train.training.logging import log_now

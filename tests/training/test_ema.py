@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
+from bcos_train import checkpoint as files
+from bcos_train.checkpoint import LAST
 from bcos_train.training import Checkpointing, Ema
-from bcos_train.training import checkpoint as files
-from bcos_train.training.checkpoint import LAST
 from bcos_train.training.checkpointer import Checkpointer
 from bcos_train.training.ema import EmaCallback, ema_decay
 from bcos_train.training.interrupt import Interrupted, StopFlag

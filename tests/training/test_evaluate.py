@@ -10,16 +10,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+from bcos_train import checkpoint as files
 from bcos_train.config import UserError
 from bcos_train.run import evaluate, train
-from bcos_train.training import checkpoint as files
 from bcos_train.training.logging import read_metrics
-from bcos_train.training.weights import load_weights, read_weights
 
 from .runs import TINY, compose, run_folder
-from .toys import TinyNet
 
 #: An odd number of validation images; the best epoch isn't the last one.
 SMALL = (*TINY, "trainer.max_epochs=3", "limit_train=24", "optimizer.lr=0.02")
@@ -217,32 +215,3 @@ def test_weights_of_another_model(tmp_path: Path, plain_run: Path) -> None:
     assert "doesn't fit the model: " in mistake(tmp_path, "model=resnet32", weights=path)
     message = mistake(tmp_path, "model.max_out=1", weights=path)
     assert message.endswith("conv1.linear.weight has the shape (32, 6, 3, 3), the model (16, 6, 3, 3)")
-
-
-def test_first_of_each_kind_is_named() -> None:
-    model = TinyNet()
-    state = dict(model.state_dict())
-    load_weights(model, state, "file")
-    state["hed.linear.weight"] = state.pop("head.linear.weight")
-    state["conv.linear.weight"] = torch.zeros(1)
-    with pytest.raises(ValueError, match="doesn't fit") as caught:
-        load_weights(model, state, "file")
-    assert str(caught.value) == (
-        "file doesn't fit the model: head.linear.weight is missing; hed.linear.weight is unknown; did you mean "
-        "head.linear.weight?; conv.linear.weight has the shape (1,), the model (8, 6, 3, 3)"
-    )
-
-
-def test_reading_runs_no_code(tmp_path: Path) -> None:
-    class Trap:
-        def __reduce__(self) -> Any:
-            import os
-
-            return os.mkdir, (str(tmp_path / "trapped"),)
-
-    torch.save({"weight": Trap()}, tmp_path / "weights.pth")
-    with pytest.raises(ValueError, match="is no state dict of tensors"):
-        read_weights(tmp_path / "weights.pth")
-    assert not (tmp_path / "trapped").exists()
-    save_file({"weight": torch.zeros(1)}, tmp_path / "weights.safetensors")
-    assert read_weights(tmp_path / "weights.safetensors")[0].keys() == {"weight"}

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from bcos_train import checkpoint as files
 from bcos_train.dataset.data_module import DataModule
 from bcos_train.run import train
 from bcos_train.training import Classifier
-from bcos_train.training import checkpoint as files
 from bcos_train.training.interrupt import SIGNALS, StopFlag
 
 from .runs import TINY, assert_same_state, compose, final_state, metric_rows, run_folder, signal_at

@@ -68,7 +68,7 @@ def test_both_loggers(tmp_path: Path, network: socket.socket) -> None:
     """Twice in one process, as the jobs of a sweep are."""
     overrides = [text for text in SMALL if text != "explanation=none"]
     overrides += ["logger=[wandb,tensorboard]", "logger.wandb.mode=offline"]
-    overrides += ["explanation.gallery_images=2", "explanation.metric_images=2"]
+    overrides += ["explanation.gallery_images=2", "explanation.n_images=2"]
     for seed in (1, 2):
         assert train(compose(tmp_path / str(seed), *overrides, f"seed={seed}")) == 0
     with pytest.raises(BlockingIOError):

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from bcos_train import checkpoint as files
 from bcos_train.run import train
-from bcos_train.training import checkpoint as files
 from bcos_train.training.logging import CsvLogger, read_metrics
 
 from .runs import TINY, compose, metric_rows, run_folder

@@ -14,7 +14,9 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
+from bcos_train import checkpoint as files
 from bcos_train.augmentation import BatchMix
+from bcos_train.checkpoint import LAST
 from bcos_train.config import UserError
 from bcos_train.dataset.data_module import DataModule
 from bcos_train.loss import BinaryCrossEntropy, CrossEntropy
@@ -22,8 +24,6 @@ from bcos_train.optimizer import adaptive_clip_grad_
 from bcos_train.run import train
 from bcos_train.schedule import Cosine, Schedule, Step
 from bcos_train.training import Checkpointing, Classifier, NonFiniteLoss
-from bcos_train.training import checkpoint as files
-from bcos_train.training.checkpoint import LAST
 from bcos_train.training.checkpointer import Checkpointer
 from bcos_train.training.interrupt import StopFlag
 from bcos_train.training.logging import read_metrics

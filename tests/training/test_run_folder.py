@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from bcos_train import checkpoint as files
 from bcos_train.config import UserError
 from bcos_train.run import train
-from bcos_train.training import checkpoint as files
 from bcos_train.training.run_folder import find_run_folder, locked, run_hash, write_json
 
 from .runs import TINY, compose, run_folder, signal_at

@@ -10,27 +10,50 @@ Axes: N images, C channels, H height, W width, K classes.
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
+from bcos_train.dataset.encoding import BcosEncoding
 from bcos_train.model.base import BcosModel
+from bcos_train.model.transform import InferenceTransform
 from bcos_train.nn import BcosConv2d, LogitLayer, make_norm
 
-__all__ = ["BcosConvNet", "Layer", "linear_drop_probs", "make_logit_layer", "resolve_conv", "resolve_norm"]
+__all__ = [
+    "CIFAR_OPTIONS",
+    "LONG_TRANSFORM",
+    "PLAIN_TRANSFORM",
+    "BcosConvNet",
+    "Layer",
+    "linear_drop_probs",
+    "make_logit_layer",
+    "resolve_conv",
+    "resolve_norm",
+]
 
 #: A norm is called with the number of channels, a convolution as :class:`~bcos_train.nn.BcosConv2d` is.
 Layer = Callable[..., nn.Module]
+
+#: Of the networks for small images: the image as it is.
+PLAIN_TRANSFORM = InferenceTransform(None, 224, BcosEncoding())
+#: Of the published networks of the long recipe (`bcos_final_long`), which were evaluated on a tighter crop.
+LONG_TRANSFORM = InferenceTransform(232, 224, BcosEncoding())
+
+#: The CIFAR-10 networks of the norm study: MaxOut over two units, as in the official `norm_ablations_final`.
+CIFAR_OPTIONS: dict[str, Any] = {"num_classes": 10, "small_inputs": True, "max_out": 2}
 
 
 class BcosConvNet(BcosModel):
     """Features ``(N, C, H', W')``, a classifier at each position, the global average, temperature and bias.
 
-    Subclasses register the classifier, a convolution or an ``nn.Sequential`` that ends in one, under
-    :attr:`classifier_name`, set the attributes below and define ``get_feature_extractor``, ``forward_features`` and
-    ``init_conv``.
+    Subclasses set the attributes below and define ``get_feature_extractor`` and ``init_conv``.
     """
 
-    classifier_name: str = "classifier"
+    #: Where the convolution that gives the logits is registered. A path with a dot names the last part of the
+    #: classifier, an ``nn.Sequential``.
+    logits_name: str = "classifier"
+    #: Least height and width of an image, in pixels, of which the features have a position left.
+    min_size: int = 1
     logit_layer: nn.Module
     conv_layer: Layer
 
@@ -38,46 +61,73 @@ class BcosConvNet(BcosModel):
         super().__init__()
         self.avgpool = nn.AdaptiveAvgPool2d(1)
 
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Feature map before the classifier: ``(N, in_chans, H, W) -> (N, num_features, H', W')``.
+
+        Raises:
+            ValueError: Another number of axes or channels, or H or W below ``min_size``.
+        """
+        self._check_input(x)
+        return self.get_feature_extractor()(x)
+
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Feature map ``(N, num_features, H', W') -> (N, K)``, or ``(N, head_hidden_size)`` with ``pre_logits``."""
-        before, last = self._split_classifier()
-        x = before(x)
         if not pre_logits:
-            x = last(x)
-        x = self.avgpool(x).flatten(1)
-        return x if pre_logits else self.logit_layer(x)
+            return self.logit_layer(self.avgpool(self.get_classifier()(x)).flatten(1))
+        if "." in self.logits_name:
+            for module in list(self.get_classifier().children())[:-1]:
+                x = module(x)
+        return self.avgpool(x).flatten(1)
 
     def get_classifier(self) -> nn.Module:
         """What gives a logit at each position; the global average comes after it."""
-        return getattr(self, self.classifier_name)
+        return getattr(self, self.logits_name.partition(".")[0])
 
     def reset_classifier(self, num_classes: int) -> None:
+        """Put a new last convolution with random weights in the place of the present one.
+
+        The logits keep their temperature; their bias becomes the default for the new number of classes.
+
+        Args:
+            num_classes: K; 0 leaves that convolution and the logit layer out: the model then gives
+                ``(N, head_hidden_size)``.
+
+        Raises:
+            ValueError: A negative number.
+        """
         if num_classes < 0:
             raise ValueError(f"num_classes={num_classes}: at least 0")
         reference = next(self.parameters())
         new: nn.Module = nn.Identity()
         if num_classes:
             new = self.conv_layer(self.head_hidden_size, num_classes, kernel_size=1)
-            self.init_conv(next(m for m in new.modules() if isinstance(m, nn.Conv2d)))
+            for module in new.modules():
+                if isinstance(module, nn.Conv2d):
+                    self.init_conv(module)
         new.to(device=reference.device, dtype=reference.dtype).train(self.training)
-        classifier = self.get_classifier()
-        if isinstance(classifier, nn.Sequential):
-            classifier[-1] = new
-        else:
-            setattr(self, self.classifier_name, new)
-        self.logit_layer = make_logit_layer(num_classes, None, None) if num_classes else nn.Identity()
+        self.set_submodule(self.logits_name, new)
+        temperature = getattr(self.logit_layer, "logit_temperature", None)
+        self.logit_layer = make_logit_layer(num_classes, temperature, None) if num_classes else nn.Identity()
         self.num_classes = num_classes
 
     def init_conv(self, conv: nn.Conv2d) -> None:
         """Draw a convolution's initial weights."""
         raise NotImplementedError
 
-    def _split_classifier(self) -> tuple[nn.Module, nn.Module]:
-        """What comes before the convolution that gives the logits, and that convolution."""
-        classifier = self.get_classifier()
-        if isinstance(classifier, nn.Sequential):
-            return classifier[:-1], classifier[-1]
-        return nn.Identity(), classifier
+    def init_convs(self) -> None:
+        """Draw the initial weights of all convolutions, in the order of registration."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                self.init_conv(module)
+
+    def _check_input(self, x: Tensor) -> None:
+        if x.ndim != 4 or x.shape[1] != self.in_chans:
+            raise ValueError(f"the model takes (N, {self.in_chans}, H, W), got {tuple(x.shape)}")
+        if min(x.shape[2:]) < self.min_size:
+            raise ValueError(
+                f"an image of {x.shape[2]}x{x.shape[3]} is too small: {type(self).__name__} takes at least "
+                f"{self.min_size}x{self.min_size}"
+            )
 
 
 def make_logit_layer(num_classes: int, logit_temperature: float | None, logit_bias: float | None) -> LogitLayer:

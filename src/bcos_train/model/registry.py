@@ -1,21 +1,31 @@
-"""Models by name.
+"""Models by name, and their official weights.
 
 A model's builder is a callable whose keyword parameters are the model's options; their names and defaults are read
-from its signature, so there is one place where they are written.
+from its signature, so there is one place where they are written. Where weights come from isn't known here: whoever
+has some registers a function that reads them.
 """
 
 import inspect
+import os
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from bcos_train.suggest import suggest
+from bcos_train.model.weights import described_model, load_weights, read_weights
+from bcos_train.suggest import join_words, nearest, suggest
 
 Builder = Callable[..., nn.Module]
+#: ``loader(progress)`` gives a state dict; ``progress`` says whether to show that of a download.
+WeightsLoader = Callable[[bool], Mapping[str, Tensor]]
+
+#: The value of ``weights`` that stands for those that are registered.
+OFFICIAL = "official"
 
 _BUILDERS: dict[str, Builder] = {}
+_LOADERS: dict[str, WeightsLoader] = {}
 
 
 def register_model(name: str, builder: Builder) -> None:
@@ -29,9 +39,24 @@ def register_model(name: str, builder: Builder) -> None:
     _BUILDERS[name] = builder
 
 
-def list_models(pattern: str = "*") -> list[str]:
-    """Names of all models that match a shell-style pattern such as ``"resnet*"``, in the order of registration."""
-    return [name for name in _BUILDERS if fnmatchcase(name, pattern)]
+def register_weights(name: str, loader: WeightsLoader) -> None:
+    """Add the official weights of a model.
+
+    Raises:
+        ValueError: Unknown model, or it has some already.
+    """
+    model_signature(name)
+    if name in _LOADERS:
+        raise ValueError(f"official weights of {name!r} are registered already")
+    _LOADERS[name] = loader
+
+
+def list_models(pattern: str = "*", *, pretrained: bool = False) -> list[str]:
+    """Names of all models that match a shell-style pattern such as ``"resnet*"``, in the order of registration.
+
+    With ``pretrained`` only those that have official weights.
+    """
+    return [name for name in _BUILDERS if fnmatchcase(name, pattern) and (name in _LOADERS or not pretrained)]
 
 
 def model_signature(name: str) -> inspect.Signature:
@@ -45,14 +70,28 @@ def model_signature(name: str) -> inspect.Signature:
     return inspect.signature(_BUILDERS[name])
 
 
-def create_model(name: str, *, pretrained: bool = False, **options: Any) -> nn.Module:
+def create_model(
+    name: str,
+    *,
+    pretrained: bool = False,
+    weights: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+    **options: Any,
+) -> nn.Module:
     """Build a model by name.
 
     Args:
         name: One of :func:`list_models`.
-        pretrained: Load the official ImageNet weights.
+        pretrained: Load the official ImageNet weights, which are downloaded once and verified at each use
+            (:mod:`bcos_train.zoo.weights`); the same as ``weights="official"``. Names of models that have some:
+            ``list_models(pretrained=True)``.
+        weights: ``"official"``; a ``.pth``, ``.safetensors`` or ``.ckpt`` file; or a folder with
+            ``model.safetensors``, such as that of a finished run or an export, which also says with which options
+            they belong. ``None``: random weights.
+        progress: Show that of a download.
         options: Keyword parameters of the model, such as ``num_classes``, ``in_chans``, ``norm_layer``, ``b``,
-            ``max_out``; see :func:`model_signature`.
+            ``max_out``; see :func:`model_signature`. With weights and another ``num_classes`` than theirs, everything
+            but the last layer is loaded, and that has the same random weights as without ``weights``.
 
     Returns:
         The model in training mode. Input ``(N, 6, H, W)`` in [0, 1], channels ``[r, g, b, 1-r, 1-g, 1-b]``; output
@@ -60,21 +99,83 @@ def create_model(name: str, *, pretrained: bool = False, **options: Any) -> nn.M
         and centre crop to 224, or for the CIFAR networks the image as it is; standard models get standardised RGB.
 
     Raises:
-        ValueError: Unknown model or option; the message names the nearest ones.
+        ValueError: Unknown model or option (the message names the nearest ones), no weights or such that can't be
+            had, or weights that don't fit the model with these options.
     """
     known = model_signature(name).parameters
+    given = {**_described_options(name, weights), **options}
     for key in options:
         if key not in known:
             raise ValueError(f"{name} has no option {key!r}{suggest(key, known)}; options: {', '.join(known)}")
+    if pretrained and weights not in (None, OFFICIAL):
+        raise ValueError(f"pretrained=True means the official weights: give it or weights={weights}, not both")
     if pretrained:
-        raise ValueError(f"official weights of {name} can't be loaded yet: pretrained=False")
-    return _BUILDERS[name](**options)
+        weights = OFFICIAL
+    found = None if weights is None else find_weights(name, weights, progress=progress)
+    model = _BUILDERS[name](**given)
+    if found is not None:
+        state, _, origin = found
+        listed = ", ".join(f"{key}={value}" for key, value in options.items())
+        origin = f"{origin}, loaded with {listed}," if listed else origin
+        load_weights(model, state, origin, new_classifier="num_classes" in options)
+    return model
+
+
+def _described_options(name: str, weights: str | os.PathLike[str] | None) -> dict[str, Any]:
+    """The options that a folder of weights says they are for."""
+    if weights is None or weights == OFFICIAL or not Path(weights).is_dir():
+        return {}
+    described = described_model(Path(weights))
+    if described is None:
+        return {}
+    if described[0] != name:
+        raise ValueError(f"{weights} holds weights of {described[0]}, not of {name}")
+    return described[1]
+
+
+def find_weights(
+    name: str, weights: str | os.PathLike[str], *, use_ema: bool | None = None, progress: bool = True
+) -> tuple[Mapping[str, Tensor], bool, str]:
+    """The state dict that ``weights`` stands for.
+
+    Args:
+        name: The model.
+        weights: As for :func:`create_model`.
+        use_ema: As for :func:`bcos_train.model.weights.read_weights`.
+        progress: Show that of a download.
+
+    Returns:
+        The state dict, whether it is that of an average, and what to call it in a message.
+
+    Raises:
+        ValueError: Unknown model, or one without official weights (the message names the nearest that have some), or
+            the weights can't be had.
+    """
+    if weights == OFFICIAL:
+        loader = _official_loader(name)
+        if use_ema:
+            raise ValueError("official weights come without averaged ones: use_ema=false")
+        return loader(progress), False, f"the official file of {name}"
+    path = Path(weights)
+    if not path.exists():
+        raise ValueError(f"weights={path}: no such file{suggest(str(path), [OFFICIAL])}")
+    return *read_weights(path, use_ema), str(path)
+
+
+def _official_loader(name: str) -> WeightsLoader:
+    model_signature(name)
+    if name not in _LOADERS:
+        near = nearest(name, list_models(pretrained=True))
+        verb = "has" if len(near) == 1 else "have"
+        hint = f"near it, {join_words(near, 'and')} {verb}" if near else "list_models(pretrained=True) names those with"
+        raise ValueError(f"{name} has no official weights; {hint}")
+    return _LOADERS[name]
 
 
 def _config_signature(node: Mapping[str, Any]) -> inspect.Signature:
     """Keywords that :func:`create_model` takes for the model that a config node names."""
     own = inspect.signature(create_model).parameters
-    parameters = [own["name"], own["pretrained"]]
+    parameters = [own["name"], own["pretrained"], own["weights"]]
     if isinstance(node.get("name"), str):
         parameters += model_signature(node["name"]).parameters.values()
     return inspect.Signature([p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters])

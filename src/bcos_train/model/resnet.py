@@ -16,8 +16,10 @@ from typing import Any
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-from bcos_train.dataset.encoding import BcosEncoding
 from bcos_train.model.conv_net import (
+    CIFAR_OPTIONS,
+    LONG_TRANSFORM,
+    PLAIN_TRANSFORM,
     BcosConvNet,
     Layer,
     linear_drop_probs,
@@ -26,7 +28,6 @@ from bcos_train.model.conv_net import (
     resolve_norm,
 )
 from bcos_train.model.registry import register_model
-from bcos_train.model.transform import InferenceTransform
 
 
 class ResidualBlock(nn.Module):
@@ -143,7 +144,7 @@ class BcosResNet(BcosConvNet):
     Shape: ``(N, in_chans, H, W) -> (N, K)``.
     """
 
-    classifier_name = "fc"
+    logits_name = "fc"
     #: None in the three-stage networks: users of torchvision expect the attribute.
     layer4: nn.Module | None
 
@@ -177,7 +178,7 @@ class BcosResNet(BcosConvNet):
         if small_inputs:
             self.conv1 = conv_layer(in_chans, inplanes, kernel_size=3, padding=1)
             self.pool = None
-            self.transform = InferenceTransform(None, 224, BcosEncoding())
+            self.transform = PLAIN_TRANSFORM
         else:
             self.conv1 = conv_layer(in_chans, inplanes, kernel_size=7, stride=2, padding=3)
             self.pool = nn.AvgPool2d(kernel_size=3, stride=2, padding=1)
@@ -204,9 +205,7 @@ class BcosResNet(BcosConvNet):
         self._init_weights(zero_init_residual)
 
     def _init_weights(self, zero_init_residual: bool) -> None:
-        for m in self.modules():
-            if isinstance(m, nn.Conv2d):
-                self.init_conv(m)
+        self.init_convs()
         if zero_init_residual:
             for m in self.modules():
                 if isinstance(m, ResidualBlock):
@@ -219,7 +218,7 @@ class BcosResNet(BcosConvNet):
         nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Feature map before the classifier: ``(N, in_chans, H, W) -> (N, num_features, H', W')``."""
+        self._check_input(x)
         for module in self._feature_modules():
             x = module(x)
         return x
@@ -231,6 +230,12 @@ class BcosResNet(BcosConvNet):
     def _feature_modules(self) -> list[nn.Module]:
         names = ("conv1", "bn1", "pool", "layer1", "layer2", "layer3", "layer4")
         return [module for name in names if (module := getattr(self, name)) is not None]
+
+
+class LongBcosResNet(BcosResNet):
+    """A ResNet of the long recipe: the same network, evaluated on images resized to 232 px."""
+
+    transform = LONG_TRANSFORM
 
 
 def _strides_and_dilations(n_stages: int, replace: Sequence[bool] | None) -> list[tuple[int, int, int]]:
@@ -268,9 +273,10 @@ def _make_block(
     return block(inplanes, planes, stride, downsample, groups, base_width, dilation, norm_layer, conv_layer, drop_prob)
 
 
-def _register(names_and_options: dict[str, dict[str, Any]], **common: Any) -> None:
+def _register(names_and_options: dict[str, dict[str, Any]], *, long: bool = False, **common: Any) -> None:
+    network = LongBcosResNet if long else BcosResNet
     for name, options in names_and_options.items():
-        register_model(name, partial(BcosResNet, **{**common, **options}))
+        register_model(name, partial(network, **{**common, **options}))
 
 
 _register(
@@ -287,9 +293,13 @@ _register(
     },
     block=Bottleneck,
 )
+_register(
+    {"resnet50_long": {"layers": (3, 4, 6, 3)}, "resnet152_long": {"layers": (3, 8, 36, 3)}},
+    block=Bottleneck,
+    stochastic_depth_prob=0.1,
+    long=True,
+)
 
-# The CIFAR-10 networks of the norm study: MaxOut over two units, as in the official `norm_ablations_final`.
-CIFAR_OPTIONS: dict[str, Any] = {"num_classes": 10, "small_inputs": True, "max_out": 2}
 _register(
     {f"resnet{6 * n + 2}": {"layers": (n, n, n)} for n in (3, 5, 7, 9, 18)},
     block=BasicBlock,

@@ -1,27 +1,158 @@
-"""torchvision's own ResNets, the baselines that B-cos networks are compared with. Their input is standardised RGB."""
+"""torchvision's own networks, the baselines that B-cos networks are compared with. Their input is standardised RGB.
 
+Parameter names, initial weights and outputs are torchvision's, so its weights load as they are. What is added is the
+interface of the B-cos models: features and head apart, the inference transform, a new classifier.
+
+Axes: N images, C channels, H height, W width, K classes.
+"""
+
+from collections.abc import Callable, Sequence
 from functools import partial
 
-from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+from torch import Tensor, nn
+from torchvision import models
 
 from bcos_train.dataset.encoding import Standardize
 from bcos_train.model.registry import register_model
 from bcos_train.model.transform import InferenceTransform
 
+__all__ = ["StandardModel"]
 
-class StandardResNet(ResNet):
-    """torchvision's ResNet with the inference transform that belongs to it."""
+#: A function of torchvision that builds a network.
+Builder = Callable[..., nn.Module]
+
+
+class StandardModel(nn.Module):
+    """A network of torchvision as ``forward_head(forward_features(x))``.
+
+    Args:
+        network: Its children become this module's, under their names; one of them is ``avgpool``.
+        features: Names of the children that make the features, in the order in which they are applied.
+        classifier: Name of the child that follows the pooling: the linear layer, or an ``nn.Sequential`` that ends in
+            it.
+        num_features: Channels of the features; ``None``: as many as the linear layer takes.
+
+    Shape: ``(N, 3, H, W) -> (N, K)``, for VGG and DenseNet from 32 px on.
+    """
 
     transform = InferenceTransform(256, 224, Standardize())
+    in_chans = 3
+    avgpool: nn.Module
+
+    def __init__(
+        self, network: nn.Module, features: Sequence[str], classifier: str, num_features: int | None = None
+    ) -> None:
+        super().__init__()
+        for name, child in network.named_children():
+            self.add_module(name, child)
+        self.feature_names = tuple(features)
+        self.classifier_name = classifier
+        last = self._split_classifier()[1]
+        assert isinstance(last, nn.Linear)
+        self.num_classes = last.out_features
+        #: Channels of what ``forward_features`` gives, and length of what the linear layer takes.
+        self.num_features = last.in_features if num_features is None else num_features
+        self.head_hidden_size = last.in_features
+
+    @staticmethod
+    def to_probabilities(logits: Tensor) -> Tensor:
+        """``(N, K) -> (N, K)``, under the cross-entropy that standard models are trained with."""
+        return logits.softmax(-1)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Feature map ``(N, 3, H, W) -> (N, num_features, H', W')``."""
+        for name in self.feature_names:
+            x = getattr(self, name)(x)
+        return x
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Feature map to logits ``(N, K)``, or with ``pre_logits`` to ``(N, head_hidden_size)``."""
+        before, last = self._split_classifier()
+        x = self.avgpool(x)
+        # ConvNeXt's classifier begins with a norm of maps and flattens them itself.
+        if not any(isinstance(module, nn.Flatten) for module in before):
+            x = x.flatten(1)
+        x = before(x)
+        return x if pre_logits else last(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    def get_classifier(self) -> nn.Module:
+        """What turns the pooled features into logits."""
+        return getattr(self, self.classifier_name)
+
+    def get_feature_extractor(self) -> nn.Sequential:
+        """A module that computes ``forward_features``, sharing its parameters with this model."""
+        return nn.Sequential(*(getattr(self, name) for name in self.feature_names))
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Put a new linear layer with random weights (torch's own) in the place of the present one.
+
+        Args:
+            num_classes: K; 0 leaves the layer out: the model then gives ``(N, head_hidden_size)``.
+
+        Raises:
+            ValueError: A negative number.
+        """
+        if num_classes < 0:
+            raise ValueError(f"num_classes={num_classes}: at least 0")
+        reference = next(self.parameters())
+        new = nn.Linear(self.head_hidden_size, num_classes) if num_classes else nn.Identity()
+        new.to(device=reference.device, dtype=reference.dtype).train(self.training)
+        classifier = self.get_classifier()
+        if isinstance(classifier, nn.Sequential):
+            classifier[-1] = new
+        else:
+            setattr(self, self.classifier_name, new)
+        self.num_classes = num_classes
+
+    def _split_classifier(self) -> tuple[nn.Sequential, nn.Module]:
+        """What comes before the linear layer, and that layer."""
+        classifier = self.get_classifier()
+        if isinstance(classifier, nn.Sequential):
+            return classifier[:-1], classifier[-1]
+        return nn.Sequential(), classifier
 
 
-_DEPTHS = {
-    18: (BasicBlock, (2, 2, 2, 2)),
-    34: (BasicBlock, (3, 4, 6, 3)),
-    50: (Bottleneck, (3, 4, 6, 3)),
-    101: (Bottleneck, (3, 4, 23, 3)),
-    152: (Bottleneck, (3, 8, 36, 3)),
+def _build(builder: Builder, num_classes: int, **options: float) -> nn.Module:
+    if num_classes < 1:
+        raise ValueError(f"num_classes={num_classes}: at least 1")
+    return builder(weights=None, num_classes=num_classes, **options)
+
+
+def _resnet(builder: Builder, /, *, num_classes: int = 1000, zero_init_residual: bool = False) -> StandardModel:
+    network = _build(builder, num_classes, zero_init_residual=zero_init_residual)
+    features = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
+    return StandardModel(network, features, "fc")
+
+
+def _densenet(builder: Builder, /, *, num_classes: int = 1000, drop_rate: float = 0.0) -> StandardModel:
+    network = _build(builder, num_classes, drop_rate=drop_rate)
+    # torchvision calls these two as functions.
+    network.relu, network.avgpool = nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1)
+    return StandardModel(network, ("features", "relu"), "classifier")
+
+
+def _vgg(builder: Builder, /, *, num_classes: int = 1000, dropout: float = 0.5) -> StandardModel:
+    return StandardModel(_build(builder, num_classes, dropout=dropout), ("features",), "classifier", num_features=512)
+
+
+def _convnext(
+    builder: Builder, /, *, num_classes: int = 1000, stochastic_depth_prob: float | None = None
+) -> StandardModel:
+    # torchvision's own probability differs from one size to the other.
+    options = {} if stochastic_depth_prob is None else {"stochastic_depth_prob": stochastic_depth_prob}
+    return StandardModel(_build(builder, num_classes, **options), ("features",), "classifier")
+
+
+_FAMILIES: dict[Callable[..., StandardModel], Sequence[str]] = {
+    _resnet: ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
+    _densenet: ("densenet121", "densenet161", "densenet169", "densenet201"),
+    _vgg: tuple(f"vgg{depth}{norm}" for depth in (11, 13, 16, 19) for norm in ("", "_bn")),
+    _convnext: ("convnext_tiny", "convnext_small", "convnext_base", "convnext_large"),
 }
 
-for _depth, (_block, _layers) in _DEPTHS.items():
-    register_model(f"standard_resnet{_depth}", partial(StandardResNet, block=_block, layers=list(_layers)))
+for _family, _names in _FAMILIES.items():
+    for _name in _names:
+        register_model(f"standard_{_name}", partial(_family, getattr(models, _name)))

@@ -71,14 +71,30 @@ class Schedule(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class Cosine(Schedule):
-    """Half a cosine from the base rate to ``lr_min`` over the epochs after the warm-up (arXiv 1608.03983, eq. 5)."""
+    """A cosine from the base rate to ``lr_min`` over the epochs after the warm-up (arXiv 1608.03983, eq. 5).
+
+    Args:
+        lr_min: Where it ends.
+        periods: Which part of a cosine's period it is, in (0, 0.5]. With half a period it ends flat, with a quarter
+            of one it is steepest at the end.
+
+    Raises:
+        ValueError: As :class:`Schedule`, or ``periods`` out of range.
+    """
 
     lr_min: float = 0.0
+    periods: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.periods <= 0.5:
+            raise ValueError(f"schedule.periods={self.periods}: more than 0, at most 0.5")
 
     def decay(self, base_lr: float, t: float, total: float) -> float:
         # A warm-up as long as the run leaves nothing to decay.
         share = min(t / total, 1.0) if total > 0 else 0.0
-        return self.lr_min + (base_lr - self.lr_min) * (1 + math.cos(math.pi * share)) / 2
+        end = math.cos(2 * math.pi * self.periods)
+        return self.lr_min + (base_lr - self.lr_min) * (math.cos(2 * math.pi * self.periods * share) - end) / (1 - end)
 
 
 @dataclass(frozen=True, kw_only=True)

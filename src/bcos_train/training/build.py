@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bcos_train.dataset.data_module import DataModule
 from bcos_train.nn import RunningNorm2d
-from bcos_train.training.checkpoint import VerifiedCheckpointIO
+from bcos_train.training.checkpoint_io import VerifiedCheckpointIO
 from bcos_train.training.options import BatchSplit, TrainerOptions
 from bcos_train.training.run_folder import RunFolder
 

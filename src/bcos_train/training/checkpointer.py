@@ -11,8 +11,8 @@ from typing import Any, Literal
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Checkpoint
 
+from bcos_train import checkpoint as files
 from bcos_train.suggest import join_words, suggest
-from bcos_train.training import checkpoint as files
 from bcos_train.training.distributed import largest
 from bcos_train.training.interrupt import Interrupted, StopFlag
 from bcos_train.training.module import Classifier

@@ -13,6 +13,7 @@ from rich.table import Table
 from bcos_train.dataset.data_module import DataModule
 from bcos_train.explanation import evaluating
 from bcos_train.model import BcosModel
+from bcos_train.model.weights import EMA_WEIGHTS, WEIGHTS, save_weights
 from bcos_train.report import save_gallery
 from bcos_train.training.checkpointer import Checkpointer
 from bcos_train.training.ema import EmaCallback
@@ -21,7 +22,6 @@ from bcos_train.training.logging import METRICS, read_metrics
 from bcos_train.training.module import Classifier
 from bcos_train.training.progress import duration
 from bcos_train.training.run_folder import SUMMARY, RunFolder, write_json
-from bcos_train.training.weights import EMA_WEIGHTS, WEIGHTS, save_weights
 
 
 def finish(

@@ -14,11 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from training.runs import assert_same_state
 
-from bcos_train.training import checkpoint as files
-from bcos_train.training.checkpoint import LAST, PREVIOUS, DamagedCheckpoint
-
-from .runs import assert_same_state
+from bcos_train import checkpoint as files
+from bcos_train.checkpoint import LAST, PREVIOUS, DamagedCheckpoint
 
 NESTED = {
     "model": OrderedDict(weight=torch.randn(3, 4), bias=torch.zeros(3, dtype=torch.float64), empty=torch.zeros(0)),
@@ -389,11 +388,3 @@ def test_copy_twice(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "best.ckpt", "best.ckpt.sha256", LAST, f"{LAST}.sha256",
     ]  # fmt: skip
-
-
-def test_lightnings_door(tmp_path: Path) -> None:
-    door = files.VerifiedCheckpointIO()
-    door.save_checkpoint(content(1), str(tmp_path / LAST))
-    assert_same_state(door.load_checkpoint(str(tmp_path / LAST)), content(1))
-    door.remove_checkpoint(str(tmp_path / LAST))
-    assert not list(tmp_path.iterdir())

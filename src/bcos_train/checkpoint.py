@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from pytorch_lightning.plugins.io import CheckpointIO
 
 LAST = "last.ckpt"
 PREVIOUS = "previous.ckpt"
@@ -140,19 +139,6 @@ def copy(source: Path, target: Path) -> None:
             # Two names of one file: renaming one to the other does nothing.
             temporary.unlink(missing_ok=True)
         _sync_folder(target.parent)
-
-
-class VerifiedCheckpointIO(CheckpointIO):
-    """Lightning's door to :func:`save` and :func:`load`."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        save(checkpoint, Path(path))
-
-    def load_checkpoint(self, path: Any, map_location: Any | None = None, weights_only: Any = None) -> dict[str, Any]:
-        return load(Path(path), map_location="cpu" if map_location is None else map_location)
-
-    def remove_checkpoint(self, path: Any) -> None:
-        delete(Path(path))
 
 
 def _dump(checkpoint: Mapping[str, Any], file: BinaryIO) -> None:

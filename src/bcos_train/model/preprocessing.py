@@ -1,0 +1,124 @@
+"""What is done to an image before a model sees it, as plain values that a file can hold."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torchvision.transforms import v2
+
+from bcos_train.augmentation import imagenet_eval, plain
+from bcos_train.dataset.encoding import BcosEncoding, Standardize
+from bcos_train.model.transform import InferenceTransform
+
+__all__ = ["Preprocessing"]
+
+_GEOMETRIES = {"bcos_train.augmentation.imagenet_eval": imagenet_eval, "bcos_train.augmentation.plain": plain}
+_ENCODINGS = {"bcos_train.dataset.BcosEncoding": BcosEncoding, "bcos_train.dataset.Standardize": Standardize}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """From a PIL image to the input ``(C, H, W)``.
+
+    Args:
+        resize_size: Length in pixels of the shorter side, or of both sides as ``(S, S)``; ``None``: the image's own.
+        crop_size: Side in pixels of the square cut out of the centre; ``None``: nothing is cut off.
+        interpolation: ``nearest``, ``bilinear`` or ``bicubic``.
+        mean, std: Of each channel, for standardised RGB; ``None``: ``[r, g, b, 1-r, 1-g, 1-b]`` in [0, 1].
+    """
+
+    resize_size: int | tuple[int, int] | None = None
+    crop_size: int | None = None
+    interpolation: str = "bilinear"
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+    @classmethod
+    def of(cls, transform: Any) -> "Preprocessing | None":
+        """That of a model's ``transform``; ``None`` if it isn't one of this package."""
+        if not isinstance(transform, InferenceTransform):
+            return None
+        sizes: dict[str, Any] = {}
+        for step in transform.geometry.transforms:
+            if isinstance(step, v2.Resize):
+                size = tuple(step.size)
+                sizes["resize_size"] = size[0] if len(size) == 1 else size
+                sizes["interpolation"] = step.interpolation.value
+            elif isinstance(step, v2.CenterCrop):
+                sizes["crop_size"] = step.size[0]
+        encoding = transform.encoding
+        if isinstance(encoding, Standardize):
+            # The numbers that were given, without the digits that float32 adds.
+            sizes |= {k: tuple(round(v, 8) for v in getattr(encoding, k).flatten().tolist()) for k in ("mean", "std")}
+        return cls(**sizes)
+
+    @classmethod
+    def of_config(cls, augmentation: Any, encoding: Any) -> "Preprocessing | None":
+        """That of the evaluation in a run's config; ``None`` if it can't be told.
+
+        Args:
+            augmentation: The node ``augmentation``.
+            encoding: The node ``encoding``.
+        """
+        try:
+            geometry = _call(_GEOMETRIES, augmentation["eval"])
+            return cls.of(_with(geometry, _call(_ENCODINGS, encoding)))
+        except (KeyError, TypeError, ValueError):
+            return None
+
+    @classmethod
+    def of_json(cls, values: Mapping[str, Any]) -> "Preprocessing":
+        """The inverse of :meth:`to_json`.
+
+        Raises:
+            ValueError: Keys or values that make no preprocessing.
+        """
+        try:
+            own: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+            own.pop("channels", None)
+            made = cls(**own)
+            made.transform()
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"no preprocessing: {dict(values) if isinstance(values, Mapping) else values}") from error
+        return made
+
+    def to_json(self) -> dict[str, Any]:
+        channels = ["r", "g", "b"] if self.mean is not None else ["r", "g", "b", "1-r", "1-g", "1-b"]
+        return {"channels": channels, **{k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}}
+
+    def transform(self) -> InferenceTransform:
+        """PIL image -> ``(C, H, W)``."""
+        steps: list[v2.Transform] = []
+        if self.resize_size is not None:
+            steps.append(v2.Resize(self.resize_size, interpolation=v2.InterpolationMode(self.interpolation)))
+        if self.crop_size is not None:
+            steps.append(v2.CenterCrop(self.crop_size))
+        is_bcos = self.mean is None or self.std is None
+        encoding = BcosEncoding() if is_bcos else Standardize(self.mean, self.std)  # type: ignore[arg-type]
+        return _with(v2.Compose([*steps, v2.PILToTensor()]), encoding)
+
+    def describe(self) -> str:
+        """A sentence."""
+        size = self.resize_size
+        first = f"Resize the shorter side to {size} pixels" if isinstance(size, int) else ""
+        if isinstance(size, tuple):
+            first = f"Resize to {size[0]} x {size[1]} pixels"
+        steps = [f"{first} ({self.interpolation}, antialiased)" if first else "Take the image in its own size"]
+        if self.crop_size is not None:
+            steps.append(f"cut {self.crop_size} x {self.crop_size} pixels out of the centre")
+        steps.append("scale to [0, 1]")
+        if self.mean is not None and self.std is not None:
+            steps.append(f"standardise RGB with mean {list(self.mean)} and std {list(self.std)}")
+        else:
+            steps.append("append the complements: the channels are [r, g, b, 1-r, 1-g, 1-b]")
+        return ", ".join(steps) + "."
+
+
+def _with(geometry: Any, encoding: BcosEncoding | Standardize) -> InferenceTransform:
+    transform = InferenceTransform(None, 224, encoding)
+    transform.geometry = geometry
+    return transform
+
+
+def _call(known: Mapping[str, Any], node: Mapping[str, Any]) -> Any:
+    return known[node["_target_"]](**{key: value for key, value in node.items() if key != "_target_"})
