@@ -1,4 +1,4 @@
-"""Evaluate a network: ``python evaluate.py run=<run folder>`` or ``model=resnet50 dataset=imagenet weights=<path>``."""
+"""Evaluate a network: ``python evaluate.py run=<run folder>`` or ``model=… dataset=… weights=official|<path>``."""
 
 from typing import Any
 

@@ -25,6 +25,8 @@ from bcos_train.config import UserError, blame, check, instantiate, overlay, sav
 from bcos_train.config import load as load_config
 from bcos_train.dataset import BcosEncoding, ImageSource, Standardize, UnreadableImage
 from bcos_train.dataset.data_module import DataModule
+from bcos_train.model.registry import find_weights
+from bcos_train.model.weights import load_weights
 from bcos_train.nn import sync_batch_norm_
 from bcos_train.schedule import Schedule
 from bcos_train.training import launch, loggers
@@ -39,7 +41,6 @@ from bcos_train.training.module import Classifier, NonFiniteLoss
 from bcos_train.training.options import BatchSplit, TrainerOptions, default_workers, split_batch
 from bcos_train.training.progress import ProgressDisplay, TrainingLog
 from bcos_train.training.run_folder import CHECKPOINTS, CONFIG, RunFolder, find_run_folder, locked, run_hash
-from bcos_train.training.weights import load_weights, read_weights
 
 #: Exit code of a run that stopped because its loss was no longer finite.
 DIVERGED = 3
@@ -205,7 +206,8 @@ class EvaluateConfig(TrainConfig):
     Args:
         run: Run folder whose config and checkpoint are taken.
         checkpoint: ``best``, ``last`` or a path.
-        weights: Without ``run``: a checkpoint, ``.safetensors`` or ``.pth`` file.
+        weights: Without ``run``: ``official``, or the path of a checkpoint, a ``.safetensors`` or ``.pth`` file or a
+            folder with ``model.safetensors``.
         use_ema: Take the averaged weights; ``None``: if there are any.
         output: Folder for the results; ``None``: the run folder, or ``evaluations/<model>``.
     """
@@ -230,7 +232,7 @@ def evaluate(config: Mapping[str, Any], given: Sequence[str] = ()) -> int:
     _quieten()
     folder = None if config["run"] is None else Path(config["run"])
     if folder is None and config["weights"] is None:
-        raise UserError("nothing to evaluate: give run=<run folder>, or model=… dataset=… weights=<path>")
+        raise UserError("nothing to evaluate: give run=<run folder>, or model=… dataset=… weights=official|<path>")
     if folder is not None:
         if config["weights"] is not None:
             raise UserError("give run=<run folder> or weights=<path>, not both")
@@ -240,28 +242,32 @@ def evaluate(config: Mapping[str, Any], given: Sequence[str] = ()) -> int:
         config = overlay(load_config(folder / CONFIG), config, keys) | own
         if problems := check(config, root=EvaluateConfig):
             raise UserError("\n".join(f"{folder / CONFIG}: {problem}" for problem in problems))
-    parts = EvaluateConfig(**instantiate(config))
+    name = config["model"]["name"]
+    # What training began with isn't fetched: it would be overwritten.
+    fresh = {key: value for key, value in config["model"].items() if key not in ("pretrained", "weights")}
+    parts = EvaluateConfig(**instantiate({**config, "model": fresh}))
     if launch.launched_world_size() is None:
         parts = replace(parts, trainer=replace(parts.trainer, devices=1, num_nodes=1))
     with blame(""):
-        path = Path(config["weights"]) if folder is None else find_checkpoint(folder / CHECKPOINTS, parts.checkpoint)
-        state, is_ema = read_weights(path, parts.use_ema)
+        source = find_checkpoint(folder / CHECKPOINTS, parts.checkpoint) if folder else parts.weights
+        assert source is not None
+        state, is_ema, origin = find_weights(name, source, use_ema=parts.use_ema)
         trainer = build_trainer(parts.trainer)
         split = split_batch(parts.batch_size, parts.trainer.world_size, None)
     trainer.strategy.setup_environment()
     data = _load_data(parts, split, trainer, stage="validate")
     model = _build_model(parts, data)
     with blame(""):
-        load_weights(model, state, str(path))
+        load_weights(model, state, origin)
     # The training part may be missing.
     module = _build_module(parts, model, data, steps_per_epoch=1)
     started = time.monotonic()
     with _mistakes_that_show_late():
         trainer.validate(module, datamodule=data, verbose=False)
     if trainer.is_global_zero:
-        output = Path(parts.output or folder or Path("evaluations", config["model"]["name"]))
-        origin = {"weights": str(path), "ema": is_ema, "model": config["model"]["name"]}
-        report_evaluation(module, data, origin, output, time.monotonic() - started)
+        output = Path(parts.output or folder or Path("evaluations", name))
+        described = {"weights": str(source), "ema": is_ema, "model": name}
+        report_evaluation(module, data, described, output, time.monotonic() - started)
     return 0
 
 

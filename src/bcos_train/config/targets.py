@@ -31,6 +31,7 @@ TARGETS: tuple[str, ...] = (
     "bcos_train.loss.CrossEntropy",
     "bcos_train.loss.UniformOffLabelBinaryCrossEntropy",
     "bcos_train.model.create_model",
+    "bcos_train.model.timm_model",
     "bcos_train.optimizer.timm_optimizer",
     "bcos_train.schedule.Constant",
     "bcos_train.schedule.Cosine",

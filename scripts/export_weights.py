@@ -1,0 +1,105 @@
+"""Hand on trained weights in a form that others read.
+
+python scripts/export_weights.py RUN out/resnet50 --license apache-2.0     # a folder for the Hugging Face Hub
+python scripts/export_weights.py RUN resnet50.pth --hash --no-ema          # as the official files are
+python scripts/export_weights.py official:resnet50 resnet50.safetensors
+python scripts/export_weights.py epoch=89.ckpt out --model resnet50 num_classes=100   # of the official training code
+
+SOURCE is a run folder, a checkpoint or file of weights (.ckpt, .pth, .safetensors), an exported folder, or
+official:<row of the Model Zoo>. TARGET is a .pth file, a .safetensors file, or else a folder.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+from bcos_train.suggest import suggest
+from bcos_train.zoo.export import export
+
+MISTAKE = 2
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, with the nearest right name."""
+
+    def error(self, message: str) -> NoReturn:
+        kind, _, rest = message.partition("unrecognized arguments: ")
+        if not kind and rest:
+            known = [name for action in self._actions for name in action.option_strings]
+            message = f"{rest}: no such option{suggest(rest.split()[0].partition('=')[0], known)}"
+        raise ValueError(message)
+
+
+def parser() -> Parser:
+    result = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    add = result.add_argument
+    add("source", metavar="SOURCE")
+    add("target", metavar="TARGET", type=Path)
+    add("options", metavar="KEY=VALUE", nargs="*", help="options of the model, where the source doesn't say them")
+    add("--model", metavar="NAME", help="the model, where the source doesn't say it; timm:<name> for one of timm's")
+    add(
+        "--ema",
+        action=argparse.BooleanOptionalAction,
+        help="the averaged weights or the plain ones (default: averaged)",
+    )
+    add("--hash", action="store_true", help="end the file's name in ten digits of its SHA-256")
+    add("--force", action="store_true", help="overwrite what is there")
+    add("--license", metavar="ID", help="of the weights, such as apache-2.0; official ones have theirs")
+    add("--classes", metavar="FILE", type=Path, help="names of the classes, one a line, in the order of the outputs")
+    return result
+
+
+def model_option(text: str) -> tuple[str, Any]:
+    import yaml
+
+    key, is_pair, value = text.partition("=")
+    if not is_pair or not key:
+        raise ValueError(f"{text}: options of the model are given as KEY=VALUE")
+    for read, mistake in ((json.loads, ValueError), (yaml.safe_load, yaml.YAMLError)):  # 1e-3 is text in YAML
+        try:
+            return key, read(value)
+        except mistake:
+            continue
+    return key, value
+
+
+def read_lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--classes {path} can't be read: {error}") from error
+
+
+def run(arguments: argparse.Namespace) -> None:
+    exported = export(
+        arguments.source,
+        arguments.target.expanduser(),
+        model=arguments.model,
+        options=dict(map(model_option, arguments.options)),
+        use_ema=arguments.ema,
+        with_hash=arguments.hash,
+        force=arguments.force,
+        licence=arguments.license,
+        class_names=None if arguments.classes is None else read_lines(arguments.classes),
+    )
+    source = exported.source
+    print(f"{source.name}, {'averaged' if source.is_ema else 'plain'} weights of {source.origin}")
+    print(f"written: {exported.path}")
+    print(f"sha256 of the weights: {exported.sha256}")
+    if source.licence is None and exported.path.is_dir():
+        print("no licence: give one with --license before you publish the folder", file=sys.stderr)
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        run(parser().parse_intermixed_args(argv))
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return MISTAKE
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

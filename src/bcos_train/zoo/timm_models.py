@@ -1,0 +1,257 @@
+"""The models as users of timm know theirs: ``timm.create_model("bcos_resnet50", pretrained=True, num_classes=10)``.
+
+Every B-cos model is registered under its name with ``bcos_`` before it, and the official standard ViTs under their own.
+Official weights come from this package's loader, which verifies them, never from timm's download.
+
+This module imports timm; :mod:`bcos_train.zoo.timm_hook` imports it once timm has been.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from timm.models import (
+    FeatureDictNet,
+    FeatureHookNet,
+    FeatureListNet,
+    build_model_with_cfg,
+    generate_default_cfgs,
+    register_model,
+    resolve_pretrained_cfg,
+)
+from torch import nn
+
+from bcos_train.explanation import evaluating
+from bcos_train.model import create_model, list_models, model_signature
+from bcos_train.model.conv_net import BcosConvNet
+from bcos_train.suggest import suggest
+from bcos_train.zoo.records import RECORDS
+
+__all__ = ["timm_name"]
+
+FeatureClass = Literal["list", "dict", "hook"]
+
+#: Beginning of the models' names: the first layer with weights, and the last, in the state dict.
+_LAYERS = {
+    ("resne", "wide_resnet"): ("conv1.linear", "fc.linear"),
+    ("densenet",): ("features.conv0.linear", "classifier.linear"),
+    ("vgg",): ("features.0.linear", "classifier.2.linear"),
+    ("convnext",): ("features.0.linear", "classifier.1.linear"),
+    ("simple_vit",): ("0.to_patch_embedding.linear.linear", "0.linear_head.linear.linear"),
+    ("plain_cnn",): ("0.linear", "8.linear"),
+    ("vitc",): ("0.to_patch_embedding.conv_stem.0.linear", "0.linear_head.linear.linear"),
+    ("standard_simple_vit",): ("to_patch_embedding.linear", "linear_head.linear"),
+    ("standard_vitc",): ("to_patch_embedding.conv_stem.0", "linear_head.linear"),
+}
+_INPUT = (
+    "The input is [r, g, b, 1-r, 1-g, 1-b] in [0, 1]: model.transform makes it of an image. timm's own transforms, "
+    "with the mean and std given here, make the first three channels."
+)
+
+
+def timm_name(name: str) -> str | None:
+    """What a model is called in timm; ``None``: it is not registered there."""
+    if name in RECORDS and not RECORDS[name].is_bcos:
+        return name
+    return None if name.startswith(("standard_", "timm")) else f"bcos_{name}"
+
+
+def _default_cfg(name: str) -> dict[str, Any]:
+    """The model's entry in timm's registry; it must stand in its place before a model is built."""
+    options = {key: parameter.default for key, parameter in model_signature(name).parameters.items()}
+    is_small = options["num_classes"] == 10  # the networks for CIFAR-10
+    size = 32 if is_small else 224
+    resized = 232 if name.endswith("_long") or name.startswith("convnext") else 256
+    is_bcos = not name.startswith("standard_")
+    cfg: dict[str, Any] = {
+        "input_size": (options["in_chans"], size, size),
+        "num_classes": options["num_classes"],
+        "crop_pct": 1.0 if is_small else 224 / resized,
+        "interpolation": "bilinear",
+        "origin_url": "https://github.com/B-cos/B-cos-v2",
+        "paper_name": "B-cos Alignment for Inherently Interpretable CNNs and Vision Transformers",
+        "paper_ids": "arXiv:2306.10898",
+    }
+    if is_bcos:
+        cfg |= {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "notes": (_INPUT,)}
+    for beginnings, layers in _LAYERS.items():
+        if name.startswith(beginnings):
+            cfg["first_conv"], cfg["classifier"] = layers
+    if not name.removeprefix("standard_").startswith(("simple_vit", "vitc")):
+        cfg["pool_size"] = (8, 8) if is_small else (7, 7)
+    if name in RECORDS:
+        record = RECORDS[name]
+        # timm has no key for the hash; in the address it stands as torch.hub has it, before the suffix.
+        notes = (f"The SHA-256 of the weights begins with {record.sha256}.", *cfg.get("notes", ()))
+        cfg |= {"url": record.url, "license": record.licence.lower(), "notes": notes}
+    return cfg
+
+
+def _create(
+    name: str,
+    pretrained: bool = False,
+    *,
+    pretrained_cfg: Any = None,
+    pretrained_cfg_overlay: dict[str, Any] | None = None,
+    pretrained_model_args: Mapping[str, Any] | None = None,
+    cache_dir: str | Path | None = None,
+    features_only: bool = False,
+    out_indices: int | Sequence[int] | None = None,
+    feature_cls: FeatureClass = "list",
+    drop_rate: float = 0.0,
+    drop_path_rate: float | None = None,
+    global_pool: str = "avg",
+    **options: Any,
+) -> nn.Module:
+    """Build a model as timm's factory asks for it.
+
+    Args:
+        name: The model's name in this package.
+        pretrained: Load weights: those of a file, folder or hub repository if the configuration names one, else the
+            official ones, verified.
+        pretrained_cfg, pretrained_cfg_overlay, pretrained_model_args, cache_dir: What timm's factory hands on.
+        features_only: Give the feature maps of each resolution instead of logits; for the convolutional networks.
+        out_indices: With ``features_only``, which of them; a number: as many of the last; ``None``: all.
+        feature_cls: With ``features_only``, timm's class: feature maps as a list or by name.
+        drop_rate, global_pool: timm's scripts always pass them. Other than here the networks have no such thing.
+        drop_path_rate: timm's name for ``stochastic_depth_prob``.
+        options: As for :func:`bcos_train.create_model`; ``num_classes`` may be 0.
+
+    Raises:
+        ValueError: Something that the model doesn't have; the message names the nearest right name.
+    """
+    own_name = str(timm_name(name))
+    known = [*model_signature(name).parameters, "pretrained", "features_only", "out_indices", "feature_cls"]
+    if drop_path_rate is not None:
+        options["stochastic_depth_prob"] = drop_path_rate
+    if drop_rate and "drop_rate" in known:
+        options["drop_rate"] = drop_rate
+    elif drop_rate:
+        raise ValueError(f"drop_rate={drop_rate}: {own_name} has no dropout before its classifier")
+    if global_pool != "avg":
+        raise ValueError(f"global_pool={global_pool!r}: {own_name} averages over the positions (avg)")
+    for key in options:
+        if key not in known:
+            raise ValueError(f"{own_name} has no option {key!r}{suggest(key, known)}; options: {', '.join(known)}")
+    if not features_only and out_indices is not None:
+        raise ValueError(f"out_indices={out_indices} goes with features_only=True")
+
+    cfg = resolve_pretrained_cfg(own_name, pretrained_cfg, pretrained_cfg_overlay).to_dict()
+    weights, is_timms = _source(own_name, name, cfg) if pretrained else (None, False)
+    if cache_dir is not None and weights == "official":
+        raise ValueError(
+            f"cache_dir={cache_dir}: official weights are kept where the environment variable TORCH_HOME says"
+        )
+    passed_on: dict[str, Any] = (
+        {} if pretrained_model_args is None else {"pretrained_model_args": pretrained_model_args}
+    )
+    model = build_model_with_cfg(
+        partial(_build, name, weights),
+        own_name,
+        pretrained=is_timms,
+        pretrained_cfg=cfg,
+        cache_dir=cache_dir,
+        **passed_on,
+        **options,
+    )
+    return _feature_net(model, out_indices, feature_cls) if features_only else model
+
+
+def _source(own_name: str, name: str, cfg: Mapping[str, Any]) -> tuple[str | None, bool]:
+    """Where the weights come from: ``weights`` for ``create_model``, and whether it is for timm to load them."""
+    if cfg.get("source") in ("hf-hub", "local-dir") or cfg.get("state_dict") or cfg.get("hf_hub_id"):
+        return None, True  # the user's own, which timm.models.push_to_hf_hub has written
+    if cfg.get("file"):
+        return str(cfg["file"]), False
+    official = RECORDS[name].url if name in RECORDS else None
+    if cfg.get("url") != official:
+        raise ValueError(
+            f"{own_name}: weights are not loaded from {cfg.get('url')}, because nothing says what they should be; "
+            "download the file and give pretrained_cfg_overlay={'file': <path>}"
+        )
+    return "official", False
+
+
+def _build(name: str, weights: str | None, *, num_classes: int, **options: Any) -> nn.Module:
+    """``create_model`` with timm's meaning of ``num_classes=0``: no classifier."""
+    if num_classes:
+        options["num_classes"] = num_classes
+    model = create_model(name, weights=weights, **options)
+    if not num_classes:
+        model.reset_classifier(0)  # type: ignore[operator]
+    return model
+
+
+def _feature_net(model: nn.Module, out_indices: int | Sequence[int] | None, feature_cls: FeatureClass) -> nn.Module:
+    """timm's network of feature maps, sharing its modules with ``model``.
+
+    There is a feature map for each resolution, from the last module that has it, as in timm's own ResNet, ConvNeXt,
+    DenseNet and VGG.
+    """
+    if not isinstance(model, BcosConvNet):
+        raise ValueError(f"features_only=True: {type(model).__name__} has no feature maps at several resolutions")
+    kinds: dict[str, Callable[..., nn.Module]] = {
+        "list": FeatureListNet,
+        "dict": FeatureDictNet,
+        "hook": FeatureHookNet,
+    }
+    if feature_cls not in kinds:
+        raise ValueError(f"feature_cls={feature_cls!r}: one of {', '.join(kinds)}")
+    trunk, info = _trunk(model)
+    chosen = range(len(info)) if out_indices is None else out_indices
+    chosen = range(-chosen, 0) if isinstance(chosen, int) else chosen
+    if not chosen or not all(-len(info) <= i < len(info) for i in chosen):
+        raise ValueError(f"out_indices={out_indices}: there are {len(info)} feature maps, 0 to {len(info) - 1}")
+    trunk.feature_info = info  # type: ignore[assignment]
+    net = kinds[feature_cls](trunk, out_indices=tuple(chosen), flatten_sequential="." in info[0]["module"])
+    # As timm leaves it: what belongs to the classifier makes no sense here.
+    cfg = {key: value for key, value in model.pretrained_cfg.items() if key not in ("num_classes", "classifier")}  # type: ignore[operator, union-attr]
+    for key, value in {"pretrained_cfg": cfg, "default_cfg": cfg, "in_chans": model.in_chans}.items():
+        setattr(net, key, value)
+    return net
+
+
+def _trunk(model: BcosConvNet) -> tuple[nn.Module, list[dict[str, Any]]]:
+    """The modules before the classifier, in order and under their own names, and where each resolution ends.
+
+    Channels and reductions are measured, on an image of 64 x 64 pixels.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    reference = next(model.parameters())
+    size = 64
+    x = torch.zeros(1, model.in_chans, size, size, device=reference.device, dtype=reference.dtype)
+    parts: OrderedDict[str, nn.Module] = OrderedDict()
+    info: list[dict[str, Any]] = []
+    with torch.no_grad(), evaluating(model):
+        for module in model.get_feature_extractor().children():
+            x = module(x)
+            name = names[id(module)]
+            top = name.partition(".")[0]
+            parts[top] = model.get_submodule(top)
+            here = {"num_chs": x.shape[1], "reduction": size // x.shape[-1], "module": name}
+            if info and info[-1]["reduction"] == here["reduction"]:
+                info[-1] = here
+            else:
+                info.append(here)
+    return nn.Sequential(parts), info
+
+
+def _entry(name: str, own_name: str) -> Callable[..., nn.Module]:
+    """The function that timm's factory calls; timm registers it under its ``__name__``."""
+
+    def entry(pretrained: bool = False, **options: Any) -> nn.Module:
+        return _create(name, pretrained, **options)
+
+    entry.__name__ = entry.__qualname__ = own_name
+    entry.__doc__ = f"The model ``{name}`` of :func:`bcos_train.create_model`."
+    return entry
+
+
+_NAMES = {own_name: name for name in list_models() if (own_name := timm_name(name)) is not None}
+#: :func:`timm.models.register_model` looks here.
+default_cfgs = generate_default_cfgs({own_name: _default_cfg(name) for own_name, name in _NAMES.items()})
+for _own_name, _name in _NAMES.items():
+    globals()[_own_name] = register_model(_entry(_name, _own_name))

@@ -1,0 +1,80 @@
+"""The script: what it takes, says and returns."""
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from bcos_train import create_model
+from bcos_train.zoo import load_exported
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "export_weights.py"
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("export_weights", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> str:
+    torch.save(create_model("resnet20", num_classes=3).state_dict(), tmp_path / "w.pth")
+    return str(tmp_path / "w.pth")
+
+
+def test_folder(script: ModuleType, source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "names.txt").write_text("cat\ndog\nbird\n")
+    target = tmp_path / "out"
+    options = ["--license", "mit", "--classes", str(tmp_path / "names.txt")]
+    assert script.main([source, str(target), "--model", "resnet20", "b=1.25", "logit_bias=-1e-1", *options]) == 0
+    config = json.loads((target / "config.json").read_text())
+    assert config["model_args"]["b"] == 1.25
+    assert config["model_args"]["logit_bias"] == -0.1
+    assert config["label_names"] == ["cat", "dog", "bird"]
+    assert load_exported(target).num_classes == 3
+    captured = capsys.readouterr()
+    assert f"written: {target}" in captured.out
+    assert captured.err == ""
+
+
+def test_hash(script: ModuleType, source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert script.main([source, str(tmp_path / "a.pth"), "--model", "resnet20", "--hash"]) == 0
+    (written,) = tmp_path.glob("a-*.pth")
+    assert f"sha256 of the weights: {written.stem.removeprefix('a-')}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required"),
+        (["{w}", "{out}", "--modle", "resnet20"], "no such option; did you mean --model?"),
+        (["{w}", "{out}", "resnet20"], "resnet20: options of the model are given as KEY=VALUE"),
+        (["{w}", "{out}", "--model", "resnet2"], "unknown model 'resnet2'"),
+        (["{w}", "{out}", "--model", "resnet20", "--classes", "nowhere"], "--classes nowhere can't be read"),
+        (["{w}", "{w}", "--model", "resnet20"], "--force to overwrite it"),
+    ],
+    ids=["nothing", "option", "no pair", "model", "classes", "target"],
+)
+def test_mistakes(
+    arguments: list[str],
+    message: str,
+    script: ModuleType,
+    source: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given = [text.format(w=source, out=tmp_path / "out") for text in arguments]
+    assert script.main(given) == script.MISTAKE
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert message in captured.err
+    assert len(captured.err.splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["w.pth"]
