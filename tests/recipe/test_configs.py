@@ -11,17 +11,20 @@ import torch
 from composing import COMPOSER, CONFIGS, compose
 from PIL import Image
 from torch import nn
+from torchvision.models import get_model_weights
 
 from bcos_train import list_models
 from bcos_train.config import UserError, check, instantiate
+from bcos_train.config.compose import Composer
 from bcos_train.run import EvaluateConfig, TrainConfig
 
 GROUPS = [group for group in COMPOSER.groups if not group.startswith(("hydra", "recipe/"))]
 CHOICES = [
     (group, choice) for group in GROUPS if group not in ("model", "recipe") for choice in COMPOSER.choices(group)
 ]
-MODELS = COMPOSER.choices("model")
-RECIPES = sorted(str(path.relative_to(CONFIGS / "recipe")) for path in CONFIGS.glob("recipe/**/*.yaml"))
+#: Of the models here; model=timm, which takes a name, is tested in tests/model/test_timm_model.py.
+MODELS = [choice for choice in COMPOSER.choices("model") if choice != "timm"]
+RECIPES = sorted(str(path.relative_to(CONFIGS / "recipe")) for path in CONFIGS.glob("recipe/**/[!_]*.yaml"))
 #: Header of a recipe: its keys, in this order.
 HEADER = ["paper", "command", "hardware", "published", "reproduced"]
 
@@ -37,9 +40,23 @@ def test_every_choice_of_every_group(group: str, choice: str) -> None:
     assert_works(parts)
 
 
-@pytest.mark.parametrize("dataset", ["digits", "cifar10", "imagenet"])
+#: One of each kind of model, the file of which differs from the others' in numbers only.
+KINDS = {re.sub(r"\d+|_(tiny|small|base|large|atto|ti|s|b|l)(?=_|$)|_\d*x\d+d", "", name): name for name in MODELS}
+
+
 @pytest.mark.parametrize("model", MODELS)
-def test_every_model_on_every_dataset(model: str, dataset: str) -> None:
+def test_every_model_on_imagenet(model: str) -> None:
+    assert_composes(model, "imagenet")
+
+
+# Composing takes a moment: here one model of each kind.
+@pytest.mark.parametrize("dataset", ["digits", "cifar10", "imagefolder"])
+@pytest.mark.parametrize("model", KINDS.values())
+def test_every_kind_of_model_on_every_dataset(model: str, dataset: str) -> None:
+    assert_composes(model, dataset)
+
+
+def assert_composes(model: str, dataset: str) -> None:
     parts = build(compose(f"model={model}", f"dataset={dataset}"))
     assert isinstance(parts.model, partial)
     assert parts.model.keywords["name"] == model
@@ -74,9 +91,8 @@ def test_small_models_are_built(name: str) -> None:
 
 
 def test_every_model_has_a_config_of_its_name() -> None:
+    # That the file of a name names the model is in the sweeps above.
     assert sorted(MODELS) == sorted(list_models())
-    for name in MODELS:
-        assert compose(f"model={name}")["model"]["name"] == name
 
 
 def test_the_default_needs_no_data_and_no_variable(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,9 +138,36 @@ def test_the_command_line_wins_over_a_recipe() -> None:
     assert compose("model=resnext50_32x4d", "dataset=imagenet", "trainer.max_epochs=3")["schedule"]["epochs"] == 3
 
 
-def test_models_without_a_recipe_of_their_own() -> None:
-    assert compose("model=resnet110", "dataset=cifar10")["name"] == "default"
-    assert compose()["name"] == "default"
+@pytest.mark.parametrize("model", ["resnet50_long", "densenet121_long", "vitc_l_patch1_14"])
+def test_the_command_line_wins_over_the_recipe_of_model_and_dataset(model: str) -> None:
+    config = compose(f"model={model}", "dataset=imagenet", "augmentation=plain", "loss=bce", "batch_size=8")
+    assert config["augmentation"] == compose("augmentation=plain")["augmentation"]
+    assert config["loss"] == compose("loss=bce")["loss"]
+    assert config["batch_size"] == 8
+    chosen = compose(f"model={model}", "dataset=imagenet", "augmentation=imagenet_ra")["augmentation"]
+    assert chosen["train"] == compose("augmentation=imagenet_ra")["augmentation"]["train"]
+    config = compose(f"model={model}", "dataset=imagenet", "augmentation.train.policy=augmix")
+    assert config["augmentation"]["train"]["policy"] == "augmix"
+
+
+def test_a_base_is_no_choice() -> None:
+    assert not [choice for group in GROUPS for choice in COMPOSER.choices(group) if "_" in (choice[0], group[0])]
+    assert not [group for group in COMPOSER.groups if "/_" in group]
+
+
+def test_a_recipe_of_ones_own_comes_after_that_of_model_and_dataset(tmp_path: Path) -> None:
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "recipe" / "short.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - override /optimizer: sgd\ntrainer:\n  max_epochs: 30\n"
+    )
+    command = ["model=vitc_s_patch1_14", "dataset=imagenet"]
+    composer = Composer(CONFIGS, tmp_path)
+    short = composer.compose("train", [*command, "recipe=short"])
+    expected = composer.compose("train", [*command, "optimizer=sgd", "trainer.max_epochs=30"])
+    own = compose(*command)
+    assert short == expected
+    assert short["schedule"] == {**own["schedule"], "epochs": 30}
+    assert own["augmentation"] == compose("augmentation=imagenet_ra")["augmentation"]
 
 
 def header(path: str) -> dict[str, str]:
@@ -157,7 +200,9 @@ def test_recipe_header(path: str) -> None:
         text = (CONFIGS / "recipe" / path).read_text()
         assert f"\nname: {config['name']}\n" in text
         if "/" in path:
-            assert Path(path).with_suffix("").parts == (config_choice(overrides, "dataset"), config["model"]["name"])
+            long = "_long" if "recipe=long" in overrides else ""
+            model = f"{config['model']['name']}{long}"
+            assert Path(path).with_suffix("").parts == (config_choice(overrides, "dataset"), model)
 
 
 def config_choice(overrides: list[str], group: str) -> str:
@@ -167,16 +212,60 @@ def config_choice(overrides: list[str], group: str) -> str:
 
 #: Top-1 and top-5 on ImageNet in per cent, of the official README.
 PUBLISHED = {
-    "imagenet/resnet18.yaml": (68.736, 87.43),
-    "imagenet/resnet34.yaml": (72.284, 90.052),
-    "imagenet/resnet50.yaml": (75.882, 92.528),
-    "imagenet/resnet101.yaml": (76.532, 92.538),
-    "imagenet/resnet152.yaml": (76.484, 92.398),
-    "imagenet/resnext50_32x4d.yaml": (75.82, 91.81),
-    "long.yaml": (79.468, 94.452, 80.144, 94.116),
+    "resnet18": (68.736, 87.43),
+    "resnet34": (72.284, 90.052),
+    "resnet50": (75.882, 92.528),
+    "resnet101": (76.532, 92.538),
+    "resnet152": (76.484, 92.398),
+    "resnext50_32x4d": (75.82, 91.81),
+    "densenet121": (73.612, 91.106),
+    "densenet161": (76.622, 92.554),
+    "densenet169": (75.186, 91.786),
+    "densenet201": (75.48, 91.992),
+    "vgg11_bnu": (69.31, 88.388),
+    "convnext_tiny": (77.488, 93.192),
+    "convnext_base": (79.65, 94.614),
+    "convnext_tiny_bnu": (76.826, 93.09),
+    "convnext_base_bnu": (80.142, 94.834),
+    "densenet121_long": (77.302, 93.234),
+    "resnet50_long": (79.468, 94.452),
+    "resnet152_long": (80.144, 94.116),
+    "simple_vit_ti_patch16_224": (59.96, 81.838),
+    "simple_vit_s_patch16_224": (69.246, 88.096),
+    "simple_vit_b_patch16_224": (74.408, 91.156),
+    "simple_vit_l_patch16_224": (75.06, 91.378),
+    "vitc_ti_patch1_14": (67.26, 86.774),
+    "vitc_s_patch1_14": (74.504, 91.288),
+    "vitc_b_patch1_14": (77.152, 92.926),
+    "vitc_l_patch1_14": (77.782, 92.966),
+    "standard_simple_vit_ti_patch16_224": (70.23, 89.38),
+    "standard_simple_vit_s_patch16_224": (74.47, 91.226),
+    "standard_simple_vit_b_patch16_224": (75.3, 91.026),
+    "standard_simple_vit_l_patch16_224": (75.71, 90.05),
+    "standard_vitc_ti_patch1_14": (72.59, 90.788),
+    "standard_vitc_s_patch1_14": (75.756, 91.994),
+    "standard_vitc_b_patch1_14": (76.79, 92.024),
+    "standard_vitc_l_patch1_14": (77.866, 92.298),
 }
 
 
-@pytest.mark.parametrize(("path", "figures"), PUBLISHED.items(), ids=PUBLISHED)
-def test_published_figures(path: str, figures: tuple[float, ...]) -> None:
-    assert [float(text) for text in re.findall(r"([\d.]+) %", header(path)["published"])] == list(figures)
+@pytest.mark.parametrize(("model", "figures"), PUBLISHED.items(), ids=PUBLISHED)
+def test_published_figures(model: str, figures: tuple[float, float]) -> None:
+    assert percentages(f"imagenet/{model}.yaml") == list(figures)
+
+
+def test_published_figures_of_the_long_recipe() -> None:
+    rows = [PUBLISHED[f"{model}_long"] for model in ("resnet50", "resnet152", "densenet121")]
+    assert percentages("long.yaml") == [figure for row in rows for figure in row]
+
+
+@pytest.mark.parametrize(
+    "model", [Path(path).stem for path in RECIPES if "/standard_" in path and Path(path).stem not in PUBLISHED]
+)
+def test_published_figures_of_torchvision(model: str) -> None:
+    metrics = get_model_weights(model.removeprefix("standard_"))["IMAGENET1K_V1"].meta["_metrics"]["ImageNet-1K"]
+    assert percentages(f"imagenet/{model}.yaml") == [metrics["acc@1"], metrics["acc@5"]]
+
+
+def percentages(path: str) -> list[float]:
+    return [float(text) for text in re.findall(r"([\d.]+) %", header(path)["published"])]

@@ -75,27 +75,25 @@ class Composer:
         return sorted(found, key=lambda group: (group.startswith("hydra"), group))
 
     def choices(self, group: str) -> list[str]:
-        """The options of a group, those of its inner groups as ``inner/option``."""
-        if group in self._choices:
-            return self._choices[group]
-        below = (
-            f"{inner.removeprefix(f'{group}/')}/{name}"
-            for inner in self._groups_below(group)
-            for name in self._options(inner)
-        )
-        return self._choices.setdefault(group, [*self._options(group), *below])
+        """The options of a group. Files in its inner folders are for others to build on, or a group of their own."""
+        if group not in self._choices:
+            self._choices[group] = self._options(group)
+        return self._choices[group]
 
     @cached_property
     def main_configs(self) -> list[str]:
         """What ``--config-name`` may say."""
-        # Hydra keeps a few of its own beside them, as _dummy_empty_config_.
-        return [name for name in self._options("") if not name.startswith("_")]
+        return self._options("")
 
     def _options(self, group: str) -> list[str]:
-        return sorted(self._loader.get_group_options(group, ObjectType.CONFIG))
+        # One that begins with an underscore is there for others to build on, or Hydra's own.
+        found = self._loader.get_group_options(group, ObjectType.CONFIG)
+        return sorted(name for name in found if not name.startswith("_"))
 
     def _groups_below(self, group: str) -> Iterator[str]:
         for name in sorted(self._loader.list_groups(group)):
+            if name.startswith("_"):
+                continue
             inner = f"{group}/{name}" if group else name
             yield inner
             yield from self._groups_below(inner)
