@@ -1,0 +1,158 @@
+"""The Model Zoo table: evaluate its rows, list them, or train them.
+
+python scripts/model_zoo.py                                       # official weights on IMAGENET_PATH
+python scripts/model_zoo.py --models 'resnet*' --weights runs     # your own, of the runs in a folder or of files
+python scripts/model_zoo.py --no-eval                             # parameters and GMACs alone
+python scripts/model_zoo.py --train print                         # how to train each row; submit: to Slurm
+"""
+
+import argparse
+import datetime
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import NoReturn
+
+from bcos_train.suggest import suggest
+from bcos_train.zoo.slurm import SlurmOptions, submit
+from bcos_train.zoo.table import choose, listed, readme_with, size, train_command
+from bcos_train.zoo.table_run import Settings, evaluate_row, measure, problems
+
+ROOT = Path(__file__).resolve().parents[1]
+MISTAKE, INTERRUPTED = 2, 130
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, with the nearest right name."""
+
+    def error(self, message: str) -> NoReturn:
+        kind, _, rest = message.partition("unrecognized arguments: ")
+        if not kind and rest:
+            known = [name for action in self._actions for name in action.option_strings]
+            message = f"{rest}: no such option{suggest(rest.split()[0].partition('=')[0], known)}"
+        raise ValueError(message)
+
+
+def parser() -> Parser:
+    result = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    add = result.add_argument
+    add("--models", nargs="+", default=[], metavar="PATTERN", help="rows, such as 'resnet*'; all without it")
+    add("--weights", default="official", help="official (default), random, or a folder of your own weights or runs")
+    add("--data", type=Path, help="the folder that holds ImageNet's val/ (default: $IMAGENET_PATH)")
+    add(
+        "--output", type=Path, default=Path("evaluations/zoo"), help="folder for all results (default: evaluations/zoo)"
+    )
+    add("--batch-size", type=int, default=128, help="images at a time (default: 128)")
+    add("--limit", type=int, help="evaluate this many images; the accuracies are then not comparable")
+    add("--device", default="auto", choices=("auto", "cpu", "gpu", "cuda", "mps"))
+    add("--no-eval", action="store_true", help="list the rows without evaluating them")
+    add("--readme", action="store_true", help="write the table of README.md anew, and nothing else")
+    train = result.add_argument_group("training")
+    train.add_argument("--train", choices=("print", "submit"), help="print or submit each row's training, and no more")
+    train.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="further settings of train.py")
+    train.add_argument("--gpus", type=int, default=4, help="of each job, on one machine (default: 4)")
+    train.add_argument("--cpus-per-gpu", type=int, default=8, help="(default: 8)")
+    train.add_argument("--time", type=float, default=72, metavar="HOURS", help="time limit of a job (default: 72)")
+    train.add_argument("--memory", type=float, metavar="GB", help="memory of a job")
+    train.add_argument("--partition")
+    train.add_argument("--account")
+    return result
+
+
+def run(arguments: argparse.Namespace) -> int:
+    names = choose(arguments.models)
+    if arguments.readme:
+        path = ROOT / "README.md"
+        rows = [listed(name, *size(name)) for name in choose([])]
+        path.write_text(readme_with(path.read_text(encoding="utf-8"), rows), encoding="utf-8")
+        print(f"written: {path}")
+        return 0
+    if arguments.train is not None:
+        return train(arguments, names)
+    data = arguments.data or os.environ.get("IMAGENET_PATH") or None
+    settings = Settings(
+        weights=arguments.weights,
+        data=None if arguments.no_eval or data is None else Path(data),
+        batch_size=arguments.batch_size,
+        limit=arguments.limit,
+        device=arguments.device,
+    )
+    evaluate = None if arguments.no_eval else partial(evaluate_row, ROOT / "evaluate.py")
+    try:
+        with progress() as on_step:
+            rows = measure(names, settings, arguments.output, evaluate, on_step)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on with the row that was not finished", file=sys.stderr)
+        return INTERRUPTED
+    if evaluate is not None and data is None:
+        print("no data: give --data or set IMAGENET_PATH to the folder that holds val/", file=sys.stderr)
+    print(f"written: {arguments.output}/model_zoo.md, .csv and .json")
+    failed = problems(rows)
+    print("\n".join(failed), file=sys.stderr, end="\n" if failed else "")
+    return 1 if failed else 0
+
+
+def train(arguments: argparse.Namespace, names: list[str]) -> int:
+    options = SlurmOptions(
+        gpus=arguments.gpus,
+        cpus_per_gpu=arguments.cpus_per_gpu,
+        hours=arguments.time,
+        memory_gb=arguments.memory,
+        partition=arguments.partition,
+        account=arguments.account,
+    )
+    if arguments.train == "print":
+        for name in names:
+            print(shlex.join(["python", *train_command(name), *arguments.set]))
+        return 0
+    for name, job in submit(names, options, ROOT, arguments.output / "slurm", arguments.set):
+        print(f"{name}: job {job}")
+    return 0
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A line with the row that is being measured, and how long the others will take at the pace so far."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
+    from rich.text import Text
+
+    begun: dict[int, float] = {}  # when the row of this number began
+
+    class Remaining(ProgressColumn):
+        """rich's own estimate forgets what was more than 30 s ago, and ignores the first row."""
+
+        def render(self, task: Task) -> Text:
+            done = int(task.completed)
+            if not done or task.total is None or done not in begun:
+                return Text("-:-- left")
+            left = (begun[done] - begun[0]) / done * (task.total - done) - (time.monotonic() - begun[done])
+            return Text(f"{datetime.timedelta(seconds=max(round(left), 0))} left")
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Remaining())
+    with Progress(*columns, console=Console(stderr=True)) as display:
+        task = display.add_task("", total=None)
+
+        def on_step(text: str, done: int, left: int) -> None:
+            if done + left:
+                begun.setdefault(done, time.monotonic())
+            display.update(task, description=text, completed=done, total=done + left or None)
+
+        yield on_step
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        return run(parser().parse_args(argv))
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return MISTAKE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,270 @@
+"""The command ``python scripts/model_zoo.py``."""
+
+import csv
+import importlib.util
+import json
+import os
+import pickle
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from bcos_train.zoo import RECORDS
+from bcos_train.zoo.slurm import SlurmOptions
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "scripts" / "model_zoo.py"
+ROW = "simple_vit_ti_patch16_224"
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("model_zoo", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def no_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("IMAGENET_PATH", raising=False)
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """Six images of two classes, and no training part."""
+    generator = np.random.default_rng(0)
+    for wnid in ("n01440764", "n02099601"):
+        folder = tmp_path / "imagenet" / "val" / wnid
+        folder.mkdir(parents=True)
+        for i in range(3):
+            Image.fromarray(generator.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    return tmp_path / "imagenet"
+
+
+def content(folder: Path) -> dict[str, dict[str, Any]]:
+    return {row["name"]: row for row in json.loads((folder / "model_zoo.json").read_text())["rows"]}
+
+
+def test_from_images_to_the_table(images: Path, tmp_path: Path) -> None:
+    """In processes of their own, as users start it: random weights, then again with nothing left to do."""
+    out = tmp_path / "zoo"
+    command = [sys.executable, str(SCRIPT), "--models", ROW, "--weights", "random", "--data", str(images)]
+    command += ["--output", str(out), "--batch-size", "4", "--device", "cpu"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    stamps = []
+    for _ in range(2):
+        result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=500)
+        assert result.returncode == 0, result.stderr
+        stamps.append((out / "rows" / ROW / "evaluation.json").stat().st_mtime_ns)
+    assert stamps[0] == stamps[1]
+    row = content(out)[ROW]
+    assert (row["status"], row["images"], row["weights"]) == ("measured", 6, "random (seed 0)")
+    assert not row["comparable"]
+    assert row["top1"] is not None
+    assert row["top1_difference"] is None
+    assert row["images_per_second"] > 0
+    assert row["params"] == RECORDS[ROW].params
+    text = (out / "model_zoo.md").read_text()
+    assert len(re.findall(r"\| \d+\.\d{3} \(not comparable\) \|", text)) == 2
+    assert "not comparable |" in text
+    (line,) = csv.DictReader((out / "model_zoo.csv").open(encoding="utf-8"))
+    assert line["top1"] == str(row["top1"])
+
+
+# ---- without evaluating
+
+
+def test_without_imagenet(script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert script.main(["--models", "resnet18", ROW, "--output", str(tmp_path)]) == 0
+    rows = content(tmp_path)
+    assert list(rows) == ["resnet18", ROW]
+    assert {row["status"] for row in rows.values()} == {"no data"}
+    assert [row["params"] for row in rows.values()] == [RECORDS[name].params for name in rows]
+    assert [round(row["gmacs"], 2) for row in rows.values()] == [1.96, 1.28]
+    assert "no data: give --data or set IMAGENET_PATH" in capsys.readouterr().err
+
+
+def test_only_listed(script: ModuleType, images: Path, tmp_path: Path) -> None:
+    assert script.main(["--models", ROW, "--data", str(images), "--no-eval", "--output", str(tmp_path)]) == 0
+    assert content(tmp_path)[ROW]["status"] == "not evaluated"
+
+
+def test_own_weights_that_are_missing(
+    script: ModuleType, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "runs").mkdir()
+    monkeypatch.setenv("IMAGENET_PATH", str(images))
+    assert script.main(["--models", ROW, "--weights", str(tmp_path / "runs"), "--output", str(tmp_path)]) == 0
+    assert content(tmp_path)[ROW]["status"] == "no weights"
+
+
+@pytest.mark.parametrize(
+    ("raised", "code"), [(KeyboardInterrupt(), 130), (None, 1)], ids=["interrupted", "a row failed"]
+)
+def test_exit_codes(
+    raised: BaseException | None,
+    code: int,
+    script: ModuleType,
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from bcos_train.zoo.table_run import Failed
+
+    def evaluate(*args: Any) -> None:
+        raise Failed("no room") if raised is None else raised
+
+    monkeypatch.setattr(script, "evaluate_row", evaluate)
+    arguments = ["--models", ROW, "--weights", "random", "--data", str(images), "--output", str(tmp_path)]
+    assert script.main(arguments) == code
+    error = capsys.readouterr().err
+    assert ("the same command goes on" if code == 130 else f"{ROW}: failed: no room") in error
+
+
+def test_readme(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (tmp_path / "README.md").write_text(text.replace("11,693,120", "11,000,000"), encoding="utf-8")
+    gmacs = {name: float(figure) for name, figure in re.findall(r"\| `(\w+)` \| [^|]+ \| ([\d.]+) \|", text)}
+    monkeypatch.setattr(script, "ROOT", tmp_path)
+    monkeypatch.setattr(script, "size", lambda name: (RECORDS[name].params, gmacs[name]))
+    assert script.main(["--readme"]) == 0
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == text
+
+
+def test_time_that_is_left(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After rows of 100 and 300 s, in the 50th second of the third of four."""
+    now = [0.0]
+    monkeypatch.setattr(script.time, "monotonic", lambda: now[0])
+    with script.progress() as on_step:
+        on_step("counting", 0, 0)
+        for done, begins in enumerate((10.0, 110.0, 410.0)):
+            now[0] = begins
+            on_step("row", done, 4 - done)
+        now[0] = 460.0
+    assert capsys.readouterr().err.splitlines()[-1].split()[-3:] == ["2/4", "0:05:50", "left"]
+
+
+# ---- mistakes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--models", "resnet5"], "--models resnet5: no row of the zoo matches; did you mean resnet50?"),
+        (["--modles", "resnet50"], "--modles resnet50: no such option; did you mean --models?"),
+        (["--weights", "none"], "--weights none: official, random or a folder, and this is no folder"),
+        (["--data", "/none"], "--data /none: no such folder"),
+        (["--batch-size", "0"], "--batch-size 0: at least 1"),
+        (["--batch-size", "many"], "--batch-size: invalid int value: 'many'"),
+        (["--limit", "-1"], "--limit -1: at least 1"),
+        (["--device", "gpus"], "--device: invalid choice: 'gpus'"),
+        (["--train", "submit", "--gpus", "0"], "--gpus 0: at least 1"),
+        (["--train", "submit", "--time", "0"], "--time 0: more than 0"),
+        (["--train", "submit"], "--train submit: no Slurm here (there is no sbatch); --train print shows the commands"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_mistakes(
+    arguments: list[str],
+    message: str,
+    script: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert script.main([*arguments, "--output", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+# ---- training
+
+
+def test_commands_are_printed(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    assert script.main(["--train", "print"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [f"python train.py model={name} dataset=imagenet" for name in RECORDS]
+    assert script.main(["--models", "resnet18", "--train", "print", "--set", "name=my run", "seed=2"]) == 0
+    assert capsys.readouterr().out == "python train.py model=resnet18 dataset=imagenet 'name=my run' seed=2\n"
+
+
+def test_what_a_job_asks_for() -> None:
+    options = SlurmOptions(gpus=2, cpus_per_gpu=6, hours=1.5, memory_gb=64, partition="long", account="me")
+    assert options.parameters("resnet18") == {
+        "name": "resnet18",
+        "nodes": 1,
+        "tasks_per_node": 1,
+        "gpus_per_node": 2,
+        "cpus_per_task": 12,
+        "timeout_min": 90,
+        "mem_gb": 64,
+        "slurm_partition": "long",
+        "slurm_account": "me",
+    }
+    assert not {"mem_gb", "slurm_partition", "slurm_account"} & set(SlurmOptions().parameters("resnet18"))
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """Puts an ``sbatch`` of the given behaviour into PATH, and gives the folder of what it was sent."""
+
+    def install(code: str) -> Path:
+        commands, sent = tmp_path / "bin", tmp_path / "sent"
+        commands.mkdir()
+        sent.mkdir()
+        (commands / "srun").write_text("#!/bin/sh\n")
+        (commands / "sbatch").write_text(f"#!/bin/sh\nn=$(ls {sent} | wc -l)\ncp $1 {sent}/$n\n{code}\n")
+        for command in commands.iterdir():
+            command.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
+        monkeypatch.chdir(tmp_path)
+        return sent
+
+    return install
+
+
+def test_jobs_are_submitted(
+    slurm: Callable[[str], Path], script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sent = slurm('echo "Submitted batch job 10$n"')
+    arguments = ["--models", "resnet18", "resnet34", "--train", "submit", "--gpus", "2", "--partition", "long"]
+    assert script.main([*arguments, "--set", "seed=2", "--output", str(tmp_path / "zoo")]) == 0
+    assert capsys.readouterr().out == "resnet18: job 100\nresnet34: job 101\n"
+    text = (sent / "1").read_text()
+    for line in ("job-name=resnet34", "gpus-per-node=2", "cpus-per-task=16", "time=4320", "partition=long"):
+        assert f"#SBATCH --{line}\n" in text
+    assert "#SBATCH --ntasks-per-node=1\n" in text
+    (pickled,) = (tmp_path / "zoo" / "slurm" / "resnet34").glob("*submitted.pkl")
+    function = pickle.loads(pickled.read_bytes()).function
+    expected = [str(ROOT / "train.py"), "model=resnet34", "dataset=imagenet", "trainer.devices=2", "seed=2"]
+    assert function.command[1:] == expected
+    assert Path(function.command[0]) == Path(sys.executable)
+    assert Path(function.cwd) == tmp_path
+
+
+def test_job_that_slurm_refuses(
+    slurm: Callable[[str], Path], script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slurm('if [ $n -gt 0 ]; then echo "sbatch: error: invalid partition" >&2; exit 1; fi\necho "Submitted batch job 7"')
+    arguments = ["--models", "resnet18", "resnet34", "--train", "submit", "--output", str(tmp_path / "zoo")]
+    assert script.main(arguments) == 2
+    output = capsys.readouterr()
+    assert output.out == "resnet18: job 7\n"
+    # The lines before the last one are sbatch's own.
+    assert output.err.splitlines()[-1] == "--train submit: resnet34: sbatch: error: invalid partition"
