@@ -25,6 +25,7 @@ ALLOWED = {
     "model": {"explanation", "nn"},
     "zoo": {"explanation", "model", "nn"},
     "metric": {"explanation", "nn"},
+    "evaluation": {"explanation", "metric", "report"},
     "loss": set(),
     "optimizer": set(),
     "schedule": set(),
@@ -35,7 +36,7 @@ ALLOWED = {
 #: Modules that a package may import although the rest of their package is out of reach for it.
 ALLOWED_MODULES = {"model": ("bcos_train.augmentation", "bcos_train.dataset.encoding", "bcos_train.checkpoint")}
 #: Packages that never see Lightning, Hydra or OmegaConf.
-PURE = {"nn", "explanation", "model", "zoo", "metric", "loss", "optimizer", "schedule"}
+PURE = {"nn", "explanation", "model", "zoo", "metric", "evaluation", "loss", "optimizer", "schedule"}
 FRAMEWORKS = {"pytorch_lightning", "lightning", "hydra", "omegaconf"}
 
 

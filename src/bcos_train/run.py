@@ -25,15 +25,15 @@ from bcos_train.config import UserError, blame, check, instantiate, overlay, sav
 from bcos_train.config import load as load_config
 from bcos_train.dataset import BcosEncoding, ImageSource, Standardize, UnreadableImage
 from bcos_train.dataset.data_module import DataModule
+from bcos_train.evaluation import ExplanationOptions
 from bcos_train.model.registry import find_weights
 from bcos_train.model.weights import load_weights
 from bcos_train.nn import sync_batch_norm_
 from bcos_train.schedule import Schedule
-from bcos_train.training import launch, loggers
+from bcos_train.training import explanation_logging, launch, loggers
 from bcos_train.training.build import build_trainer, print_banner
 from bcos_train.training.checkpointer import Checkpointer, Checkpointing, UnknownMonitor, find_checkpoint
 from bcos_train.training.ema import Ema, EmaCallback, ema_decay
-from bcos_train.training.explanation_logging import ExplanationCallback, ExplanationLogging
 from bcos_train.training.finish import finish, report_evaluation
 from bcos_train.training.interrupt import Interrupted, StopFlag
 from bcos_train.training.logging import CsvLogger
@@ -74,7 +74,7 @@ class TrainConfig:
     checkpointing: Checkpointing
     batch_size: int
     ema: Ema | None = None
-    explanation: ExplanationLogging | None = None
+    explanation: ExplanationOptions | None = None
     logger: dict[str, Callable[..., Logger]] | None = None
     limit_train: int | None = None
     limit_val: int | None = None
@@ -239,7 +239,8 @@ def evaluate(config: Mapping[str, Any], given: Sequence[str] = ()) -> int:
         own = {key: config[key] for key in ("run", "checkpoint", "weights", "use_ema", "output")}
         # A recipe or a launcher is no key of the config.
         keys = [key for key in given if key.partition(".")[0] in config]
-        config = overlay(load_config(folder / CONFIG), config, keys) | own
+        saved = load_config(folder / CONFIG)
+        config = explanation_logging.keep_choices_of_the_dataset(overlay(saved, config, keys) | own, saved, keys)
         if problems := check(config, root=EvaluateConfig):
             raise UserError("\n".join(f"{folder / CONFIG}: {problem}" for problem in problems))
     name = config["model"]["name"]
@@ -261,6 +262,7 @@ def evaluate(config: Mapping[str, Any], given: Sequence[str] = ()) -> int:
         load_weights(model, state, origin)
     # The training part may be missing.
     module = _build_module(parts, model, data, steps_per_epoch=1)
+    explanations = explanation_logging.ExplanationReport(trainer)
     started = time.monotonic()
     with _mistakes_that_show_late():
         trainer.validate(module, datamodule=data, verbose=False)
@@ -268,6 +270,7 @@ def evaluate(config: Mapping[str, Any], given: Sequence[str] = ()) -> int:
         output = Path(parts.output or folder or Path("evaluations", name))
         described = {"weights": str(source), "ema": is_ema, "model": name}
         report_evaluation(module, data, described, output, time.monotonic() - started)
+        explanations.write(module, data, parts.explanation, described, config, output)
     return 0
 
 
@@ -354,7 +357,8 @@ def _build_callbacks(
         warmup_steps = round(parts.schedule.warmup(data.steps_per_epoch) * data.steps_per_epoch)
         callbacks.append(EmaCallback(ema_decay(parts.ema.decay, data.batch_size, every, epochs), every, warmup_steps))
     if parts.explanation is not None:
-        callbacks.append(ExplanationCallback(parts.explanation, folder.path / "explanations", title))
+        callback = explanation_logging.ExplanationCallback(parts.explanation, folder.path / "explanations", title)
+        callbacks.append(callback)
     if parts.trainer.progress:
         callbacks.append(ProgressDisplay(console))
     return [*callbacks, Checkpointer(folder.checkpoints, parts.checkpointing, stop)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import pytorch_lightning as pl
@@ -157,11 +158,18 @@ class DataModule(pl.LightningDataModule):
         sampler = EvalBatchSampler(self.num_val, max(1, self.eval_batch_size // world_size), world_size, rank)
         return self._loader(SeededDataset(self._val_part(), self.eval_transform), sampler, "augmentation.eval")
 
+    def fixed_val_indices(self, n: int) -> list[int]:
+        """At most ``n`` indices of validation samples, the same in every run."""
+        return permutation(self.num_val, 0, Stream.SUBSET, 1)[:n].tolist()
+
     def fixed_val_samples(self, n: int) -> tuple[Tensor, Tensor]:
-        """At most ``n`` validation samples, the same in every run: uint8 (n,3,H,W) and labels (n,)."""
-        chosen = permutation(self.num_val, 0, Stream.SUBSET, 1)[:n].tolist()
+        """The samples of :meth:`fixed_val_indices`: uint8 (n,3,H,W) and labels (n,)."""
+        return self.val_samples(self.fixed_val_indices(n))
+
+    def val_samples(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Validation samples by their indices: uint8 (n,3,H,W) and labels (n,)."""
         part = SeededDataset(self._val_part(), self.eval_transform)
-        images, labels, _ = Collate("augmentation.eval")([part[i] for i in chosen])
+        images, labels, _ = Collate("augmentation.eval")(part.__getitems__(list(indices)))
         return images, labels
 
     def _train_part(self) -> ImageDataset:

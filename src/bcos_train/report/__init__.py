@@ -1,5 +1,7 @@
-"""Figures of a run."""
+"""Figures of a run and of explanation methods."""
 
+from bcos_train.report.box_plot import box_plot
 from bcos_train.report.gallery import gallery, save_gallery
+from bcos_train.report.maps import Panel, Row, map_table
 
-__all__ = ["gallery", "save_gallery"]
+__all__ = ["Panel", "Row", "box_plot", "gallery", "map_table", "save_gallery"]

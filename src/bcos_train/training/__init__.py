@@ -2,7 +2,6 @@
 
 from bcos_train.training.checkpointer import Checkpointing, find_checkpoint
 from bcos_train.training.ema import Ema
-from bcos_train.training.explanation_logging import ExplanationLogging
 from bcos_train.training.loggers import tensorboard_logger, wandb_logger
 from bcos_train.training.module import Classifier, NonFiniteLoss
 from bcos_train.training.options import TrainerOptions
@@ -11,7 +10,6 @@ __all__ = [
     "Checkpointing",
     "Classifier",
     "Ema",
-    "ExplanationLogging",
     "NonFiniteLoss",
     "TrainerOptions",
     "find_checkpoint",

@@ -1,6 +1,9 @@
-"""Explanation quality beside accuracy, while training."""
+"""Explanation quality beside accuracy: while training, and of the validation that an evaluation runs."""
 
-from dataclasses import dataclass
+import copy
+import json
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,55 +11,21 @@ import pytorch_lightning as pl
 import torch
 from matplotlib.figure import Figure
 from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
-from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor, nn
+from torchmetrics.utilities.distributed import gather_all_tensors
 
+from bcos_train.config import blame
+from bcos_train.dataset import isolated_rng
 from bcos_train.dataset.data_module import DataModule
-from bcos_train.explanation import constant_term, evaluating, explain
-from bcos_train.metric import completeness_error, cosine_alignment
+from bcos_train.evaluation import ExplanationOptions, Predictions, Results, Subject, measure, summarize
+from bcos_train.evaluation.report import evaluate_explanations
+from bcos_train.explanation import evaluating, explain
 from bcos_train.model import BcosModel
 from bcos_train.report import gallery, save_gallery
+from bcos_train.training.distributed import is_distributed
 from bcos_train.training.logging import log_now
-from bcos_train.training.module import Classifier
-
-
-@dataclass(frozen=True)
-class ExplanationLogging:
-    """What is logged about explanations, and how often.
-
-    Args:
-        every_n_epochs: Epochs between logs; the last epoch is always logged.
-        gallery_images: Validation images in the gallery; 0 for none.
-        metric_images: Validation images for completeness error and alignment; 0 for none.
-
-    Raises:
-        ValueError: A number below its minimum.
-    """
-
-    every_n_epochs: int = 1
-    gallery_images: int = 12
-    metric_images: int = 16
-
-    def __post_init__(self) -> None:
-        for key, least in (("every_n_epochs", 1), ("gallery_images", 0), ("metric_images", 0)):
-            if getattr(self, key) < least:
-                raise ValueError(f"explanation.{key}={getattr(self, key)}: at least {least}")
-
-
-def explanation_metrics(model: nn.Module, x: Tensor) -> dict[str, float]:
-    """Mean completeness error and mean |cos| of all layers and of each, for the predicted classes.
-
-    ``x`` is ``(N, 6, H, W)``. Keys: ``completeness_error``, ``alignment`` and ``alignment/<layer>``.
-    """
-    result = explain(model, x)
-    logit = result.logits.gather(1, result.target[:, None])[:, 0]
-    error = completeness_error(logit, result.contribution_map.sum((1, 2)), constant_term(model, x, result.target))
-    layers = cosine_alignment(model, x)
-    return {
-        "completeness_error": error.mean().item(),
-        "alignment": sum(layers.values()) / len(layers),
-        **{f"alignment/{name}": value for name, value in layers.items()},
-    }
+from bcos_train.training.module import Batch, Classifier
+from bcos_train.training.run_folder import write_json
 
 
 def draw_gallery(
@@ -71,14 +40,93 @@ def draw_gallery(
     return gallery(x, result, labels, names, probabilities=probabilities, max_samples=len(x), **headline)
 
 
-class ExplanationCallback(pl.Callback):
-    """After an epoch, on rank 0: metrics to the loggers, a gallery into ``folder`` and to the loggers.
+def make_subject(
+    module: Classifier, data: DataModule, n_images: int, predictions: Predictions | None, device: torch.device
+) -> Subject:
+    """The module's model and the validation images of ``data``, on the device."""
+    return Subject(
+        module.model,
+        lambda indices: data.val_samples(indices)[0].to(device),
+        module.encode,
+        data.fixed_val_indices(n_images),
+        predictions,
+    )
 
-    The images are the same in every run on a data set. Training isn't touched: the model is in evaluation mode, and
-    no random number is drawn that anything else depends on.
+
+def logged_metrics(results: Results) -> dict[str, float]:
+    """The numbers of a measurement under the names that they are logged by.
+
+    The first method that a metric was measured for has the metric's own name; others follow as
+    ``<metric>/<method>``. The grid pointing game adds its percentiles and the number of its grids; with no grid to
+    play on, its scores are NaN.
+    """
+    found: dict[str, float] = {}
+    for metric, scores in results.scores.items():
+        for i, (method, values) in enumerate(scores.items()):
+            found[f"explanation/{metric}" if i == 0 else f"explanation/{metric}/{method}"] = values.mean().item()
+        if metric == "grid_pointing" and scores:
+            numbers = summarize(next(iter(scores.values())))
+            for key in ("p25", "p50", "p75", "p100"):
+                found[f"explanation/{metric}/{key}"] = float(numbers[key] or 0.0)
+    if results.grids is not None:
+        found["explanation/grid_pointing/n_grids"] = len(results.grids)
+        if not len(results.grids):
+            found["explanation/grid_pointing"] = math.nan
+    if results.alignment:
+        found["explanation/alignment"] = sum(results.alignment.values()) / len(results.alignment)
+        found |= {f"explanation/alignment/{layer}": value for layer, value in results.alignment.items()}
+    return found
+
+
+class PredictionRecorder(pl.Callback):
+    """Keeps what a validation predicts for each image, at no further cost: which images can make up grids.
+
+    All processes take part, and all have the predictions of all images afterwards.
     """
 
-    def __init__(self, options: ExplanationLogging, folder: Path, title: str) -> None:
+    def __init__(self) -> None:
+        self.predictions: Predictions | None = None
+        self._parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.predictions, self._parts = None, []
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        assert isinstance(pl_module, Classifier)
+        _, labels, indices = batch
+        logits = outputs["logits"].float()
+        predictions = logits.argmax(1)
+        probabilities = pl_module.loss.probabilities(logits)  # type: ignore[operator]
+        confidences = probabilities.gather(1, predictions[:, None])[:, 0]
+        self._parts.append((indices, labels, predictions, confidences))
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        columns = [torch.cat(column) for column in zip(*self._parts, strict=True)]
+        if is_distributed():
+            columns = [torch.cat(gather_all_tensors(column)) for column in columns]
+        indices, *columns = (column.cpu() for column in columns)
+        order = indices.argsort()
+        self._parts, self.predictions = [], Predictions(*(column[order] for column in columns))
+
+
+class ExplanationCallback(PredictionRecorder):
+    """After an epoch, on rank 0: metrics to the loggers, a gallery into ``folder`` and to the loggers.
+
+    The images are the same in every run on a data set; those of the grids are the ones that the validation just found
+    to be classified best. Training isn't touched: the model is in evaluation mode, and the random generators are put
+    back.
+    """
+
+    def __init__(self, options: ExplanationOptions, folder: Path, title: str) -> None:
+        super().__init__()
         self.options, self.folder, self.title = options, folder, title
         self._samples: tuple[Tensor, Tensor] | None = None
 
@@ -86,40 +134,40 @@ class ExplanationCallback(pl.Callback):
         if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
 
-    @rank_zero_only
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        predictions, self.predictions = self.predictions, None  # the next epoch's are others
         epoch = trainer.current_epoch + 1
         is_due = epoch % self.options.every_n_epochs == 0 or epoch == trainer.max_epochs
-        assert isinstance(pl_module, Classifier)
-        is_on = self.options.gallery_images or self.options.metric_images
-        if not is_on or not is_due or not isinstance(pl_module.model, BcosModel):
+        if not is_due or not trainer.is_global_zero:
             return
-        with evaluating(pl_module.model):
-            self._log(trainer, pl_module, epoch)
+        assert isinstance(pl_module, Classifier)
+        with evaluating(pl_module.model), isolated_rng():
+            if self.options.methods and self.options.metrics:
+                self._measure(trainer, pl_module, predictions)
+            if self.options.gallery_images and isinstance(pl_module.model, BcosModel):
+                self._draw(trainer, pl_module, epoch)
 
-    def _log(self, trainer: pl.Trainer, pl_module: Classifier, epoch: int) -> None:
+    def _measure(self, trainer: pl.Trainer, module: Classifier, predictions: Predictions | None) -> None:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        images, labels = self._load(data, pl_module.device)
-        if n := self.options.metric_images:
-            metrics = explanation_metrics(pl_module.model, pl_module.encode(images[:n]))
-            log_now(pl_module, {f"explanation/{key}": value for key, value in metrics.items()})
-        if n := self.options.gallery_images:
-            accuracy = trainer.callback_metrics.get("val/acc1")
-            headline = {
-                "run_name": self.title,
-                "epoch": epoch,
-                "accuracy": None if accuracy is None else float(accuracy) / 100,
-            }
-            figure = draw_gallery(pl_module, pl_module.model, images[:n], labels[:n], data, **headline)
-            path = self.folder / f"epoch-{epoch:04d}.png"
-            save_gallery(path, figure)
-            self._send(trainer, figure, path)
+        subject = make_subject(module, data, self.options.n_images, predictions, module.device)
+        if metrics := logged_metrics(measure(subject, self.options)):
+            log_now(module, metrics)
 
-    def _load(self, data: DataModule, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _draw(self, trainer: pl.Trainer, module: Classifier, epoch: int) -> None:
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
         if self._samples is None:
-            self._samples = data.fixed_val_samples(max(self.options.gallery_images, self.options.metric_images))
-        images, labels = self._samples
-        return images.to(device), labels.to(device)
+            self._samples = data.fixed_val_samples(self.options.gallery_images)
+        images, labels = (tensor.to(module.device) for tensor in self._samples)
+        accuracy = trainer.callback_metrics.get("val/acc1")
+        headline = {
+            "run_name": self.title,
+            "epoch": epoch,
+            "accuracy": None if accuracy is None else float(accuracy) / 100,
+        }
+        figure = draw_gallery(module, module.model, images, labels, data, **headline)
+        path = self.folder / f"epoch-{epoch:04d}.png"
+        save_gallery(path, figure)
+        self._send(trainer, figure, path)
 
     @staticmethod
     def _send(trainer: pl.Trainer, figure: Figure, path: Path) -> None:
@@ -128,3 +176,75 @@ class ExplanationCallback(pl.Callback):
                 logger.log_image("explanation/gallery", [str(path)], step=trainer.global_step)
             elif isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_figure("explanation/gallery", figure, trainer.global_step, close=False)
+
+
+class ExplanationReport(PredictionRecorder):
+    """For an evaluation: joins the trainer's callbacks, and reports once the validation has ended."""
+
+    def __init__(self, trainer: pl.Trainer) -> None:
+        super().__init__()
+        trainer.callbacks.append(self)  # type: ignore[attr-defined]
+        self.device = trainer.strategy.root_device
+
+    def write(
+        self,
+        module: Classifier,
+        data: DataModule,
+        options: ExplanationOptions | None,
+        origin: Mapping[str, Any],
+        config: Mapping[str, Any],
+        output: Path,
+    ) -> None:
+        """Measure what the options ask for, on rank 0; see :func:`~bcos_train.evaluation.report.evaluate_explanations`.
+
+        Args:
+            origin: What is evaluated: goes into ``explanations.json``.
+            config: Of the evaluation.
+            output: Folder of the results.
+        """
+        if options is None or not options.methods or not options.metrics:
+            return
+        module.to(self.device)  # a trainer leaves it on the CPU
+        with blame("explanation"):
+            results = evaluate_explanations(
+                make_subject(module, data, options.n_images, self.predictions, self.device),
+                options,
+                output,
+                title=f"{origin['model']} on {data.dataset.name}",
+                origin={**origin, "dataset": data.dataset.name},
+                identity={key: config[key] for key in IDENTITY},
+            )
+        # Beside accuracy, under the names that they have in training.
+        numbers = logged_metrics(results)
+        numbers = {key: value for key, value in numbers.items() if key.count("/") == 1 and math.isfinite(value)}
+        path = output / EVALUATION
+        write_json(path, {**json.loads(path.read_text(encoding="utf-8")), **numbers})
+
+
+#: Written by :func:`bcos_train.training.finish.report_evaluation`.
+EVALUATION = "evaluation.json"
+#: Config keys that scores of explanations depend on, besides the weights and the settings of the metrics.
+IDENTITY = ("model", "dataset", "augmentation", "encoding", "limit_val")
+#: Settings of the config group `explanation` that a data set chooses, since they depend on the size of its images.
+OF_THE_DATASET = (("grid_pointing", "n"), ("grid_pointing", "smooth"), ("perturbation", "block"))
+
+
+def keep_choices_of_the_dataset(
+    config: Mapping[str, Any], of_the_run: Mapping[str, Any], given: Sequence[str]
+) -> dict[str, Any]:
+    """With ``explanation=…`` for a run, what the run's data set chose in that group stays.
+
+    The group was composed with the command line's data set, which is another one if only ``run=…`` is given. What the
+    command line sets by itself, or with a data set of its own, isn't touched.
+
+    Args:
+        config: The run's, with what the command line says laid over it.
+        of_the_run: The run's own.
+        given: Keys and groups on the command line.
+    """
+    result = copy.deepcopy(dict(config))
+    for part, key in OF_THE_DATASET:
+        chosen = ((of_the_run.get("explanation") or {}).get(part) or {}).get(key)
+        if "explanation" in given and not {"dataset", f"explanation.{part}.{key}"} & {*given} and chosen is not None:
+            result["explanation"][part][key] = chosen
+    return result

@@ -1,0 +1,28 @@
+"""Methods times metrics: measuring the explanations of a model, while it trains and afterwards."""
+
+from bcos_train.evaluation.measuring import Results, measure
+from bcos_train.evaluation.options import (
+    METRICS,
+    ExplanationOptions,
+    GridPointingOptions,
+    PerturbationOptions,
+    StabilityOptions,
+)
+from bcos_train.evaluation.store import ScoreStore
+from bcos_train.evaluation.subject import Predictions, Subject
+from bcos_train.evaluation.summary import describe, summarize
+
+__all__ = [
+    "METRICS",
+    "ExplanationOptions",
+    "GridPointingOptions",
+    "PerturbationOptions",
+    "Predictions",
+    "Results",
+    "ScoreStore",
+    "StabilityOptions",
+    "Subject",
+    "describe",
+    "measure",
+    "summarize",
+]

@@ -1,0 +1,199 @@
+"""What is measured about explanations: methods, metrics and their settings, as ``configs/explanation`` gives them."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from bcos_train.explanation.method import METHODS, Method, make_method
+from bcos_train.suggest import join_words, suggest
+
+__all__ = [
+    "IMAGE_METRICS",
+    "METRICS",
+    "ExplanationOptions",
+    "GridPointingOptions",
+    "MethodName",
+    "MetricName",
+    "PerturbationOptions",
+    "StabilityOptions",
+]
+
+#: The keys of :data:`bcos_train.explanation.method.METHODS`, so that a config can be checked before anything is built.
+MethodName = Literal[
+    "bcos",
+    "bcos_relative",
+    "ixg",
+    "gradient",
+    "int_grad",
+    "guided_backprop",
+    "deep_lift",
+    "grad_cam",
+    "smooth_grad",
+    "lime",
+    "rise",
+    "occlusion5",
+    "occlusion9",
+    "occlusion13",
+    "attention_rollout",
+]
+MetricName = Literal[
+    "grid_pointing",
+    "deletion",
+    "insertion",
+    "pixel_perturbation",
+    "sparsity",
+    "shift_stability",
+    "noise_stability",
+    "completeness",
+    "alignment",
+]
+METRICS: tuple[str, ...] = get_args(MetricName)
+#: Those that score the explanation of a single image.
+IMAGE_METRICS = tuple(name for name in METRICS if name not in ("grid_pointing", "alignment"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridPointingOptions:
+    """The grid pointing game; see :mod:`bcos_train.metric.grid_pointing`.
+
+    Args:
+        n: Cells along each side of a grid.
+        n_grids: Grids that are wanted; there are fewer where the images don't suffice.
+        smooth: Odd width in pixels of the average pooling of a map before it is scored, 1: none. The official
+            evaluation has 1 and 15 at 224 pixels; at 32 pixels a window of 15 would be half a cell.
+        threshold: Images take part that are classified correctly with more than this confidence; 0: all of these.
+        rescale: Shrink the cells by n, so that a grid is as large as an image.
+        stride: Explain the grid through a window of an image's size that moves by so many pixels, for models that take
+            one size only; ``None``: the grid at once.
+        seed: Of the draw of the classes of each grid.
+
+    Raises:
+        ValueError: A number out of its range, or both ``rescale`` and ``stride``.
+    """
+
+    n: int
+    n_grids: int
+    smooth: int
+    threshold: float
+    rescale: bool
+    stride: int | None
+    seed: int
+
+    def __post_init__(self) -> None:
+        _at_least(1, "explanation.grid_pointing", n=self.n, n_grids=self.n_grids, smooth=self.smooth)
+        _at_least(0, "explanation.grid_pointing", seed=self.seed)
+        if self.smooth % 2 == 0:
+            raise ValueError(f"explanation.grid_pointing.smooth={self.smooth}: an odd number of pixels")
+        if not 0 <= self.threshold <= 1:
+            raise ValueError(f"explanation.grid_pointing.threshold={self.threshold}: between 0 and 1")
+        if self.stride is not None:
+            _at_least(1, "explanation.grid_pointing", stride=self.stride)
+            if self.rescale:
+                raise ValueError("explanation.grid_pointing: rescale=true or stride=…, not both")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerturbationOptions:
+    """Deletion, insertion and pixel perturbation; see :mod:`bcos_train.metric.perturbation`.
+
+    Args:
+        block: Side in pixels of the blocks that are replaced.
+    """
+
+    block: int
+
+    def __post_init__(self) -> None:
+        _at_least(1, "explanation.perturbation", block=self.block)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StabilityOptions:
+    """Stability under small shifts and under noise; see :mod:`bcos_train.metric.stability`.
+
+    Args:
+        shift: Pixels by which the image is moved in each direction.
+        noise_std: Standard deviation of the noise, in units of the model's input.
+        noise_samples: Noisy copies of each image.
+    """
+
+    shift: int
+    noise_std: float
+    noise_samples: int
+
+    def __post_init__(self) -> None:
+        _at_least(1, "explanation.stability", shift=self.shift, noise_samples=self.noise_samples)
+        if not self.noise_std > 0:
+            raise ValueError(f"explanation.stability.noise_std={self.noise_std}: more than 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExplanationOptions:
+    """The config group ``explanation``, of ``train.py`` and ``evaluate.py``.
+
+    Args:
+        methods: Explanation methods by name.
+        metrics: Metrics by name. ``alignment`` is the model's, the others are measured for each method.
+        n_images: Validation images for all metrics but the grid pointing game, always the same ones. The predicted
+            class is explained.
+        batch_size: Images that a method is given at once; a grid counts as n², for it has as many pixels.
+        every_n_epochs: Epochs of the training between measurements; the last epoch is always measured. The grid
+            pointing game needs an epoch with a validation, which says which images are classified correctly.
+        gallery_images: Validation images in the gallery of the training; 0: no gallery.
+        method_options: For each method its own settings, such as ``{int_grad: {n_steps: 20}}``.
+
+    Raises:
+        ValueError: A number below its minimum, or an option that the method doesn't have.
+    """
+
+    methods: list[MethodName]
+    metrics: list[MetricName]
+    n_images: int
+    batch_size: int
+    every_n_epochs: int
+    gallery_images: int
+    grid_pointing: GridPointingOptions
+    perturbation: PerturbationOptions
+    stability: StabilityOptions
+    method_options: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _at_least(
+            1, "explanation", n_images=self.n_images, batch_size=self.batch_size, every_n_epochs=self.every_n_epochs
+        )
+        _at_least(0, "explanation", gallery_images=self.gallery_images)
+        chosen: tuple[tuple[str, Sequence[str], Collection[str]], ...] = (
+            ("methods", self.methods, METHODS),
+            ("metrics", self.metrics, METRICS),
+        )
+        for kind, names, allowed in chosen:
+            for name in names:
+                if name not in allowed:
+                    listed = join_words(allowed, "and", len(allowed))
+                    raise ValueError(f"explanation.{kind}: {name!r}{suggest(name, allowed)}; there are {listed}")
+        for name, options in self.method_options.items():
+            try:
+                make_method(name, **options)
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"explanation.method_options.{name}: {error}") from error
+
+    def make_methods(self) -> dict[str, Method]:
+        """The chosen methods by name, in the given order, each once."""
+        return {name: make_method(name, **self.method_options.get(name, {})) for name in self.methods}
+
+    def settings_of(self, metric: str) -> Mapping[str, Any]:
+        """What changes the scores of this metric, besides the images."""
+        if metric == "grid_pointing":
+            return vars(self.grid_pointing)
+        if metric in ("deletion", "insertion", "pixel_perturbation"):
+            return vars(self.perturbation)
+        if metric == "shift_stability":
+            return {"shift": self.stability.shift}
+        if metric == "noise_stability":
+            return {"std": self.stability.noise_std, "n_samples": self.stability.noise_samples}
+        return {}
+
+
+def _at_least(least: int, path: str, **values: int) -> None:
+    for name, value in values.items():
+        if value < least:
+            raise ValueError(f"{path}.{name}={value}: at least {least}")

@@ -1,0 +1,173 @@
+"""``explanations.json``, the scores, the figures and the table of an evaluation."""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from bcos_train.evaluation.measuring import Results, measure
+from bcos_train.evaluation.options import ExplanationOptions, GridPointingOptions
+from bcos_train.evaluation.scoring import BETTER, explain_grids
+from bcos_train.evaluation.store import ScoreStore, fingerprint, replace_file
+from bcos_train.evaluation.subject import Subject, grid_input, grid_pictures
+from bcos_train.evaluation.summary import describe, tables
+from bcos_train.explanation import evaluating
+from bcos_train.explanation.method import Method
+from bcos_train.report import Panel, Row, box_plot, map_table, save_gallery
+
+__all__ = ["evaluate_explanations"]
+
+#: Grids that are drawn.
+N_DRAWN = 4
+#: Between lines about the progress where there is no terminal.
+LINE_SECONDS = 60
+FOLDER, SCORES, CONTENT, SAMPLES = "explanations", ".scores", "explanations.json", "explanations.npz"
+#: Ranges of metrics that have one by nature.
+LIMITS: Mapping[str, tuple[float, float]] = {"grid_pointing": (0, 1), "sparsity": (0, 1)}
+
+
+def evaluate_explanations(
+    subject: Subject,
+    options: ExplanationOptions,
+    output: Path,
+    *,
+    title: str,
+    origin: Mapping[str, Any],
+    identity: Mapping[str, Any],
+) -> Results:
+    """Measure, write, draw and print.
+
+    Into ``output`` go ``explanations.json``, ``explanations.npz`` (all scores, and which images they belong to), and
+    in ``explanations/`` a box plot for each metric and pictures of some grids. Scores are kept in
+    ``explanations/.scores`` from batch to batch: the same command goes on after an interruption, and one that asks for
+    more methods or metrics measures only these.
+
+    Args:
+        subject: The model and its images.
+        options: What to measure.
+        output: Folder, made if it is missing.
+        title: What is evaluated, for headlines.
+        origin: The same in detail, for the JSON file.
+        identity: All that scores depend on besides the weights and the options: the model, the data and their
+            transforms. Scores of another identity are measured anew.
+
+    Returns:
+        What was measured.
+    """
+    folder = output / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    store = ScoreStore(folder / SCORES, {"of": fingerprint({"weights": subject.model, "rest": dict(identity)})})
+    with _progress() as on_step:
+        results = measure(subject, options, store, on_step)
+    content = {**origin, **describe(results, options)}
+    _write_json(output / CONTENT, content)
+    arrays = {f"{metric}/{method}": t.numpy() for metric, of in results.scores.items() for method, t in of.items()}
+    if results.grids is not None:
+        arrays["grids"] = results.grids.numpy()
+    replace_file(output / SAMPLES, {**arrays, "images": np.array(results.images, dtype=np.int64)})
+    figures = _draw_boxes(results, options, folder, title)
+    if results.scores.get("grid_pointing"):
+        figures.append(_draw_grids(subject, results, options, folder, title))
+    console = Console()
+    found, lines = tables(content, title, console.width)
+    for part in found:
+        console.print(part)
+    lines.append(f"explanations: {output / CONTENT}" + (f"; figures: {folder}" if figures else ""))
+    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+    return results
+
+
+def _draw_boxes(results: Results, options: ExplanationOptions, folder: Path, title: str) -> list[Path]:
+    paths = []
+    for metric, scores in results.scores.items():
+        if not any(found.isfinite().any() for found in scores.values()):
+            continue
+        is_grid, n = metric == "grid_pointing", options.grid_pointing.n
+        name = metric.replace("_", " ")
+        figure = box_plot(
+            scores,
+            title,
+            f"{name} ({n}x{n}) {BETTER[metric]}" if is_grid else f"{name} {BETTER[metric]}",
+            uniform=1 / n**2 if is_grid else None,
+            missing=[method for method in dict.fromkeys(options.methods) if method not in scores],
+            limits=LIMITS.get(metric),
+            logarithmic=metric == "completeness",
+        )
+        paths.append(folder / f"{metric}.png")
+        save_gallery(paths[-1], figure)
+    return paths
+
+
+def _draw_grids(subject: Subject, results: Results, options: ExplanationOptions, folder: Path, title: str) -> Path:
+    """Some grids with each method's map of one of their classes, smoothed as it is scored."""
+    assert results.grids is not None
+    assert subject.predictions is not None
+    settings, scores = options.grid_pointing, results.scores["grid_pointing"]
+    methods = {name: method for name, method in options.make_methods().items() if name in scores}
+    rows = []
+    with evaluating(subject.model):
+        for g, grid in enumerate(results.grids[:N_DRAWN]):
+            k = g % len(grid)
+            picture = grid_pictures(subject, grid[None], settings)[0].permute(1, 2, 0)
+            side = (picture.shape[1] // settings.n, picture.shape[0] // settings.n)
+            box = (k % settings.n * side[0], k // settings.n * side[1], *side)
+            x, target = grid_input(subject, grid[None], settings), subject.predictions.labels[grid[k : k + 1]][None]
+            panels = [Panel(picture, box=box)]
+            for name, method in methods.items():
+                values = _smoothed(subject, method, x, target, settings)
+                panels.append(Panel(values, f"{float(scores[name][g, k]):.2f}", box))
+            rows.append(Row(f"grid {g + 1}", panels))
+    note = f", maps smoothed over {settings.smooth} px" if settings.smooth > 1 else ""
+    headline = f"{title}: the framed cell's class and its score{note}"
+    path = folder / "grids.png"
+    save_gallery(path, map_table(["grid", *methods], rows, headline))
+    return path
+
+
+def _smoothed(subject: Subject, method: Method, x: Any, target: Any, settings: GridPointingOptions) -> Any:
+    maps = explain_grids(subject.model, method, x, target, settings)
+    return F.avg_pool2d(maps, settings.smooth, stride=1, padding=settings.smooth // 2)[0, 0]
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """What is being measured, how much is done and when it will be: a bar in a terminal, elsewhere a line a minute."""
+    console = Console(file=sys.stderr, soft_wrap=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    # Methods differ in speed by orders of magnitude: the estimate is over the whole time, not the last seconds.
+    period = 1e9
+    with Progress(
+        *columns, TimeRemainingColumn(), console=console, transient=True, speed_estimate_period=period
+    ) as display:
+        task = display.add_task("explanations", total=None)
+        printed_at = time.monotonic()
+
+        def on_step(what: str, done: int, total: int) -> None:
+            nonlocal printed_at
+            if display.tasks[0].total is None:
+                # What was measured before an interruption says nothing about the speed.
+                display.reset(task, completed=done, total=total)
+            display.update(task, description=f"explanations: {what}", completed=done)
+            if not console.is_terminal and time.monotonic() - printed_at >= LINE_SECONDS:
+                printed_at = time.monotonic()
+                left = display.tasks[0].time_remaining
+                ending = "" if left is None else f", about {math.ceil(left / 60)} min left"
+                console.print(f"explanations: {done} of {total}{ending}", highlight=False)
+
+        yield on_step
+
+
+def _write_json(path: Path, content: Mapping[str, Any] | Sequence[Any]) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,161 @@
+"""The metrics of a method on a batch of images or grids.
+
+Axes: N images, G grids, K = n² cells of a grid, C channels, H W pixels.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from bcos_train.evaluation.options import ExplanationOptions, GridPointingOptions
+from bcos_train.explanation import constant_term, evaluating
+from bcos_train.explanation.method import Method
+from bcos_train.metric import (
+    SlidingWindow,
+    area_under_curve,
+    completeness_error,
+    gini_index,
+    grid_pointing_scores,
+    noise_stability,
+    perturbation_curve,
+    shift_stability,
+)
+
+__all__ = ["BETTER", "SCORERS", "NotMeasured", "explain_grids", "image_scores", "score_grids"]
+
+#: Whether large or small values are good.
+BETTER: Mapping[str, str] = {
+    "grid_pointing": "↑",
+    "deletion": "↓",
+    "insertion": "↑",
+    "pixel_perturbation": "↑",
+    "sparsity": "↑",
+    "shift_stability": "↑",
+    "noise_stability": "↑",
+    "completeness": "↓",
+    "alignment": "↑",
+}
+
+#: Methods whose maps add up to the logit less a constant. Of the first two the constant is what the biases of the
+#: network add to the logit, of the others it is the logit of an input of zeros.
+_LOCAL, _DIFFERENCE = ("bcos", "ixg"), ("int_grad", "deep_lift")
+
+
+class NotMeasured(ValueError):
+    """The metric says nothing about this method; the message says why."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method on a batch of images.
+
+    Attributes:
+        x: (N, C, H, W).
+        targets: (N,), the predicted classes.
+    """
+
+    name: str
+    method: Method
+    model: nn.Module
+    x: Tensor
+    targets: Tensor
+    options: ExplanationOptions
+
+    @cached_property
+    def maps(self) -> Tensor:
+        """(N, H, W); computed once for all metrics that take it."""
+        return self.method(self.model, self.x, self.targets[:, None])[:, 0]
+
+    @torch.no_grad()
+    def logits(self, x: Tensor) -> Tensor:
+        """Of the targets: (N,)."""
+        with evaluating(self.model):
+            return self.model(x).gather(1, self.targets[:, None])[:, 0]
+
+    def area(self, order: str, insert: bool, baseline: str | float) -> Tensor:
+        curves = perturbation_curve(
+            self.model,
+            self.x,
+            self.maps,
+            self.targets,
+            order=order,  # type: ignore[arg-type]
+            insert=insert,
+            baseline=baseline,  # type: ignore[arg-type]
+            block=self.options.perturbation.block,
+            batch_size=max(64, self.options.batch_size),
+        )
+        return area_under_curve(curves)
+
+
+def _completeness(case: Case) -> Tensor:
+    if case.name in _LOCAL:
+        constant = constant_term(case.model, case.x, case.targets)
+    elif case.name in _DIFFERENCE:
+        constant = case.logits(torch.zeros_like(case.x))
+    else:
+        raise NotMeasured("its maps aren't meant to add up to the logit")
+    return completeness_error(case.logits(case.x), case.maps.sum((1, 2)), constant)
+
+
+def _shift_stability(case: Case) -> Tensor:
+    shift = case.options.stability.shift
+    return shift_stability(case.method, case.model, case.x, case.targets[:, None], shift=shift)[:, 0]
+
+
+def _noise_stability(case: Case) -> Tensor:
+    settings = case.options.stability
+    scores = noise_stability(
+        case.method,
+        case.model,
+        case.x,
+        case.targets[:, None],
+        std=settings.noise_std,
+        n_samples=settings.noise_samples,
+    )
+    return scores[:, 0]
+
+
+#: Metrics of single images: (N,) scores each.
+SCORERS: Mapping[str, Callable[[Case], Tensor]] = {
+    "deletion": lambda case: case.area("most", insert=False, baseline=0.0),
+    "insertion": lambda case: case.area("most", insert=True, baseline="blur"),
+    "pixel_perturbation": lambda case: case.area("least", insert=False, baseline=0.0),
+    "sparsity": lambda case: gini_index(case.maps),
+    "shift_stability": _shift_stability,
+    "noise_stability": _noise_stability,
+    "completeness": _completeness,
+}
+
+
+def explain_grids(model: nn.Module, method: Method, x: Tensor, targets: Tensor, options: GridPointingOptions) -> Tensor:
+    """The maps of the classes of each grid.
+
+    Args:
+        x: (G, C, H, W), grids.
+        targets: (G, K), the classes of the cells.
+
+    Returns:
+        (G, K, H, W).
+    """
+    if options.stride is not None:
+        method = SlidingWindow(method, size=x.shape[2] // options.n, stride=options.stride)
+    return method(model, x, targets)
+
+
+def score_grids(model: nn.Module, method: Method, x: Tensor, targets: Tensor, options: GridPointingOptions) -> Tensor:
+    """(G, K) scores; arguments as for :func:`explain_grids`."""
+    return grid_pointing_scores(explain_grids(model, method, x, targets, options), options.smooth).cpu()
+
+
+def image_scores(metrics: list[str], case: Case) -> dict[str, Tensor | str]:
+    """For each metric (N,) scores, or why there are none."""
+    found: dict[str, Tensor | str] = {}
+    for metric in metrics:
+        try:
+            found[metric] = SCORERS[metric](case).detach().cpu()
+        except NotMeasured as error:
+            found[metric] = str(error)
+    return found

@@ -1,0 +1,91 @@
+"""Scores on the disk, so that an interrupted measurement goes on where it was."""
+
+import hashlib
+import json
+import os
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+__all__ = ["ScoreStore", "fingerprint", "replace_file"]
+
+_SCORES, _IDENTITY = "scores", "identity"
+
+
+class ScoreStore:
+    """A file of scores for each metric and method, written anew after every batch.
+
+    A file holds what its scores depend on. With another identity it counts as missing and is overwritten.
+
+    Args:
+        folder: Made when the first file is written; ``None``: nothing is kept.
+        identity: What all scores depend on.
+    """
+
+    def __init__(self, folder: Path | None, identity: Mapping[str, Any]) -> None:
+        self.folder, self.identity = folder, identity
+
+    def load(self, metric: str, method: str, settings: Mapping[str, Any]) -> Tensor | None:
+        """The scores so far, (units, ...), or None."""
+        if self.folder is None:
+            return None
+        try:
+            with self._path(metric, method).open("rb") as file, np.load(file, allow_pickle=False) as content:
+                if str(content[_IDENTITY]) == self._identity_of(settings):
+                    return torch.from_numpy(content[_SCORES].copy())
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # none, or damaged
+            pass
+        return None
+
+    def save(self, metric: str, method: str, settings: Mapping[str, Any], scores: Tensor) -> None:
+        if self.folder is None:
+            return
+        path = self._path(metric, method)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, {_SCORES: scores.numpy(), _IDENTITY: np.array(self._identity_of(settings))})
+
+    def _path(self, metric: str, method: str) -> Path:
+        assert self.folder is not None
+        return self.folder / metric / f"{method}.npz"
+
+    def _identity_of(self, settings: Mapping[str, Any]) -> str:
+        return fingerprint({"all": self.identity, "own": settings})
+
+
+def replace_file(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write an npz file that appears complete or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            np.savez(file, **dict(arrays))  # type: ignore[arg-type]
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def fingerprint(content: Any) -> str:
+    """SHA-256 in hexadecimal digits, of JSON-able values, tensors, and the weights and buffers of modules."""
+    digest = hashlib.sha256()
+    _feed(digest, content)
+    return digest.hexdigest()
+
+
+def _feed(digest: Any, value: Any) -> None:
+    if isinstance(value, nn.Module):
+        _feed(digest, value.state_dict())
+    elif isinstance(value, Mapping):
+        for key in sorted(value):
+            _feed(digest, str(key))
+            _feed(digest, value[key])
+    elif isinstance(value, Tensor):
+        digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    else:
+        digest.update(json.dumps(value, sort_keys=True, default=str).encode())

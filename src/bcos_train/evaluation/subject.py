@@ -1,0 +1,119 @@
+"""What is explained: a model, and the validation images that the metrics are measured on.
+
+Axes: M validation images, N images of a batch, G grids, K = n² cells of a grid, C channels, H W pixels.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bcos_train.evaluation.options import GridPointingOptions
+from bcos_train.explanation import evaluating
+from bcos_train.metric import choose_grids, compose_grids
+
+__all__ = ["Predictions", "Subject", "draw_grids", "grid_input", "grid_pictures", "why_not_grids"]
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a validation found for each image of the data set.
+
+    Attributes:
+        labels: (M,) integers.
+        predictions: (M,) integers.
+        confidences: (M,), the probability of the predicted class: sigmoid or softmax, by the loss.
+    """
+
+    labels: Tensor
+    predictions: Tensor
+    confidences: Tensor
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model and its images.
+
+    Attributes:
+        model: (N, C, H, W) -> logits.
+        pictures: Indices in the validation set -> uint8 RGB (N, 3, H, W), on the model's device.
+        encode: Those -> the model's input (N, C, H, W).
+        images: Indices of the images that all metrics but the grid pointing game are measured on.
+        predictions: Of the whole validation set; ``None`` leaves the grid pointing game out.
+    """
+
+    model: nn.Module
+    pictures: Callable[[Sequence[int]], Tensor]
+    encode: Callable[[Tensor], Tensor]
+    images: Sequence[int]
+    predictions: Predictions | None = None
+
+    def load(self, indices: Sequence[int]) -> Tensor:
+        """The model's input: (N, C, H, W)."""
+        return self.encode(self.pictures(indices))
+
+
+def draw_grids(found: Predictions, options: GridPointingOptions) -> Tensor:
+    """Which images make up which grid: (G, K) indices in the validation set."""
+    return choose_grids(
+        found.labels,
+        found.predictions,
+        found.confidences,
+        options.n,
+        options.n_grids,
+        threshold=options.threshold,
+        seed=options.seed,
+    )
+
+
+def grid_input(subject: Subject, grids: Tensor, options: GridPointingOptions) -> Tensor:
+    """Grids as the model sees them.
+
+    Args:
+        grids: (G, K) indices in the validation set.
+
+    Returns:
+        (G, C, n H, n W), with ``rescale`` (G, C, n ⌊H/n⌋, n ⌊W/n⌋).
+    """
+    return _composed(subject.load(grids.flatten().tolist()), grids, options)
+
+
+def grid_pictures(subject: Subject, grids: Tensor, options: GridPointingOptions) -> Tensor:
+    """Grids to look at: RGB (G, 3, n H, n W) in [0, 1], or smaller as for :func:`grid_input`."""
+    return _composed(subject.pictures(grids.flatten().tolist()).float() / 255, grids, options)
+
+
+def _composed(images: Tensor, grids: Tensor, options: GridPointingOptions) -> Tensor:
+    if options.rescale:
+        # Encoding and interpolation are both linear with weights that sum to 1: their order doesn't matter.
+        size = [side // options.n for side in images.shape[2:]]
+        images = F.interpolate(images, size=size, mode="bilinear", antialias=True, align_corners=False)
+    return compose_grids(images.contiguous().unflatten(0, (len(grids), -1)))
+
+
+@torch.no_grad()
+def why_not_grids(subject: Subject, grids: Tensor, options: GridPointingOptions) -> str | None:
+    """Why the model can't be shown a grid, or None if it can."""
+    if not len(grids):
+        return (
+            f"no grid of {options.n}x{options.n} classes: too few images are classified correctly with a confidence "
+            f"above {options.threshold}"
+        )
+    if options.stride is not None:
+        return None
+    x = grid_input(subject, grids[:1], options)
+    try:
+        with evaluating(subject.model):
+            subject.model(x)
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, RuntimeError, AssertionError) as error:
+        size = "x".join(map(str, x.shape[2:]))
+        said = " ".join(str(error).split())
+        return (
+            f"the model takes no grid of {size} pixels ({said}): explanation.grid_pointing.rescale=true shrinks the "
+            "cells, explanation.grid_pointing.stride=… moves a window over the grid"
+        )
+    return None

@@ -1,0 +1,130 @@
+"""Pictures of explanations in rows and columns: images or grids down, methods across.
+
+Axes: H, W pixels.
+"""
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from torch import Tensor
+
+from bcos_train.explanation import plot_contribution_map
+from bcos_train.report.gallery import FRAME, LEGEND, MUTED, SHARP
+
+__all__ = ["Panel", "Row", "map_table"]
+
+# Lengths in inches.
+PICTURE = 1.45
+GAP = (0.08, 0.1)  # across and down
+MARGIN, HEAD, COLUMN_HEAD, NOTE, FOOTER, LABEL = 0.2, 0.36, 0.24, 0.17, 0.55, 0.3
+CELL = "#16a34a"  # the frame of a cell
+#: Pixels beyond this percentile of a map's magnitudes have the full colour.
+PERCENTILE = 99.5
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One picture.
+
+    Attributes:
+        values: (H, W, 3) a picture in [0, 1]; (H, W) a signed map; or None for none.
+        note: a line below it; in place of a picture that is missing, why.
+        box: left, top, width and height in pixels of a frame drawn around a part of it.
+    """
+
+    values: Tensor | None
+    note: str = ""
+    box: tuple[float, float, float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """A label and a panel for each column."""
+
+    label: str
+    panels: Sequence[Panel]
+
+
+def map_table(columns: Sequence[str], rows: Sequence[Row], title: str) -> Figure:
+    """Draw pictures and signed maps, each map with its own symmetric scale.
+
+    Red speaks for the class, blue against it. Maps of different methods have different units, so each is scaled by its
+    own 99.5th percentile. The figure belongs to no pyplot state.
+
+    Args:
+        columns: a head for each column.
+        rows: at least one, each with as many panels as there are columns.
+        title: headline.
+
+    Raises:
+        ValueError: no rows, or a row of another length.
+    """
+    if not rows or any(len(row.panels) != len(columns) for row in rows):
+        raise ValueError(f"at least one row with {len(columns)} panels each, got {[len(row.panels) for row in rows]}")
+    shapes = [panel.values.shape for row in rows for panel in row.panels if panel.values is not None]
+    height = PICTURE * max((shape[0] / shape[1] for shape in shapes), default=1.0)
+    has_notes = any(panel.note for row in rows for panel in row.panels)
+    has_labels = any(row.label for row in rows)
+    left = MARGIN + (LABEL if has_labels else 0)
+    step = height + GAP[1] + (NOTE if has_notes else 0)
+    page = (
+        left + len(columns) * PICTURE + (len(columns) - 1) * GAP[0] + MARGIN,
+        MARGIN + HEAD + COLUMN_HEAD + len(rows) * step + FOOTER,
+    )
+    figure = Figure(figsize=page, facecolor="white")
+    figure.text(MARGIN / page[0], 1 - MARGIN / page[1], title, fontsize=10.5, weight="bold", va="top")
+    for r, row in enumerate(rows):
+        top = MARGIN + HEAD + COLUMN_HEAD + r * step
+        middle = 1 - (top + height / 2) / page[1]
+        figure.text((left - 0.09) / page[0], middle, row.label, rotation=90, ha="right", va="center", fontsize=8)
+        for c, (name, panel) in enumerate(zip(columns, row.panels, strict=True)):
+            x = left + c * (PICTURE + GAP[0])
+            bounds = (x / page[0], 1 - (top + height) / page[1], PICTURE / page[0], height / page[1])
+            ax = figure.add_axes(bounds)
+            _draw(ax, panel)
+            if r == 0:
+                ax.set_title(name, fontsize=9, pad=4)
+    _draw_scale(figure, page)
+    return figure
+
+
+def _draw(ax: Axes, panel: Panel) -> None:
+    ax.set(xticks=[], yticks=[])
+    ax.spines[:].set(color=FRAME, linewidth=0.6)
+    if panel.values is None:
+        words = panel.note or "none"
+        ax.text(0.5, 0.5, _wrapped(words), transform=ax.transAxes, ha="center", va="center", fontsize=7, color=MUTED)
+        return
+    values = torch.nan_to_num(panel.values.detach().cpu().float(), 0.0, 0.0, 0.0)
+    if values.ndim == 3:
+        ax.imshow(values.clamp(0, 1).numpy())
+    else:
+        plot_contribution_map(values, ax, percentile=PERCENTILE)
+    ax.images[0].set_interpolation("nearest" if len(values) <= SHARP else "antialiased")
+    if panel.box is not None:
+        x, y, width, height = panel.box
+        style = {"fill": False, "edgecolor": CELL, "linewidth": 1.8}
+        ax.add_patch(Rectangle((x - 0.5, y - 0.5), width, height, **style))  # type: ignore[arg-type]
+    ax.set_xlabel(panel.note, fontsize=7.5, labelpad=2.5, color=MUTED)
+
+
+def _wrapped(text: str, width: int = 24, lines: int = 6) -> str:
+    return "\n".join(textwrap.wrap(text, width, max_lines=lines, placeholder=" …"))
+
+
+def _draw_scale(figure: Figure, page: tuple[float, float]) -> None:
+    width = min(2.2, page[0] - 1)
+    bounds = ((page[0] - width) / 2 / page[0], (FOOTER - 0.2) / page[1], width / page[0], 0.08 / page[1])
+    bar = figure.colorbar(
+        ScalarMappable(Normalize(-1, 1), cmap="bwr"), cax=figure.add_axes(bounds), orientation="horizontal"
+    )
+    bar.set_ticks([])
+    bar.outline.set(edgecolor=FRAME, linewidth=0.6)
+    bar.set_label(f"{LEGEND}; each map in its own scale", fontsize=7.5, color=MUTED, labelpad=3)

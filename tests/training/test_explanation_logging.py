@@ -1,0 +1,138 @@
+"""Explanations while training, and of a run: what is logged, that training doesn't notice, what an evaluation adds."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bcos_train.evaluation import METRICS, Results
+from bcos_train.run import evaluate, train
+from bcos_train.training.explanation_logging import PredictionRecorder, keep_choices_of_the_dataset, logged_metrics
+from bcos_train.training.logging import read_metrics
+
+from .runs import TINY, assert_same_state, compose, final_state, run_folder
+from .toys import fit, make_data
+
+WITHOUT = (*TINY, "limit_train=16")
+EXPLAINED = (
+    *(text for text in WITHOUT if text != "explanation=none"),
+    "explanation.methods=[bcos,smooth_grad,rise]",
+    f"explanation.metrics=[{','.join(METRICS)}]",
+    "explanation.method_options={smooth_grad: {n_samples: 2}, rise: {n_masks: 4}}",
+    "explanation.every_n_epochs=1",
+    "explanation.n_images=2",
+    "explanation.gallery_images=2",
+    # Every image that is classified correctly makes a grid.
+    "explanation.grid_pointing.n=1",
+    "explanation.grid_pointing.threshold=0",
+    "explanation.grid_pointing.n_grids=3",
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    runs = tmp_path_factory.mktemp("runs")
+    assert train(compose(runs, *EXPLAINED, "checkpointing.monitor=explanation/grid_pointing")) == 0
+    return run_folder(runs)
+
+
+def test_training_does_not_notice(run: Path, tmp_path: Path) -> None:
+    """Weights, statistics, averages and the state of the optimizer, bit for bit."""
+    assert train(compose(tmp_path, *WITHOUT)) == 0
+    with_, without = final_state(run), final_state(run_folder(tmp_path))
+    for state in (with_, without):
+        state.pop("callbacks")  # the checkpointer's monitor
+    assert_same_state(with_, without)
+
+
+def test_what_is_logged(run: Path) -> None:
+    rows = [row for row in read_metrics(run / "metrics.csv") if "explanation/n" in row or "explanation/sparsity" in row]
+    assert [row["epoch"] for row in rows] == [0, 1]
+    for row in rows:
+        assert {f"explanation/{metric}" for metric in METRICS} <= row.keys()
+        assert "explanation/sparsity/rise" in row
+        assert "explanation/completeness/rise" not in row
+        assert "val/acc1" in row, "beside accuracy"
+        n_grids = row["explanation/grid_pointing/n_grids"]
+        assert n_grids == min(3, round(row["val/acc1"] * 21 / 100))
+        if n_grids:
+            assert row["explanation/grid_pointing"] == pytest.approx(1)
+            assert row["explanation/grid_pointing/p50"] == row["explanation/grid_pointing/rise"] == pytest.approx(1)
+        else:
+            assert math.isnan(row["explanation/grid_pointing"])
+    assert max(row["explanation/grid_pointing/n_grids"] for row in rows) > 0
+    assert len(list((run / "explanations").glob("*.png"))) == 2
+
+
+def test_best_checkpoint_by_an_explanation_metric(run: Path) -> None:
+    (best,) = json.loads((run / "checkpoints" / "best.json").read_text())
+    assert best["score"] == pytest.approx(1)
+    assert best["file"].startswith("epoch-0001-explanation_grid_pointing-1.0000")
+
+
+def test_without_grids_the_score_is_no_number_and_is_logged() -> None:
+    """So that a monitor of it is known from the first epoch on, and no such epoch is the best."""
+    found = logged_metrics(Results(scores={"grid_pointing": {}}, grids=torch.empty(0, 9, dtype=torch.long)))
+    assert math.isnan(found["explanation/grid_pointing"])
+    assert found["explanation/grid_pointing/n_grids"] == 0
+
+
+def test_recorder_has_the_predictions_of_the_validation(tmp_path: Path) -> None:
+    recorder, data = PredictionRecorder(), make_data()
+    module = fit(tmp_path, recorder, data=data)
+    images, labels = data.val_samples(range(data.num_val))
+    module.eval()
+    with torch.no_grad():
+        probabilities = module(images).sigmoid()
+    found = recorder.predictions
+    assert found is not None
+    assert torch.equal(found.labels, labels)
+    assert torch.equal(found.predictions, probabilities.argmax(1))
+    torch.testing.assert_close(found.confidences, probabilities.amax(1))
+
+
+# ---- evaluation
+
+
+def test_evaluation_of_a_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = (
+        "explanation.methods=[bcos,deep_lift]",
+        "explanation.metrics=[grid_pointing,sparsity,alignment]",
+        "explanation.gallery_images=0",
+    )
+    config = compose(tmp_path, *settings, name="evaluate") | {"run": str(run), "output": str(tmp_path)}
+    assert evaluate(config, ["run", "output", *(text.partition("=")[0] for text in settings)]) == 0
+    content = json.loads((tmp_path / "explanations.json").read_text())
+    assert content["settings"]["methods"] == ["bcos", "deep_lift"]
+    assert content["settings"]["grid_pointing"]["n"] == 1, "as in the run"
+    assert content["metrics"]["grid_pointing"]["methods"]["bcos"]["mean"] == pytest.approx(1)
+    assert "reason" in content["metrics"]["grid_pointing"]["methods"]["deep_lift"]
+    assert (tmp_path / "explanations" / "grids.png").stat().st_size > 5_000
+    # Beside accuracy, for the Model Zoo's table.
+    beside = json.loads((tmp_path / "evaluation.json").read_text())
+    assert beside["explanation/sparsity"] == pytest.approx(content["metrics"]["sparsity"]["methods"]["bcos"]["mean"])
+    assert not [key for key in beside if key.count("/") > 1]
+    assert "deep_lift: BcosResNet" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("given", "n"),
+    [
+        pytest.param(["explanation"], 2, id="the group: as the run's data set has it"),
+        pytest.param(["explanation", "explanation.grid_pointing.n"], 3, id="the key itself"),
+        pytest.param(["explanation", "dataset"], 3, id="another data set"),
+        pytest.param(["explanation.methods"], 3, id="not the group"),
+    ],
+)
+def test_choices_of_the_runs_data_set_stay(given: list[str], n: int) -> None:
+    def config(n: int) -> dict[str, Any]:
+        return {"explanation": {"grid_pointing": {"n": n, "smooth": 15}, "perturbation": {"block": 16}}}
+
+    laid_over = config(3)
+    kept = keep_choices_of_the_dataset(laid_over, config(2), given)
+    assert kept["explanation"]["grid_pointing"]["n"] == n
+    assert laid_over == config(3)
+    assert keep_choices_of_the_dataset(laid_over, {"explanation": None}, given) == laid_over
