@@ -15,13 +15,14 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 
+from bcos_train.command_line import MISTAKE, Parser
 from bcos_train.explanation import color_explanation, evaluating, explain
 from bcos_train.explanation.method import CannotExplain, Method, list_methods, make_method
 from bcos_train.explanation.method.base import probabilities
@@ -31,26 +32,14 @@ from bcos_train.model.weights import load_weights
 from bcos_train.report import Panel, Row, map_table, save_gallery
 from bcos_train.suggest import join_words, suggest
 
-MISTAKE = 2
 DEFAULT_METHODS = ("bcos", "ixg", "gradient", "int_grad", "guided_backprop", "grad_cam")
 RANDOM, PREDICTION, LABEL = "random", "prediction", "label"
 #: Pixels at a height of 224 that opacity is averaged over, as in the papers' figures; in proportion otherwise.
 SMOOTH = 15
 
 
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, with the nearest right name."""
-
-    def error(self, message: str) -> NoReturn:
-        kind, _, rest = message.partition("unrecognized arguments: ")
-        if not kind and rest:
-            known = [name for action in self._actions for name in action.option_strings]
-            message = f"{rest}: no such option{suggest(rest.split()[0].partition('=')[0], known)}"
-        raise ValueError(message)
-
-
 def parser() -> Parser:
-    result = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    result = Parser(__doc__)
     add = result.add_argument
     add("--run", type=Path, metavar="FOLDER", help="a run folder: its model, its data and their transforms")
     add("--checkpoint", default="best", help="of the run: best (default), last or a path")

@@ -13,27 +13,14 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from bcos_train.suggest import suggest
+from bcos_train.command_line import MISTAKE, Parser
 from bcos_train.zoo.export import export
-
-MISTAKE = 2
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, with the nearest right name."""
-
-    def error(self, message: str) -> NoReturn:
-        kind, _, rest = message.partition("unrecognized arguments: ")
-        if not kind and rest:
-            known = [name for action in self._actions for name in action.option_strings]
-            message = f"{rest}: no such option{suggest(rest.split()[0].partition('=')[0], known)}"
-        raise ValueError(message)
 
 
 def parser() -> Parser:
-    result = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    result = Parser(__doc__)
     add = result.add_argument
     add("source", metavar="SOURCE")
     add("target", metavar="TARGET", type=Path)

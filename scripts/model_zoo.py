@@ -16,30 +16,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
 
-from bcos_train.suggest import suggest
+from bcos_train.command_line import INTERRUPTED, MISTAKE, Parser
 from bcos_train.zoo.slurm import SlurmOptions, submit
 from bcos_train.zoo.table import choose, listed, readme_with, size, train_command
 from bcos_train.zoo.table_run import Settings, evaluate_row, measure, problems
 
 ROOT = Path(__file__).resolve().parents[1]
-MISTAKE, INTERRUPTED = 2, 130
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, with the nearest right name."""
-
-    def error(self, message: str) -> NoReturn:
-        kind, _, rest = message.partition("unrecognized arguments: ")
-        if not kind and rest:
-            known = [name for action in self._actions for name in action.option_strings]
-            message = f"{rest}: no such option{suggest(rest.split()[0].partition('=')[0], known)}"
-        raise ValueError(message)
 
 
 def parser() -> Parser:
-    result = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    result = Parser(__doc__)
     add = result.add_argument
     add("--models", nargs="+", default=[], metavar="PATTERN", help="rows, such as 'resnet*'; all without it")
     add("--weights", default="official", help="official (default), random, or a folder of your own weights or runs")
