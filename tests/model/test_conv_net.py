@@ -271,3 +271,11 @@ WRONG: dict[str, tuple[Any, dict[str, Any], str]] = {
 def test_wrong_options(network: Any, options: dict[str, Any], message: str) -> None:
     with torch.device("meta"), pytest.raises(ValueError, match=message):
         network(**options)
+
+
+def test_a_new_classifier_keeps_the_temperature() -> None:
+    model = create_model("resnet20", logit_temperature=10.0)
+    for num_classes in (5, 0, 7):
+        model.reset_classifier(num_classes)
+    assert model.logit_layer.logit_temperature == 10.0
+    assert model.logit_layer.logit_bias == pytest.approx(-math.log(6))

@@ -378,3 +378,17 @@ def test_wrong_options(prefix: str, options: dict[str, Any], message: str) -> No
 def test_wrong_bcos_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         create_model("vitc_ti_patch1_14", **options)
+
+
+def test_a_new_classifier_keeps_the_temperature() -> None:
+    model = create_model("simple_vit_ti_patch16_224", logit_temperature=10.0)
+    for num_classes in (5, 0, 7):
+        model.reset_classifier(num_classes)
+    assert model.logit_layer.logit_temperature == 10.0
+
+
+@pytest.mark.parametrize("name", ["vitc_ti_patch1_14", "simple_vit_ti_patch16_224", "standard_vitc_ti_patch1_14"])
+@pytest.mark.parametrize("shape", [(1, 4, 32, 32), (6, 32, 32)], ids=str)
+def test_wrong_inputs(name: str, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="got an input of shape"):
+        create_model(name)(torch.zeros(shape))

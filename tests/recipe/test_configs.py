@@ -269,3 +269,14 @@ def test_published_figures_of_torchvision(model: str) -> None:
 
 def percentages(path: str) -> list[float]:
     return [float(text) for text in re.findall(r"([\d.]+) %", header(path)["published"])]
+
+
+@pytest.mark.parametrize("model", ["resnet50_long", "simple_vit_ti_patch16_224", "convnext_tiny"])
+@pytest.mark.parametrize("choice", ["imagenet", "plain", "imagenet_ra"])
+def test_an_augmentation_by_name_stays_as_it_is(model: str, choice: str) -> None:
+    named = compose(f"model={model}", "dataset=imagenet", f"augmentation={choice}")
+    expected = compose("model=resnet18", "dataset=imagenet", f"augmentation={choice}")
+    assert named["augmentation"] == expected["augmentation"]
+    assert named["augmentation"] != compose(f"model={model}", "dataset=imagenet")["augmentation"] or (
+        choice == "imagenet_ra" and model.startswith("simple_vit")
+    )

@@ -54,7 +54,7 @@ class BcosConvNet(BcosModel):
     logits_name: str = "classifier"
     #: Least height and width of an image, in pixels, of which the features have a position left.
     min_size: int = 1
-    logit_layer: nn.Module
+    logit_layer: LogitLayer
     conv_layer: Layer
 
     def __init__(self) -> None:
@@ -72,7 +72,7 @@ class BcosConvNet(BcosModel):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Feature map ``(N, num_features, H', W') -> (N, K)``, or ``(N, head_hidden_size)`` with ``pre_logits``."""
-        if not pre_logits:
+        if self.num_classes and not pre_logits:
             return self.logit_layer(self.avgpool(self.get_classifier()(x)).flatten(1))
         if "." in self.logits_name:
             for module in list(self.get_classifier().children())[:-1]:
@@ -89,7 +89,7 @@ class BcosConvNet(BcosModel):
         The logits keep their temperature; their bias becomes the default for the new number of classes.
 
         Args:
-            num_classes: K; 0 leaves that convolution and the logit layer out: the model then gives
+            num_classes: K; 0 leaves that convolution out, and temperature and bias unused: the model then gives
                 ``(N, head_hidden_size)``.
 
         Raises:
@@ -106,8 +106,8 @@ class BcosConvNet(BcosModel):
                     self.init_conv(module)
         new.to(device=reference.device, dtype=reference.dtype).train(self.training)
         self.set_submodule(self.logits_name, new)
-        temperature = getattr(self.logit_layer, "logit_temperature", None)
-        self.logit_layer = make_logit_layer(num_classes, temperature, None) if num_classes else nn.Identity()
+        if num_classes:
+            self.logit_layer = make_logit_layer(num_classes, self.logit_layer.logit_temperature, None)
         self.num_classes = num_classes
 
     def init_conv(self, conv: nn.Conv2d) -> None:

@@ -61,6 +61,8 @@ class StandardModel(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Feature map ``(N, 3, H, W) -> (N, num_features, H', W')``."""
+        if x.ndim != 4 or x.shape[1] != self.in_chans:
+            raise ValueError(f"the model takes (N, {self.in_chans}, H, W), got {tuple(x.shape)}")
         for name in self.feature_names:
             x = getattr(self, name)(x)
         return x

@@ -26,7 +26,15 @@ from bcos_train.model.base import BcosModel
 from bcos_train.model.conv_net import Layer, make_logit_layer
 from bcos_train.model.registry import register_model
 from bcos_train.model.transform import InferenceTransform
-from bcos_train.nn import BcosConv2d, BcosLinear, Detachable, DetachableGNLayerNorm2d, DetachableLayerNorm, NoBias
+from bcos_train.nn import (
+    BcosConv2d,
+    BcosLinear,
+    Detachable,
+    DetachableGNLayerNorm2d,
+    DetachableLayerNorm,
+    LogitLayer,
+    NoBias,
+)
 
 __all__ = ["Attention", "BcosSimpleViT", "PositionalEmbedding", "SimpleViT", "StandardSimpleViT"]
 
@@ -35,18 +43,15 @@ class Patches(nn.Module):
     """``(N, C, H, W) -> (N, H/P, W/P, P*P*C)``: the pixels of each patch row by row, all channels of a pixel together.
 
     Raises:
-        ValueError: Not ``(N, in_chans, H, W)``, or H or W is not a multiple of P.
+        ValueError: H or W is not a multiple of P.
     """
 
-    def __init__(self, in_chans: int, patch_size: int) -> None:
+    def __init__(self, patch_size: int) -> None:
         super().__init__()
-        self.in_chans = in_chans
         self.patch_size = patch_size
 
     def forward(self, x: Tensor) -> Tensor:
         size = self.patch_size
-        if x.ndim != 4 or x.shape[1] != self.in_chans:
-            raise ValueError(f"got an input of shape {tuple(x.shape)}: expected (N, {self.in_chans}, H, W)")
         if x.shape[2] % size or x.shape[3] % size or not x.shape[2] * x.shape[3]:
             raise ValueError(
                 f"got images of {x.shape[2]}x{x.shape[3]} pixels: height and width must be multiples of {size}, "
@@ -54,9 +59,6 @@ class Patches(nn.Module):
             )
         patches = x.unflatten(3, (-1, size)).unflatten(2, (-1, size))
         return patches.permute(0, 2, 4, 3, 5, 1).flatten(3)
-
-    def extra_repr(self) -> str:
-        return f"{self.in_chans}, patch_size={self.patch_size}"
 
 
 class PositionalEmbedding(nn.Module):
@@ -189,7 +191,7 @@ class SimpleViT(nn.Module):
         if stem:
             embedding["conv_stem"] = _conv_stem(in_chans, stem, conv_layer, norm2d_layer, act_layer)
             channels = stem[-1]
-        embedding["patches"] = Patches(channels, patch_size)
+        embedding["patches"] = Patches(patch_size)
         embedding["linear"] = linear_layer(channels * patch_size**2, dim)
         self.to_patch_embedding = nn.Sequential(embedding)
         self.positional_embedding = PositionalEmbedding()
@@ -203,6 +205,8 @@ class SimpleViT(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The tokens after the transformer: ``(N, in_chans, H, W) -> (N, T, D)``."""
+        if x.ndim != 4 or x.shape[1] != self.in_chans:
+            raise ValueError(f"got an input of shape {tuple(x.shape)}: expected (N, {self.in_chans}, H, W)")
         for name in self.feature_names:
             x = getattr(self, name)(x)
         return x
@@ -321,7 +325,7 @@ class BcosSimpleViT(BcosModel):
         return list(self.children())[index]
 
     @property
-    def logit_layer(self) -> nn.Module:
+    def logit_layer(self) -> LogitLayer:
         return self[1]
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -331,7 +335,7 @@ class BcosSimpleViT(BcosModel):
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Tokens ``(N, T, D) -> (N, K)``; with ``pre_logits`` their average after the head's norm, ``(N, D)``."""
         x = self[0].forward_head(x, pre_logits)
-        return x if pre_logits else self.logit_layer(x)
+        return self.logit_layer(x) if self.num_classes and not pre_logits else x
 
     def get_classifier(self) -> nn.Sequential:
         """Norm and B-cos linear layer, applied to the average of the tokens; temperature and bias come after them."""
@@ -343,7 +347,8 @@ class BcosSimpleViT(BcosModel):
 
     def reset_classifier(self, num_classes: int) -> None:
         self[0].reset_classifier(num_classes)
-        self.add_module("1", make_logit_layer(num_classes, None, None) if num_classes else nn.Identity())
+        if num_classes:
+            self.add_module("1", make_logit_layer(num_classes, self.logit_layer.logit_temperature, None))
         self.num_classes = num_classes
 
 
