@@ -169,12 +169,13 @@ def trained(pair: Pair) -> Pair:
     perturb_(own.ours)
     share_state(own)
     models = (own.ours, own.official)
+    exact = copy.deepcopy(own.official).double()
     for mode in ("train", "eval"):
         own.outputs[mode] = []
-        for model in models:
+        for model in (*models, exact):
             torch.manual_seed(1)  # of stochastic depth
             with torch.no_grad():
-                own.outputs[mode].append(model.train(mode == "train")(own.images()))
+                own.outputs[mode].append(model.train(mode == "train")(own.images().to(next(model.parameters()).dtype)))
     own.buffers = [{key: buffer.clone() for key, buffer in model.named_buffers()} for model in models]
     # One batch has moved the running statistics by a tenth; before that a VGG's explanation is zero.
     calibrate_(own.official.double(), own.images().double())
@@ -219,7 +220,9 @@ def test_size_of_the_published_weights(name: str, expected: tuple[int, int]) -> 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_same_outputs(trained: Pair, mode: str) -> None:
-    assert relative_error(*trained.outputs[mode]) < 1e-5
+    ours, official, exact = trained.outputs[mode]
+    # The rounding of float32 alone moves the official output of the deepest networks by up to 1.3e-5.
+    assert relative_error(ours, official) < max(1e-5, min(2 * relative_error(official.double(), exact), 3e-5))
 
 
 def test_same_running_statistics(trained: Pair) -> None:

@@ -9,6 +9,7 @@ from torchvision import models
 
 from bcos_train import create_model, list_models
 from bcos_train.model import BcosModel, model_signature, register_model, registry
+from bcos_train.nn import BACKENDS, BcosConv2d
 
 
 @pytest.fixture
@@ -98,12 +99,20 @@ def test_register() -> None:
 @pytest.mark.parametrize("name", ["resnet20", "resnet50", "standard_resnet18"])
 def test_config_signature_lists_the_options_of_the_model(name: str) -> None:
     signature = create_model.config_signature({"name": name})  # type: ignore[attr-defined]
-    assert list(signature.parameters) == ["name", "pretrained", "weights", *model_signature(name).parameters]
+    assert list(signature.parameters) == ["name", "pretrained", "weights", "backend", *model_signature(name).parameters]
     assert {p.kind for p in signature.parameters.values()} == {inspect.Parameter.KEYWORD_ONLY}
 
 
 def test_config_signature_without_a_name() -> None:
     signature = create_model.config_signature({})  # type: ignore[attr-defined]
-    assert list(signature.parameters) == ["name", "pretrained", "weights"]
+    assert list(signature.parameters) == ["name", "pretrained", "weights", "backend"]
     with pytest.raises(ValueError, match="did you mean resnet20"):
         create_model.config_signature({"name": "resnet-20x"})  # type: ignore[attr-defined]
+
+
+def test_backend() -> None:
+    for backend in BACKENDS:
+        model = create_model("resnet20", backend=backend)
+        assert {module.backend for module in model.modules() if isinstance(module, BcosConv2d)} == {backend}
+    with pytest.raises(ValueError, match="did you mean reference"):
+        create_model("resnet20", backend="referense")  # type: ignore[arg-type]

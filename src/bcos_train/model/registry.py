@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bcos_train.model.weights import described_model, load_weights, read_weights
+from bcos_train.nn import Backend, set_backend
 from bcos_train.suggest import join_words, nearest, suggest
 
 Builder = Callable[..., nn.Module]
@@ -76,6 +77,7 @@ def create_model(
     pretrained: bool = False,
     weights: str | os.PathLike[str] | None = None,
     progress: bool = True,
+    backend: Backend = "fused",
     **options: Any,
 ) -> nn.Module:
     """Build a model by name.
@@ -89,6 +91,7 @@ def create_model(
             ``model.safetensors``, such as that of a finished run or an export, which also says with which options
             they belong. ``None``: random weights.
         progress: Show that of a download.
+        backend: How the layers compute, see :func:`bcos_train.nn.set_backend`.
         options: Keyword parameters of the model, such as ``num_classes``, ``in_chans``, ``norm_layer``, ``b``,
             ``max_out``; see :func:`model_signature`. With weights and another ``num_classes`` than theirs, everything
             but the last layer is loaded, and that has the same random weights as without ``weights``.
@@ -113,6 +116,7 @@ def create_model(
         weights = OFFICIAL
     found = None if weights is None else find_weights(name, weights, progress=progress)
     model = _BUILDERS[name](**given)
+    set_backend(model, backend)
     if found is not None:
         state, _, origin = found
         listed = ", ".join(f"{key}={value}" for key, value in options.items())
@@ -175,7 +179,7 @@ def _official_loader(name: str) -> WeightsLoader:
 def _config_signature(node: Mapping[str, Any]) -> inspect.Signature:
     """Keywords that :func:`create_model` takes for the model that a config node names."""
     own = inspect.signature(create_model).parameters
-    parameters = [own["name"], own["pretrained"], own["weights"]]
+    parameters = [own["name"], own["pretrained"], own["weights"], own["backend"]]
     if isinstance(node.get("name"), str):
         parameters += model_signature(node["name"]).parameters.values()
     return inspect.Signature([p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters])

@@ -81,7 +81,7 @@ def described_model(folder: Path) -> tuple[str, dict[str, Any]] | None:
             import yaml
 
             node = dict(yaml.safe_load(run.read_text(encoding="utf-8"))["model"])
-            keys = ("_target_", "_partial_", "name", "pretrained", "weights")
+            keys = ("_target_", "_partial_", "name", "pretrained", "weights", "backend")
             return node["name"], {key: value for key, value in node.items() if key not in keys}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder}: its config doesn't describe a model ({error!r})") from error

@@ -1,5 +1,6 @@
 """B-cos layers and norms (pure torch)."""
 
+from bcos_train.nn.backend import BACKENDS, Backend, set_backend
 from bcos_train.nn.conv import BcosConv2d, NormedConv2d
 from bcos_train.nn.detachable import Detachable
 from bcos_train.nn.layer import BcosLayer
@@ -28,11 +29,14 @@ from bcos_train.nn.norm import (
     make_norm,
     sync_batch_norm_,
 )
+from bcos_train.nn.unit_weight import frozen_weights
 
 __all__ = [
+    "BACKENDS",
     "NORM_NAMES",
     "AllNorm2d",
     "AllNormUncentered2d",
+    "Backend",
     "BatchNorm2d",
     "BatchNormUncentered2d",
     "BcosConv2d",
@@ -56,6 +60,8 @@ __all__ = [
     "PositionNormUncentered2d",
     "RunningNorm2d",
     "Unaffine",
+    "frozen_weights",
     "make_norm",
+    "set_backend",
     "sync_batch_norm_",
 ]

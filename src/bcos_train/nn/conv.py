@@ -3,19 +3,23 @@
 import torch
 from torch import Tensor, nn
 
-from bcos_train.nn.functional import PaddingMode, normalise_weight, patch_norm
+from bcos_train.nn.candidates import arrange, choose
+from bcos_train.nn.functional import PaddingMode, patch_norm
+from bcos_train.nn.fused import Convolution, bcos_conv2d
+from bcos_train.nn.kernels import Kernels
 from bcos_train.nn.layer import BcosLayer
+from bcos_train.nn.unit_weight import UnitWeight
 
 __all__ = ["BcosConv2d", "NormedConv2d"]
 
 Size = int | tuple[int, int]
 
 
-class NormedConv2d(nn.Conv2d):
+class NormedConv2d(UnitWeight, nn.Conv2d):
     """`nn.Conv2d` whose weight is scaled to unit norm for each output channel, at every call."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, normalise_weight(self.weight), self.bias)
+        return self._conv_forward(x, self.unit_weight(), self.bias)
 
 
 class BcosConv2d(BcosLayer):
@@ -80,11 +84,38 @@ class BcosConv2d(BcosLayer):
 
     def input_norm(self, x: Tensor) -> Tensor:
         """||x|| of every patch, (N, C, H, W) -> (N, 1 or O, P, Q)."""
-        conv = self.linear
-        norm = patch_norm(x, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
+        conv, geometry = self.linear, self._geometry()
+        if geometry is not None and not (x.requires_grad and torch.is_grad_enabled()):
+            norm = geometry.norm(x)
+        else:
+            norm = patch_norm(
+                x, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode
+            )
         if 1 < conv.groups < self.out_channels:
             norm = norm.repeat_interleave(self.out_channels // conv.groups, dim=1)
         return norm
+
+    def product(self, x: Tensor) -> Tensor:
+        conv = self.linear
+        if conv.groups > 1 or not self.in_blocks():
+            return super().product(x)
+        weight = arrange(conv.unit_weight(), self.max_out, 1)
+        return choose(conv._conv_forward(x, weight, None), self.max_out, 1)[0]
+
+    def fused(self, x: Tensor, b: float, kernels: Kernels) -> Tensor | None:
+        geometry = self._geometry()
+        if geometry is None:
+            return None
+        return bcos_conv2d(x, self.linear.unit_weight(), geometry, b, self.max_out, kernels)
+
+    def _geometry(self) -> Convolution | None:
+        """What the fused operations know of this convolution; None for what they can't do."""
+        conv = self.linear
+        if conv.padding_mode != "zeros" or conv.dilation != (1, 1) or isinstance(conv.padding, str):
+            return None
+        if any(2 * p > k for p, k in zip(conv.padding, conv.kernel_size, strict=True)):  # torch's box filter can't
+            return None
+        return Convolution(conv.kernel_size, conv.stride, conv.padding, conv.groups)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != 4:

@@ -5,13 +5,15 @@ from abc import abstractmethod
 
 from torch import Tensor, nn
 
+from bcos_train.nn.backend import Fusable, is_hooked
 from bcos_train.nn.detachable import Detachable
 from bcos_train.nn.functional import bcos_scale, max_out
+from bcos_train.nn.kernels import Kernels
 
 __all__ = ["BcosLayer"]
 
 
-class BcosLayer(Detachable):
+class BcosLayer(Detachable, Fusable):
     """out = |cos(x, w)|^(B-1) ŵ·x, with the maximum over `max_out` candidates ŵ for each output unit.
 
     A subclass sets `linear` (the map x -> ŵ·x, of `max_out` times as many units) and says what ||x|| is.
@@ -37,9 +39,26 @@ class BcosLayer(Detachable):
     def input_norm(self, x: Tensor) -> Tensor:
         """||x|| of what each output unit sees, to be broadcast against the output."""
 
+    def product(self, x: Tensor) -> Tensor:
+        """ŵ·x, the greatest of the candidates."""
+        return max_out(self.linear(x), self.max_out, self.unit_dim)
+
+    def in_blocks(self) -> bool:
+        """Whether `product` may order the candidates in blocks."""
+        return self.max_out > 1 and self.backend != "reference" and not is_hooked(self.linear)
+
+    def fused(self, x: Tensor, b: float, kernels: Kernels) -> Tensor | None:
+        """What `forward` computes, as one operation; None where there is none for the layer's options."""
+        return None
+
     def forward(self, x: Tensor) -> Tensor:
-        out = max_out(self.linear(x), self.max_out, self.unit_dim)
         b = self.b
+        if not (self.detach or isinstance(b, Tensor) or b == 1 or is_hooked(self.linear)):
+            kernels = self.fused_kernels()
+            fused = None if kernels is None else self.fused(x, b, kernels)
+            if fused is not None:
+                return fused
+        out = self.product(x)
         if not isinstance(b, Tensor) and b == 1:
             return out
         if self.detach:

@@ -4,17 +4,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bcos_train.nn.functional import feature_norm, normalise_weight
+from bcos_train.nn.candidates import arrange, choose
+from bcos_train.nn.functional import feature_norm
+from bcos_train.nn.fused import bcos_linear
+from bcos_train.nn.kernels import Kernels
 from bcos_train.nn.layer import BcosLayer
+from bcos_train.nn.unit_weight import UnitWeight
 
 __all__ = ["BcosLinear", "NormedLinear"]
 
 
-class NormedLinear(nn.Linear):
+class NormedLinear(UnitWeight, nn.Linear):
     """`nn.Linear` whose weight is scaled to unit norm for each output unit, at every call."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, normalise_weight(self.weight), self.bias)
+        return F.linear(x, self.unit_weight(), self.bias)
 
 
 class BcosLinear(BcosLayer):
@@ -56,3 +60,12 @@ class BcosLinear(BcosLayer):
     def input_norm(self, x: Tensor) -> Tensor:
         """||x||, (*, C) -> (*, 1)."""
         return feature_norm(x)
+
+    def product(self, x: Tensor) -> Tensor:
+        if not self.in_blocks():
+            return super().product(x)
+        out = F.linear(x, arrange(self.linear.unit_weight(), self.max_out, 1))
+        return choose(out, self.max_out, x.dim() - 1)[0]
+
+    def fused(self, x: Tensor, b: float, kernels: Kernels) -> Tensor | None:
+        return bcos_linear(x, self.linear.unit_weight(), b, self.max_out, kernels)

@@ -25,6 +25,7 @@ WITHOUT_EFFECT = (
     "explanation",
     "num_workers",
     "dataset.download",
+    "model.backend",
     "trainer.accelerator",
     "trainer.devices",
     "trainer.num_nodes",

@@ -214,7 +214,7 @@ def _of_run(folder: Path, checkpoint: str, state: Mapping[str, Tensor], is_ema: 
     is_timm = target.endswith(".timm_model")
     began_official = not is_timm and (model.get("pretrained") is True or model.get("weights") == "official")
     metrics, n_images = _metrics(folder, checkpoint, is_ema, config.get("limit_val"))
-    keys = ("_partial_", "pretrained", "weights", "progress")
+    keys = ("_partial_", "pretrained", "weights", "progress", "backend")
     return Source(
         state=state,
         is_ema=is_ema,

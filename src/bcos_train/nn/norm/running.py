@@ -7,7 +7,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bcos_train.nn.backend import Fusable
 from bcos_train.nn.functional import statistics_dtype
+from bcos_train.nn.fused import uncentred_batch_norm
 from bcos_train.nn.norm.base import Norm2d, normalise
 from bcos_train.nn.norm.sync import combined_statistics, local_statistics
 
@@ -179,11 +181,21 @@ class BatchNorm2d(RunningNorm2d):
         )
 
 
-class BatchNormUncentered2d(RunningNorm2d):
+class BatchNormUncentered2d(Fusable, RunningNorm2d):
     """Batch norm that divides by the standard deviation over (N, H, W) and subtracts nothing."""
 
     centred = False
     dims = (0, 2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kernels = self.fused_kernels()
+        if kernels is None or self.detach or self.bias is not None or not self._uses_batch() or self._is_synchronised():
+            return super().forward(x)
+        self.check_input(x)
+        out, mean, var = uncentred_batch_norm(x, self.weight, self.eps, kernels)
+        if self.training and self.running_var is not None:
+            self._update_running(mean, var, x.numel() // self.num_features)
+        return out
 
 
 class AllNorm2d(RunningNorm2d):

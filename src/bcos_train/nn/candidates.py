@@ -1,0 +1,48 @@
+"""MaxOut for the fused operations: the candidates of a unit in blocks, not side by side.
+
+A weight holds the M candidates of each unit one after the other, so that the greatest of them is a maximum over short
+rows, which is slow. With the weight's rows in another order (and a weight is small) the first candidates of all units
+come first, then the second ones, and the maximum is one of whole blocks.
+
+Axes: G groups, U units of a group, M candidates of a unit.
+"""
+
+import torch
+from torch import Tensor
+
+__all__ = ["arrange", "choose", "restore", "scatter_to_chosen"]
+
+
+def arrange(weight: Tensor, candidates: int, groups: int) -> Tensor:
+    """(G * U * M, ...) -> (G * M * U, ...)."""
+    if candidates == 1:
+        return weight
+    return weight.unflatten(0, (groups, -1, candidates)).transpose(1, 2).flatten(0, 2)
+
+
+def restore(weight: Tensor, candidates: int, groups: int) -> Tensor:
+    """The inverse of `arrange`."""
+    if candidates == 1:
+        return weight
+    return weight.unflatten(0, (groups, candidates, -1)).transpose(1, 2).flatten(0, 2)
+
+
+def choose(out: Tensor, candidates: int, dim: int) -> tuple[Tensor, Tensor | None]:
+    """The greatest candidate of each unit, axis `dim` M * U -> U, and which one it was (the first of equals)."""
+    if candidates == 1:
+        return out, None
+    best, *others = out.unflatten(dim, (candidates, -1)).unbind(dim)
+    choice = None
+    for index, other in enumerate(others, start=1):
+        is_greater = other > best
+        # A bool is a byte of 0 or 1.
+        choice = is_greater.view(torch.uint8) if choice is None else torch.where(is_greater, index, choice)
+        best = torch.where(is_greater, other, best)  # `maximum` would split the gradient of equals
+    return best, choice
+
+
+def scatter_to_chosen(grad: Tensor, choice: Tensor, candidates: int, dim: int, into: Tensor) -> None:
+    """The adjoint of `choose`, axis `dim` U -> M * U of `into`: the gradient to the chosen one, 0 to the others."""
+    for index, part in enumerate(into.unflatten(dim, (candidates, -1)).unbind(dim)):
+        is_chosen = choice.view(torch.bool) if candidates == 2 and index == 1 else choice == index
+        torch.mul(grad, is_chosen, out=part)

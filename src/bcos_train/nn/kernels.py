@@ -1,0 +1,130 @@
+"""The elementwise passes of the fused operations: by hand for eager mode, or compiled.
+
+A B-cos layer costs more than an ordinary one not by its arithmetic but by the memory traffic around it, so each
+function reads and writes its large tensors as few times as it can. The eager ones work in place on what they have
+made themselves: a fresh tensor costs more than a pass over an old one. The compiled ones take one pass each.
+
+Shapes: `out`, `y`, `grad` have the output units along axis `dim`; `norm`, ||x||, has 1 there and is in float32 or
+float64.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bcos_train.nn.functional import COSINE_EPS
+
+__all__ = ["EAGER", "Kernels", "compiled_kernels"]
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """
+    Attributes:
+        square: (out, norm) -> y = out |out| / ||x||, the B-cos transform with B = 2.
+        square_backward: (grad, y, norm, dim) -> its gradients: d/d out, and -||x|| d/d||x|| summed over `dim`. The
+            output tells all, since |out| = sqrt(|y| ||x||).
+        power: (out, norm, b) -> y = out (|out| / ||x|| + 1e-6)^(B-1).
+        power_backward: (grad, out, norm, b, dim) -> as `square_backward`.
+        add_product: (a, x, s) -> a + x s; it may write into a.
+        combine: (grad, a, x, b, c) -> a grad + b x + c.
+    """
+
+    square: Callable[[Tensor, Tensor], Tensor]
+    square_backward: Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
+    power: Callable[[Tensor, Tensor, float], Tensor]
+    power_backward: Callable[[Tensor, Tensor, Tensor, float, int], tuple[Tensor, Tensor]]
+    add_product: Callable[[Tensor, Tensor, Tensor], Tensor]
+    combine: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def _eager_square(out: Tensor, norm: Tensor) -> Tensor:
+    return out.abs().div_(norm).mul_(out)
+
+
+def _eager_square_backward(grad: Tensor, y: Tensor, norm: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    buffer = grad * y
+    energy = buffer.sum(dim, keepdim=True, dtype=norm.dtype)
+    torch.abs(y, out=buffer)
+    return buffer.div_(norm / 4).sqrt_().mul_(grad), energy
+
+
+def _eager_power(out: Tensor, norm: Tensor, b: float) -> Tensor:
+    return out.abs().div_(norm).add_(COSINE_EPS).pow_(b - 1).mul_(out)
+
+
+def _eager_power_backward(grad: Tensor, out: Tensor, norm: Tensor, b: float, dim: int) -> tuple[Tensor, Tensor]:
+    cosine = out.abs().div_(norm)
+    slope = (cosine + COSINE_EPS).pow_(b - 2)
+    scale = (cosine + COSINE_EPS).mul_(slope)
+    slope.mul_(cosine).mul_(b - 1)
+    energy = cosine.copy_(grad).mul_(out).mul_(slope).sum(dim, keepdim=True, dtype=norm.dtype)
+    return scale.add_(slope).mul_(grad), energy
+
+
+def _eager_add_product(a: Tensor, x: Tensor, s: Tensor) -> Tensor:
+    return a.addcmul_(x, s.to(x.dtype))
+
+
+def _eager_combine(grad: Tensor, a: Tensor, x: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    return (grad * a).addcmul_(x, b).add_(c)
+
+
+EAGER = Kernels(
+    square=_eager_square,
+    square_backward=_eager_square_backward,
+    power=_eager_power,
+    power_backward=_eager_power_backward,
+    add_product=_eager_add_product,
+    combine=_eager_combine,
+)
+
+
+def _square(out: Tensor, norm: Tensor) -> Tensor:
+    return (out * (out.abs() / norm)).to(out.dtype)
+
+
+def _square_backward(grad: Tensor, y: Tensor, norm: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    wide = grad.to(norm.dtype)
+    return (2 * (y.abs() / norm).sqrt() * wide).to(grad.dtype), (wide * y).sum(dim, keepdim=True)
+
+
+def _power(out: Tensor, norm: Tensor, b: float) -> Tensor:
+    return (out * (out.abs() / norm + COSINE_EPS).pow(b - 1)).to(out.dtype)
+
+
+def _power_backward(grad: Tensor, out: Tensor, norm: Tensor, b: float, dim: int) -> tuple[Tensor, Tensor]:
+    wide = grad.to(norm.dtype)
+    cosine = out.abs() / norm
+    power = (cosine + COSINE_EPS).pow(b - 2)
+    slope = (b - 1) * cosine * power
+    return ((power * (cosine + COSINE_EPS) + slope) * wide).to(grad.dtype), (wide * out * slope).sum(dim, keepdim=True)
+
+
+def _add_product(a: Tensor, x: Tensor, s: Tensor) -> Tensor:
+    return (a + x * s).to(a.dtype)
+
+
+def _combine(grad: Tensor, a: Tensor, x: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    return (grad * a + x * b + c).to(grad.dtype)
+
+
+@cache
+def compiled_kernels() -> Kernels:
+    """The same through `torch.compile`: C++ on a CPU, Triton on a GPU. They are compiled at their first call."""
+
+    def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+        return torch.compile(function, dynamic=True, fullgraph=True)
+
+    return Kernels(
+        square=compiled(_square),
+        square_backward=compiled(_square_backward),
+        power=compiled(_power),
+        power_backward=compiled(_power_backward),
+        add_product=compiled(_add_product),
+        combine=compiled(_combine),
+    )

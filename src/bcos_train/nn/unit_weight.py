@@ -1,0 +1,73 @@
+"""Weights scaled to unit norm, and how to scale them once for many calls."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bcos_train.nn.backend import is_plain
+from bcos_train.nn.functional import normalise_weight, statistics_dtype
+
+__all__ = ["UnitWeight", "frozen_weights", "plain_backward"]
+
+
+class UnitWeight(nn.Module):
+    """A module with a `weight` that is used only after scaling every output unit (the first axis) to unit norm."""
+
+    weight: Tensor
+    # A class attribute: this class comes before a torch module in the list of bases.
+    _frozen: Tensor | None = None
+
+    def unit_weight(self) -> Tensor:
+        """ŵ = w / ||w||, of the shape of the weight."""
+        if self._frozen is not None:
+            return self._frozen
+        return normalise_weight(self.weight) if is_plain() else _Normalise.apply(self.weight)
+
+
+@contextmanager
+def frozen_weights(model: nn.Module) -> Iterator[None]:
+    """Scale the weights of all layers to unit norm once; inside, every call uses those.
+
+    For inference and explanations of many batches. Changes of the weights aren't seen inside, and no gradient reaches
+    them. Blocks nest; copies of the model that are made inside keep the scaled weights.
+    """
+    layers = [module for module in model.modules() if isinstance(module, UnitWeight) and module._frozen is None]
+    try:
+        with torch.no_grad():
+            for layer in layers:
+                layer._frozen = normalise_weight(layer.weight)
+        yield
+    finally:
+        for layer in layers:
+            layer._frozen = None
+
+
+class _Normalise(torch.autograd.Function):
+    """ŵ = w / ||w||; its derivative is the projection onto what is perpendicular to ŵ, divided by ||w||."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        flat = weight.flatten(1)
+        norm = torch.linalg.vector_norm(flat, dim=1, dtype=statistics_dtype(weight))
+        unit = (weight / norm.view(-1, *[1] * (weight.dim() - 1))).to(weight.dtype)
+        ctx.save_for_backward(weight, unit, norm)
+        return unit
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor | None:
+        weight, unit, norm = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return plain_backward(normalise_weight, (weight,), grad)[0]
+        shape = (-1, *[1] * (weight.dim() - 1))
+        along = (grad * unit).flatten(1).sum(1, dtype=norm.dtype)
+        return torch.addcmul(grad, unit, -along.view(shape).to(grad.dtype)).div_(norm.view(shape))
+
+
+def plain_backward(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], grad: Tensor) -> list[Tensor | None]:
+    """The gradients of the inputs with a graph of their own, from plain operations."""
+    needed = [x for x in inputs if x.requires_grad]
+    found = iter(torch.autograd.grad(function(*inputs), needed, grad, create_graph=True))
+    return [next(found) if x.requires_grad else None for x in inputs]
