@@ -1,0 +1,296 @@
+"""What a B-cos network costs beside its standard twin and beside the official code.
+
+    python benchmarks/speed.py                                  # all models, on whatever device there is
+    python benchmarks/speed.py --models resnet50 --batch-size 8 --no-memory
+
+For every model the variants take turns, step by step, in one process, so that a busy machine slows all of them alike;
+medians are reported. Peak memory is measured in a process of its own for each. Writes JSON with the machine, the
+versions and the commit, and prints a table.
+
+Variants: `standard` (torchvision's network, or the standard twin of the vision transformers), `official` (PyPI `bcos`
+0.1.3 as it ships, in the contiguous format), `official channels_last`, and this package's backends `reference`, `fused`
+and `compiled`. All but `official` run in channels_last where the network is convolutional.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "src"))
+
+from bcos_train import create_model, explain  # noqa: E402
+from bcos_train.nn import BACKENDS, frozen_weights  # noqa: E402
+
+MODELS = (
+    "resnet18",
+    "resnet50",
+    "densenet121",
+    "convnext_tiny",
+    "vgg11_bnu",
+    "simple_vit_s_patch16_224",
+    "vitc_s_patch1_14",
+    "resnet20",
+)
+TASKS = ("train", "inference", "explain")
+OFFICIAL = ("official", "official channels_last")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all variants of a model share."""
+
+    model: str
+    batch_size: int
+    size: int
+    device: str
+    dtype: str
+
+    @property
+    def autocast(self) -> Any:
+        dtype = getattr(torch, self.dtype)
+        return nullcontext() if dtype == torch.float32 else torch.autocast(self.device, dtype=dtype)
+
+
+def build(variant: str, setting: Setting) -> nn.Module:
+    """A variant's network with random weights."""
+    torch.manual_seed(0)
+    if variant == "standard":
+        network = standard_twin(setting.model)
+    elif variant in OFFICIAL:
+        network = official_twin(setting.model)
+    else:
+        network = create_model(setting.model, backend=variant)  # type: ignore[arg-type]
+    network = network.to(setting.device)
+    is_cnn = "vit" not in setting.model
+    return network.to(memory_format=torch.channels_last) if is_cnn and variant != "official" else network
+
+
+def standard_twin(name: str) -> nn.Module:
+    if name == "resnet20":
+        return cifar_resnet20()
+    return create_model(f"standard_{'vgg11_bn' if name == 'vgg11_bnu' else name}")
+
+
+def cifar_resnet20() -> nn.Module:
+    """The ordinary ResNet-20 for 32 px of He et al. 2016, of torchvision's blocks."""
+    from torchvision.models.resnet import BasicBlock
+
+    def stage(inplanes: int, planes: int, stride: int) -> nn.Sequential:
+        projection = nn.Sequential(nn.Conv2d(inplanes, planes, 1, stride, bias=False), nn.BatchNorm2d(planes))
+        first = BasicBlock(inplanes, planes, stride, projection if inplanes != planes else None)
+        return nn.Sequential(first, BasicBlock(planes, planes), BasicBlock(planes, planes))
+
+    stem = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(inplace=True))
+    stages = (stage(16, 16, 1), stage(16, 32, 2), stage(32, 64, 2))
+    return nn.Sequential(stem, *stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+
+
+def official_twin(name: str) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if name == "resnet20":
+            from bcos.models.resnet import cifar10_resnet20
+            from bcos.modules import BcosConv2d, norms
+
+            norm = norms.NoBias(norms.BatchNormUncentered2d)
+            return cifar10_resnet20(norm_layer=norm, conv_layer=partial(BcosConv2d, b=2, max_out=2))
+        from bcos.models import pretrained
+
+        return getattr(pretrained, name)()
+
+
+def images(variant: str, setting: Setting) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(setting.batch_size, 3, setting.size, setting.size, generator=generator).to(setting.device)
+    x = x if variant == "standard" else torch.cat([x, 1 - x], dim=1)
+    is_cnn = "vit" not in setting.model
+    return x.contiguous(memory_format=torch.channels_last) if is_cnn and variant != "official" else x
+
+
+def task(name: str, network: nn.Module, x: Tensor, variant: str, setting: Setting) -> Callable[[], None]:
+    """One step of a task, as a function without arguments."""
+
+    def train() -> None:
+        with setting.autocast:
+            loss = network(x).square().mean()
+        loss.backward()
+        network.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def inference() -> None:
+        with setting.autocast:
+            network(x)
+
+    def explanation() -> None:
+        if variant in OFFICIAL:
+            leaf = x.detach().clone().requires_grad_()
+            with network.explanation_mode():  # type: ignore[operator]
+                selected = network(leaf).amax(1).sum()
+                torch.autograd.grad(selected, leaf)
+        elif variant == "standard":
+            inference()  # the plain forward pass that explanations are compared with
+        else:
+            explain(network, x)
+
+    network.train(name == "train")
+    return {"train": train, "inference": inference, "explain": explanation}[name]
+
+
+def medians(steps: Mapping[str, Callable[[], None]], repeats: int, device: str) -> dict[str, float]:
+    """Seconds of one step of each, taking turns."""
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    for step in steps.values():
+        for _ in range(2):
+            step()
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(repeats):
+        for name, step in steps.items():
+            wait()
+            started = time.perf_counter()
+            step()
+            wait()
+            times[name].append(time.perf_counter() - started)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def measure(setting: Setting, variants: list[str], tasks: list[str], repeats: int, memory: bool) -> dict[str, Any]:
+    """Time of every task and peak memory of a training step, of every variant of a model."""
+    result: dict[str, Any] = {"model": setting.model, "batch_size": setting.batch_size, "size": setting.size}
+    networks = {variant: build(variant, setting) for variant in variants}
+    inputs = {variant: images(variant, setting) for variant in variants}
+    for name in tasks:
+        steps = {v: task(name, networks[v], inputs[v], v, setting) for v in variants}
+        frozen = [frozen_weights(networks[v]) for v in variants if v in BACKENDS and name != "train"]
+        for context in frozen:
+            context.__enter__()
+        result[name] = medians(steps, repeats, setting.device)
+        for context in frozen:
+            context.__exit__(None, None, None)
+    if memory:
+        del networks, inputs, steps
+        result["memory"] = {variant: peak_memory_apart(variant, setting) for variant in variants}
+    return result
+
+
+def peak_memory_apart(variant: str, setting: Setting) -> float:
+    """Peak memory in MiB of a training step beyond what is there before it, measured in a process of its own."""
+    command = [sys.executable, __file__, "--peak-memory-of", json.dumps({"variant": variant, **vars(setting)})]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-1])
+
+
+def peak_memory(variant: str, setting: Setting) -> float:
+    network, x = build(variant, setting), images(variant, setting)
+    step = task("train", network, x, variant, setting)
+    if setting.device == "cuda":
+        step()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    # A first small step loads and compiles what there is to load and to compile.
+    small = Setting(setting.model, 2, setting.size, setting.device, setting.dtype)
+    task("train", network, images(variant, small), variant, small)()
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    step()
+    return resident("VmHWM") - before
+
+
+def resident(key: str) -> float:
+    """Resident memory of this process in MiB: VmRSS now, VmHWM at its highest."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(key)).split()[1]) / 1024
+
+
+def surroundings(device: str) -> dict[str, Any]:
+    """Machine, versions and commit."""
+    from importlib.metadata import version
+
+    processor = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()]
+        processor = next((name for name in names if "CPU" in name or "EPYC" in name or "Xeon" in name), processor)
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else processor,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "torchvision", "bcos")},
+        "commit": commit.stdout.strip(),
+    }
+
+
+def table(results: list[dict[str, Any]], tasks: list[str]) -> str:
+    """Markdown: one row a model, task and variant, as ratios to the standard network and to the official one."""
+    lines = ["| model | task | variant | ms | x standard | x official |", "| --- | --- | --- | ---: | ---: | ---: |"]
+    for result in results:
+        for name in [*tasks, "memory"]:
+            values = result.get(name, {})
+            base, official = values.get("standard"), values.get("official channels_last", values.get("official"))
+            for variant, value in values.items():
+                shown = f"{value:.0f} MiB" if name == "memory" else f"{value * 1e3:.1f}"
+                ratios = [f"{value / other:.2f}" if other else "" for other in (base, official)]
+                lines.append(f"| {result['model']} | {name} | {variant} | {shown} | {' | '.join(ratios)} |")
+    return "\n".join(lines)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    variants = ["standard", *OFFICIAL, *BACKENDS]
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--variants", nargs="+", default=variants, choices=variants)
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
+    parser.add_argument("--batch-size", type=int, help="default: 8, for resnet20 64")
+    parser.add_argument("--size", type=int, help="of the images in pixels; default: 224, for resnet20 32")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="bfloat16: by autocast")
+    parser.add_argument("--no-memory", action="store_true", help="leave out the peak memory")
+    parser.add_argument("--output", type=Path, help="JSON; default: benchmarks/results/speed-<device>-<dtype>.json")
+    parser.add_argument("--peak-memory-of", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse()
+    if arguments.peak_memory_of is not None:
+        given = json.loads(arguments.peak_memory_of)
+        print(peak_memory(given.pop("variant"), Setting(**given)))
+        return
+    results = []
+    for model in arguments.models:
+        is_small = model == "resnet20"
+        batch_size = arguments.batch_size or (64 if is_small else 8)
+        size = arguments.size or (32 if is_small else 224)
+        setting = Setting(model, batch_size, size, arguments.device, arguments.dtype)
+        variants = [v for v in arguments.variants if "vit" not in model or v != "official channels_last"]
+        results.append(measure(setting, variants, arguments.tasks, arguments.repeats, not arguments.no_memory))
+        print(table(results[-1:], arguments.tasks), flush=True)
+    content = {"surroundings": surroundings(arguments.device), "dtype": arguments.dtype, "results": results}
+    output = arguments.output or ROOT / f"benchmarks/results/speed-{arguments.device}-{arguments.dtype}.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(content, indent=1) + "\n")
+    print(f"\n{table(results, arguments.tasks)}\n\nwritten: {os.path.relpath(output)}")
+
+
+if __name__ == "__main__":
+    main()
