@@ -252,7 +252,7 @@ def evaluate(config: Mapping[str, Any], given: Sequence[str] = ()) -> int:
     with blame(""):
         source = find_checkpoint(folder / CHECKPOINTS, parts.checkpoint) if folder else parts.weights
         assert source is not None
-        state, is_ema, origin = find_weights(name, source, use_ema=parts.use_ema)
+        state, is_ema, origin = find_weights(name, source, use_ema=parts.use_ema, node=fresh)
         trainer = build_trainer(parts.trainer)
         split = split_batch(parts.batch_size, parts.trainer.world_size, None)
     trainer.strategy.setup_environment()

@@ -184,23 +184,30 @@ def test_checkpoints_that_are_not_there(tmp_path: Path, plain_run: Path) -> None
 
 
 def test_average_that_is_not_there(tmp_path: Path, plain_run: Path) -> None:
-    for keys in ({"run": plain_run}, {"weights": plain_run / "model.safetensors"}):
-        assert mistake(tmp_path, "use_ema=true", **keys).endswith("holds no averaged weights: use_ema=false")
+    message = mistake(tmp_path, "use_ema=true", run=plain_run)
+    assert message.endswith("holds no averaged weights: use_ema=false")
+    message = mistake(tmp_path, "use_ema=true", weights=plain_run / "model.safetensors")
+    assert message.endswith("holds the plain weights, not the averaged ones: use_ema=false")
 
 
-NO_STATE = "is no state dict of tensors"
+NO_STATE, NO_FILE = "is no state dict of tensors", "is no file of weights, or only a part of one"
 
 
 @pytest.mark.parametrize(
     ("name", "write", "message"),
     [
         pytest.param("w.safetensors", lambda p: p.write_bytes(b"x" * 99), "is no safetensors file", id="safetensors"),
-        pytest.param("w.pth", lambda p: p.write_bytes(b"x" * 99), NO_STATE, id="bytes"),
+        pytest.param("w.pth", lambda p: p.write_bytes(b"x" * 99), NO_FILE, id="bytes"),
         pytest.param("w.pth", lambda p: torch.save([1, 2], p), NO_STATE, id="list"),
         pytest.param("w.pth", lambda p: torch.save({}, p), NO_STATE, id="empty"),
         pytest.param("w.pth", lambda p: torch.save({"a": 1}, p), NO_STATE, id="numbers"),
-        pytest.param("w.pth", lambda p: torch.save({"a": torch.nn.Linear(1, 1)}, p), NO_STATE, id="objects"),
-        pytest.param("w.ckpt", lambda p: p.write_bytes(b"x" * 99), "has no w.ckpt.sha256 beside it", id="no digest"),
+        pytest.param(
+            "w.pth", lambda p: torch.save({"a": torch.nn.Linear(1, 1)}, p), "holds a Python object", id="objects"
+        ),
+        pytest.param("w.ckpt", lambda p: p.write_bytes(b"x" * 99), NO_FILE, id="bytes in a checkpoint"),
+        pytest.param(
+            "w.ckpt", lambda p: torch.save({"model": {}}, p), "has no w.ckpt.sha256 beside it", id="no digest"
+        ),
         pytest.param("w.ckpt", lambda p: files.save({"optimizer": {}}, p), "holds no model", id="no model"),
     ],
 )
@@ -212,6 +219,21 @@ def test_files_that_are_no_weights(name: str, write: Any, message: str, tmp_path
 def test_weights_of_another_model(tmp_path: Path, plain_run: Path) -> None:
     path = plain_run / "model.safetensors"
     assert mistake(tmp_path, weights=tmp_path / "none.pth") == f"weights={tmp_path / 'none.pth'}: no such file"
-    assert "doesn't fit the model: " in mistake(tmp_path, "model=resnet32", weights=path)
-    message = mistake(tmp_path, "model.max_out=1", weights=path)
+    assert mistake(tmp_path, "model=resnet32", weights=path) == f"{path} holds weights of resnet20, not of resnet32"
+    shutil.copy(path, tmp_path / "w.safetensors")  # where nothing is known about them
+    message = mistake(tmp_path, "model.max_out=1", weights=tmp_path / "w.safetensors")
     assert message.endswith("conv1.linear.weight has the shape (32, 6, 3, 3), the model (16, 6, 3, 3)")
+
+
+@pytest.mark.parametrize("part", ["", "model.safetensors", "checkpoints/last.ckpt"])
+def test_weights_of_the_model_with_other_options(part: str, tmp_path: Path, plain_run: Path) -> None:
+    """They have the same shapes: nothing but the run's config tells that this is another function."""
+    path = plain_run / part
+    told = f"weights={path} were trained with b=2, the model has b=1.5: give b=2 (on the command line model.b=2)"
+    assert mistake(tmp_path, "model.b=1.5", weights=path) == told
+    config = compose(tmp_path / "runs", *TINY, "model.b=1.5")
+    config["model"]["weights"] = str(path)
+    with pytest.raises(UserError) as caught:
+        train(config)
+    assert str(caught.value) == f"model: {told}"
+    assert not (tmp_path / "runs").exists()

@@ -67,9 +67,12 @@ def test_between_all_forms(first: str, second: str, tmp_path: Path) -> None:
 def test_the_exported_model_is_the_trained_one(trained_run: Path, tmp_path: Path) -> None:
     export(str(trained_run), tmp_path / "out", use_ema=False)
     x = torch.rand(2, 6, 16, 16)
-    expected = create_model("resnet20", weights=trained_run / "model.safetensors", b=1.5).eval()(x)
+    shutil.copy(trained_run / "model.safetensors", tmp_path / "w.safetensors")
+    expected = create_model("resnet20", weights=tmp_path / "w.safetensors", b=1.5).eval()(x)
     assert torch.equal(load_exported(tmp_path / "out").eval()(x), expected)
-    other_b = create_model("resnet20", weights=trained_run / "model.safetensors").eval()(x)
+    for path in (tmp_path / "out", tmp_path / "out" / "model.safetensors", trained_run / "model.safetensors"):
+        assert torch.equal(create_model("resnet20", weights=path).eval()(x), expected)
+    other_b = create_model("resnet20", weights=tmp_path / "w.safetensors").eval()(x)
     assert not torch.allclose(other_b, expected), "b must matter for this test to say something"
 
 
@@ -239,7 +242,10 @@ def test_preprocessing_is_that_of_the_run(trained_run: Path, tmp_path: Path) -> 
     export(str(folder), tmp_path / "out")
     from PIL import Image
 
-    assert load_exported(tmp_path / "out").transform(Image.new("RGB", (80, 90))).shape == (6, 48, 48)
+    image = Image.new("RGB", (80, 90))
+    assert load_exported(tmp_path / "out").transform(image).shape == (6, 48, 48)
+    for path in (folder, folder / "checkpoints" / "last.ckpt", tmp_path / "out"):
+        assert create_model("resnet20", weights=path).transform(image).shape == (6, 48, 48)
     assert "shorter side to 256 pixels" in (tmp_path / "out" / "README.md").read_text()
 
 

@@ -85,7 +85,7 @@ def unfinished(folder: Path) -> str:
         (good, {"with_hash": True}, "--hash goes with a file"),
         (bad_shape, {}, "conv1.linear.weight has the shape (32, 3, 3, 3), the model (32, 6, 3, 3)"),
         (not_finite, {}, "conv1.linear.weight holds values that are not finite"),
-        (plain_only, {"use_ema": True}, "w.ckpt holds no averaged weights: leave out --ema"),
+        (plain_only, {"use_ema": True}, "w.ckpt holds no averaged weights: use_ema=false"),
         (plain_only, {"model": "resnet34"}, "doesn't fit the model"),
         (pickled, {}, "w.ckpt holds a Python object (argparse.Namespace), and reading that could run code"),
         (without_digest, {}, "w.ckpt has no w.ckpt.sha256 beside it"),
@@ -185,3 +185,11 @@ def test_loading_a_broken_export(
         load_exported(tmp_path / "out")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("part", ["", "model.safetensors"], ids=["folder", "file"])
+def test_weights_that_an_export_does_not_describe(part: str, trained_run: Path, tmp_path: Path) -> None:
+    export(str(trained_run), tmp_path / "out")
+    save_weights(create_model("resnet20"), tmp_path / "out" / "model.safetensors")
+    with pytest.raises(ValueError, match="its SHA-256 differs"):
+        create_model("resnet20", weights=tmp_path / "out" / part)

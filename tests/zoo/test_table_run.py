@@ -226,6 +226,16 @@ def test_own_file(file: str, tmp_path: Path) -> None:
     assert find_own("resnet18", tmp_path).setting == ("weights", str(tmp_path / file))
 
 
+def test_own_exported_folder(tmp_path: Path) -> None:
+    config = {"library_name": "bcos-train", "model_name": "resnet18", "model_args": {}, "num_classes": 1000}
+    (tmp_path / "resnet18").mkdir()
+    text = json.dumps({**config, "averaged": False, "sha256": "0123"})
+    (tmp_path / "resnet18" / "config.json").write_text(text)
+    found = find_own("resnet18", tmp_path)
+    assert found.setting == ("weights", str(tmp_path / "resnet18"))
+    assert found.identity.endswith(" 0123")
+
+
 @pytest.mark.parametrize("place", ["imagenet/resnet18", "resnet18"])
 def test_own_run_is_the_latest_that_has_ended(place: str, tmp_path: Path) -> None:
     for name in ("old", "new", "unfinished"):
@@ -239,7 +249,9 @@ def test_own_run_is_the_latest_that_has_ended(place: str, tmp_path: Path) -> Non
 
 
 def test_no_own_weights(tmp_path: Path) -> None:
-    with pytest.raises(NoWeights, match=r"no file resnet18\.safetensors, \.pth or \.ckpt, and no run$"):
+    with pytest.raises(
+        NoWeights, match=r"resnet18\.safetensors, \.pth or \.ckpt, no exported folder resnet18 and no run$"
+    ):
         find_own("resnet18", tmp_path)
     run = tmp_path / "imagenet" / "resnet18" / "default-1"
     run.mkdir(parents=True)

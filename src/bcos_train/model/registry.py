@@ -12,9 +12,12 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from bcos_train.model.weights import described_model, load_weights, read_weights
+from bcos_train.model.source import TIMM, Source, differences, model_of_node, read_source
+from bcos_train.model.timm_model import timm_model
+from bcos_train.model.weights import count_classes, load_weights
 from bcos_train.nn import Backend, set_backend
 from bcos_train.suggest import join_words, nearest, suggest
 
@@ -88,8 +91,8 @@ def create_model(
             (:mod:`bcos_train.zoo.weights`); the same as ``weights="official"``. Names of models that have some:
             ``list_models(pretrained=True)``.
         weights: ``"official"``; a ``.pth``, ``.safetensors`` or ``.ckpt`` file; or a folder with
-            ``model.safetensors``, such as that of a finished run or an export, which also says with which options
-            they belong. ``None``: random weights.
+            ``model.safetensors``. The folder of a run or an export also says for which options and preprocessing its
+            weights are, those in a single file of it too: what isn't given is as it says. ``None``: random weights.
         progress: Show that of a download.
         backend: How the layers compute, see :func:`bcos_train.nn.set_backend`.
         options: Keyword parameters of the model, such as ``num_classes``, ``in_chans``, ``norm_layer``, ``b``,
@@ -103,10 +106,9 @@ def create_model(
 
     Raises:
         ValueError: Unknown model or option (the message names the nearest ones), no weights or such that can't be
-            had, or weights that don't fit the model with these options.
+            had, or weights that don't fit the model with these options or were trained with others.
     """
     known = model_signature(name).parameters
-    given = {**_described_options(name, weights), **options}
     for key in options:
         if key not in known:
             raise ValueError(f"{name} has no option {key!r}{suggest(key, known)}; options: {', '.join(known)}")
@@ -114,31 +116,64 @@ def create_model(
         raise ValueError(f"pretrained=True means the official weights: give it or weights={weights}, not both")
     if pretrained:
         weights = OFFICIAL
-    found = None if weights is None else find_weights(name, weights, progress=progress)
+    if weights is None:
+        model = _BUILDERS[name](**options)
+        set_backend(model, backend)
+        return model
+    found = _find(name, weights, None, progress)
+    given = {**found.options, **options}
+    _check_described(found, name, given, weights)
+    if found.name is not None and "num_classes" not in given:
+        with torch.device("meta"):  # draws no random numbers
+            given["num_classes"] = count_classes(_BUILDERS[name](**given), found.state)
     model = _BUILDERS[name](**given)
     set_backend(model, backend)
-    if found is not None:
-        state, _, origin = found
-        listed = ", ".join(f"{key}={value}" for key, value in options.items())
-        origin = f"{origin}, loaded with {listed}," if listed else origin
-        load_weights(model, state, origin, new_classifier="num_classes" in options)
+    listed = ", ".join(f"{key}={value}" for key, value in options.items())
+    origin = _called(name, weights)
+    origin = f"{origin}, loaded with {listed}," if listed else origin
+    load_weights(model, found.state, origin, new_classifier="num_classes" in options)
+    if found.preprocessing is not None:
+        model.transform = found.preprocessing.transform()  # type: ignore[assignment]
     return model
 
 
-def _described_options(name: str, weights: str | os.PathLike[str] | None) -> dict[str, Any]:
-    """The options that a folder of weights says they are for."""
-    if weights is None or weights == OFFICIAL or not Path(weights).is_dir():
-        return {}
-    described = described_model(Path(weights))
-    if described is None:
-        return {}
-    if described[0] != name:
-        raise ValueError(f"{weights} holds weights of {described[0]}, not of {name}")
-    return described[1]
+def _find(name: str, weights: str | os.PathLike[str], use_ema: bool | None, progress: bool) -> Source:
+    if weights == OFFICIAL:
+        loader = _official_loader(name)
+        if use_ema:
+            raise ValueError("official weights come without averaged ones: use_ema=false")
+        return Source(state=loader(progress), is_ema=False, origin=OFFICIAL)
+    path = Path(weights).expanduser()
+    if not path.exists():
+        raise ValueError(f"weights={weights}: no such file{suggest(str(weights), [OFFICIAL])}")
+    return read_source(path, use_ema)
+
+
+def _called(name: str, weights: str | os.PathLike[str]) -> str:
+    return f"the official file of {name}" if weights == OFFICIAL else str(weights)
+
+
+def _check_described(found: Source, name: str, options: Mapping[str, Any], weights: str | os.PathLike[str]) -> None:
+    """Raise a ValueError if weights are known to be of another model, or of one that is another function."""
+    if found.name is None:
+        return
+    if found.name != name:
+        raise ValueError(f"{weights} holds weights of {found.name}, not of {name}")
+    known: Mapping[str, inspect.Parameter] = {}
+    if name in _BUILDERS or name.startswith(TIMM):
+        known = (inspect.signature(timm_model) if name.startswith(TIMM) else model_signature(name)).parameters
+    defaults = {key: p.default for key, p in known.items() if p.default is not p.empty}
+    if text := differences(found, options, defaults):
+        raise ValueError(f"weights={weights} {text}")
 
 
 def find_weights(
-    name: str, weights: str | os.PathLike[str], *, use_ema: bool | None = None, progress: bool = True
+    name: str,
+    weights: str | os.PathLike[str],
+    *,
+    use_ema: bool | None = None,
+    progress: bool = True,
+    node: Mapping[str, Any] | None = None,
 ) -> tuple[Mapping[str, Tensor], bool, str]:
     """The state dict that ``weights`` stands for.
 
@@ -147,23 +182,19 @@ def find_weights(
         weights: As for :func:`create_model`.
         use_ema: As for :func:`bcos_train.model.weights.read_weights`.
         progress: Show that of a download.
+        node: A config's node of the model that the weights are for, if they are to be checked against it.
 
     Returns:
         The state dict, whether it is that of an average, and what to call it in a message.
 
     Raises:
-        ValueError: Unknown model, or one without official weights (the message names the nearest that have some), or
-            the weights can't be had.
+        ValueError: Unknown model, or one without official weights (the message names the nearest that have some),
+            the weights can't be had, or they are known to be of a model with other options than ``node`` says.
     """
-    if weights == OFFICIAL:
-        loader = _official_loader(name)
-        if use_ema:
-            raise ValueError("official weights come without averaged ones: use_ema=false")
-        return loader(progress), False, f"the official file of {name}"
-    path = Path(weights)
-    if not path.exists():
-        raise ValueError(f"weights={path}: no such file{suggest(str(path), [OFFICIAL])}")
-    return *read_weights(path, use_ema), str(path)
+    found = _find(name, weights, use_ema, progress)
+    if node is not None:
+        _check_described(found, *model_of_node(node), weights)
+    return found.state, found.is_ema, _called(name, weights)
 
 
 def _official_loader(name: str) -> WeightsLoader:

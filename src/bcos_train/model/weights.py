@@ -3,7 +3,7 @@
 Of the optional packages only safetensors is needed, and only for files of that kind.
 """
 
-import json
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from bcos_train import checkpoint as files
 from bcos_train.suggest import suggest
 
-__all__ = ["EMA_WEIGHTS", "WEIGHTS", "described_model", "load_weights", "read_weights", "save_weights"]
+__all__ = ["EMA_WEIGHTS", "WEIGHTS", "count_classes", "load_weights", "read_file", "read_weights", "save_weights"]
 
 #: Names of the weights in a run folder or in an exported folder.
 WEIGHTS, EMA_WEIGHTS = "model.safetensors", "model_ema.safetensors"
+#: Where the official training code's checkpoints have the model and its average.
+_PREFIXES = ("model.", "ema.module.")
 
 
 def save_weights(model: nn.Module, path: Path) -> None:
@@ -33,12 +35,11 @@ def save_weights(model: nn.Module, path: Path) -> None:
 
 
 def read_weights(path: Path, use_ema: bool | None = None) -> tuple[dict[str, Tensor], bool]:
-    """A state dict from a checkpoint of ours, a ``.safetensors`` file, a ``.pth`` state dict or a folder.
+    """A state dict from a file, or from a folder that holds ``model.safetensors``, as finished runs and exports do.
 
     Args:
-        path: The file, or a folder that holds ``model.safetensors``, as finished runs and exports do. A checkpoint of
-            ours is verified.
-        use_ema: Whether to take the averaged weights; ``None``: if the checkpoint or the folder has them.
+        path: The file, as for :func:`read_file`, or the folder.
+        use_ema: Whether to take the averaged weights; ``None``: if the file or the folder has them.
 
     Returns:
         The state dict, and whether it is that of the average. The tensors may be read from the file when they are
@@ -47,56 +48,77 @@ def read_weights(path: Path, use_ema: bool | None = None) -> tuple[dict[str, Ten
     Raises:
         ValueError: The file is missing, damaged or something else, or has no averaged weights.
     """
-    is_ema = False
-    if path.is_dir():
-        is_ema = (path / EMA_WEIGHTS).is_file() if use_ema is None else use_ema
-        folder, path = path, path / (EMA_WEIGHTS if is_ema else WEIGHTS)
-        if not path.is_file():
-            raise ValueError(f"{folder} holds no {path.name}")
-    elif not path.is_file():
-        raise ValueError(f"weights={path}: no such file")
-    elif path.suffix == files.SUFFIX:
-        return _read_checkpoint(path, use_ema)
-    elif use_ema:
-        raise ValueError(f"{path} holds no averaged weights: use_ema=false")
-    return _read_safetensors(path) if path.suffix == ".safetensors" else _read_state_dict(path), is_ema
+    if not path.is_dir():
+        return read_file(path, use_ema)[:2]
+    is_ema = (path / EMA_WEIGHTS).is_file() if use_ema is None else use_ema
+    file = path / (EMA_WEIGHTS if is_ema else WEIGHTS)
+    if not file.is_file():
+        raise ValueError(f"{path} holds no {file.name}")
+    return _read_safetensors(file), is_ema
 
 
-def described_model(folder: Path) -> tuple[str, dict[str, Any]] | None:
-    """Name and options of the model whose weights a folder holds, where an export or a run has written them down.
+def read_file(path: Path, use_ema: bool | None = None) -> tuple[dict[str, Tensor], bool, dict[str, Any] | None]:
+    """A state dict from a file.
 
-    Options such as B change no tensor's shape: without them the weights would fit another function.
+    Args:
+        path: A ``.safetensors`` file; a checkpoint of ours, which is verified; one of the official training code; or
+            any other file that torch has saved a state dict to. Nothing that it holds is run.
+        use_ema: As for :func:`read_weights`.
 
-    Raises:
-        ValueError: The description can't be read.
+    Returns:
+        As :func:`read_weights`, and the hyperparameters in a checkpoint of the official training code, else ``None``.
     """
-    export, run = folder / "config.json", folder / "config.yaml"
-    try:
-        if export.is_file():
-            config = json.loads(export.read_text(encoding="utf-8"))
-            if config.get("library_name") != "bcos-train":
-                return None
-            return config["model_name"], {**config["model_args"], "num_classes": config["num_classes"]}
-        if run.is_file():
-            import yaml
-
-            node = dict(yaml.safe_load(run.read_text(encoding="utf-8"))["model"])
-            keys = ("_target_", "_partial_", "name", "pretrained", "weights", "backend")
-            return node["name"], {key: value for key, value in node.items() if key not in keys}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder}: its config doesn't describe a model ({error!r})") from error
-    return None
-
-
-def _read_checkpoint(path: Path, use_ema: bool | None) -> tuple[dict[str, Tensor], bool]:
-    content = files.load(path)
-    if "model" not in content:
-        raise ValueError(f"{path} holds no model")
-    if use_ema is None:
-        use_ema = "model_ema" in content
-    if use_ema and "model_ema" not in content:
+    if not path.is_file():
+        raise ValueError(f"weights={path}: no such file")
+    trained = None
+    if path.suffix == ".safetensors":
+        states = [_read_safetensors(path), {}]
+    elif path.suffix == files.SUFFIX and path.with_name(f"{path.name}.sha256").is_file():
+        content = files.load(path)
+        if "model" not in content:
+            raise ValueError(f"{path} holds no model")
+        states = [content["model"], content.get("model_ema", {})]
+    else:
+        states, trained = _read_foreign(path)
+    is_ema = bool(states[1]) if use_ema is None else use_ema
+    if is_ema and not states[1]:
         raise ValueError(f"{path} holds no averaged weights: use_ema=false")
-    return content["model_ema" if use_ema else "model"], use_ema
+    return states[is_ema], is_ema, trained
+
+
+def _read_foreign(path: Path) -> tuple[list[dict[str, Tensor]], dict[str, Any] | None]:
+    """What another program has saved: the plain and the averaged weights, and the official hyperparameters."""
+    content = _load(path)
+    content = content if isinstance(content, dict) else {}
+    state, trained = content.get("state_dict", content), None
+    states = [state, {}]
+    if "state_dict" in content and "pytorch-lightning_version" in content:
+        trained = content.get("hyper_parameters")
+        trained = trained if isinstance(trained, dict) else {}
+        states = [{k.removeprefix(p): v for k, v in state.items() if k.startswith(p)} for p in _PREFIXES]
+    elif path.suffix == files.SUFFIX:
+        files.verify(path)  # says what is missing
+    if not states[0] or not all(isinstance(value, Tensor) for state in states for value in state.values()):
+        what = "state dict of tensors" if trained is None else "checkpoint of the official training code"
+        raise ValueError(f"{path} is no {what}")
+    return states, trained
+
+
+def _load(path: Path) -> Any:
+    """What torch has saved, read without running anything."""
+    try:
+        # Before version 1.6 torch wrote no zip files, and only those can be mapped into memory.
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except OSError as error:
+        raise ValueError(f"{path} can't be read: {error.strerror or error}") from error
+    except Exception as error:
+        if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise ValueError(
+                f"{path} holds a Python object ({found[1]}), and reading that could run code; where you trust the "
+                "file, save its state_dict alone with the program that wrote it"
+            ) from error
+        # torch's own text advises to run what is in the file.
+        raise ValueError(f"{path} is no file of weights, or only a part of one") from error
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -109,18 +131,6 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is no safetensors file: {error}") from error
-
-
-def _read_state_dict(path: Path) -> dict[str, Tensor]:
-    try:
-        # Before version 1.6 torch wrote no zip files, and only those can be mapped into memory.
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:
-        raise ValueError(f"{path} is no state dict of tensors: {' '.join(str(error).split())[:200]}") from error
-    state = content.get("state_dict", content) if isinstance(content, dict) else None
-    if not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path} is no state dict of tensors")
-    return state
 
 
 def load_weights(
@@ -173,3 +183,18 @@ def _of_other_classes(model: nn.Module, own: Mapping[str, Tensor], state: Mappin
         and own[key].ndim == state[key].ndim
         and own[key].shape[1:] == state[key].shape[1:]
     ]
+
+
+def count_classes(model: nn.Module, state: Mapping[str, Tensor]) -> int:
+    """The number of classes of weights, read off the classifier; with MaxOut that has several rows for each.
+
+    Args:
+        model: As the weights', with any number of classes.
+        state: The weights.
+    """
+    own, classes = model.state_dict(), int(model.num_classes)  # type: ignore[arg-type]
+    for key in _of_other_classes(model, own, state):
+        n, rest = divmod(len(state[key]) * classes, len(own[key]))
+        if n and not rest:
+            return n
+    return classes

@@ -24,17 +24,11 @@ from torch import Tensor, nn
 
 from bcos_train.model import BcosModel, create_model, model_signature, timm_model
 from bcos_train.model.preprocessing import Preprocessing
-from bcos_train.model.weights import EMA_WEIGHTS, WEIGHTS, load_weights, read_weights
+from bcos_train.model.source import CONFIG, RUN_CONFIG, TIMM, describe
+from bcos_train.model.source import read_source as read_described
+from bcos_train.model.weights import EMA_WEIGHTS, WEIGHTS, count_classes, load_weights, read_weights
 from bcos_train.suggest import join_words, suggest
-from bcos_train.zoo.export_source import (
-    CONFIG,
-    RUN_CONFIG,
-    TIMM,
-    Source,
-    described_by,
-    read_export_config,
-    read_source,
-)
+from bcos_train.zoo.export_source import Source, described_by, read_source
 from bcos_train.zoo.model_card import export_config, model_card
 
 __all__ = ["Exported", "export", "load_exported"]
@@ -123,14 +117,16 @@ def load_exported(folder: str | os.PathLike[str]) -> nn.Module:
     path = Path(folder).expanduser()
     if not path.is_dir():
         raise ValueError(f"{folder}: no such folder")
-    config = read_export_config(path)
-    state, _ = read_weights(path, use_ema=False)
-    if hashlib.sha256((path / WEIGHTS).read_bytes()).hexdigest() != config["sha256"]:
-        raise ValueError(f"{path / WEIGHTS} isn't the file that {path / CONFIG} describes: its SHA-256 differs")
-    model = _build(config["model_name"], {**config["model_args"], "num_classes": config["num_classes"]})
-    load_weights(model, state, str(path))
-    if (values := config.get("preprocessing")) is not None:
-        model.transform = Preprocessing.of_json(values).transform()  # type: ignore[assignment]
+    if not (path / CONFIG).is_file():
+        raise ValueError(f"{folder} is no exported folder: it holds no {CONFIG}")
+    if not describe(path).is_export:
+        raise ValueError(f"{path / CONFIG} is no config of an exported folder")
+    found = read_described(path)
+    assert found.name is not None
+    model = _build(found.name, found.options)
+    load_weights(model, found.state, str(path))
+    if found.preprocessing is not None:
+        model.transform = found.preprocessing.transform()  # type: ignore[assignment]
     return model
 
 
@@ -164,7 +160,7 @@ def _checked(source: Source) -> tuple[Source, nn.Module]:
     with torch.device("meta"):
         network = _build(source.name, options)
         if "num_classes" not in options:
-            options["num_classes"] = _count_classes(network, source.state)
+            options["num_classes"] = count_classes(network, source.state)
             network = _build(source.name, options)
     hollow = {key: torch.empty_like(value, device="meta") for key, value in source.state.items()}
     load_weights(network, hollow, source.origin)
@@ -188,21 +184,6 @@ def _written_out(options: Mapping[str, Any], known: Mapping[str, Any]) -> dict[s
         for key, default in known.items()
         if key in options or isinstance(default, (str, int, float))
     }
-
-
-def _count_classes(network: nn.Module, state: Mapping[str, Tensor]) -> int:
-    """The number of classes of the weights, read off the classifier; with MaxOut that has several rows for each."""
-    default = int(network.num_classes)  # type: ignore[arg-type]
-    classifier = network.get_classifier()  # type: ignore[operator]
-    prefix = next(f"{name}." for name, module in network.named_modules() if module is classifier)
-    for key, own in network.state_dict().items():
-        value = state.get(key)
-        if not key.startswith(prefix) or value is None or value.ndim == 0 or value.shape[1:] != own.shape[1:]:
-            continue
-        n, rest = divmod(len(value) * default, len(own))
-        if n != default and n > 0 and rest == 0:
-            return n
-    return default
 
 
 def _plain(value: Tensor) -> Tensor:

@@ -5,67 +5,46 @@ dict, an exported folder, or ``official:<row>``. Nothing that a file holds is ru
 """
 
 import hashlib
-import json
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from bcos_train.model.preprocessing import Preprocessing
-from bcos_train.model.weights import WEIGHTS, read_weights
+from bcos_train.model import source as weights
+from bcos_train.model.source import LAST, TIMM
 from bcos_train.suggest import suggest
 from bcos_train.zoo.records import RECORDS, ZooRecord, record
 from bcos_train.zoo.weights import load_official
 
-__all__ = ["CONFIG", "LIBRARY", "TIMM", "Source", "read_export_config", "read_source"]
+__all__ = ["Source", "described_by", "read_source"]
 
-#: The config of an exported folder, and how it is known as one of this package.
-CONFIG, LIBRARY = "config.json", "bcos-train"
-#: Before the name of a model of timm.
-TIMM = "timm:"
-RUN_CONFIG, RUN_SUMMARY, RUN_EVALUATION, LAST = "config.yaml", "summary.json", "evaluation.json", "last.ckpt"
+RUN_SUMMARY, RUN_EVALUATION = "summary.json", "evaluation.json"
 OFFICIAL = "official:"
-#: Where the official training code's checkpoints have the model and its average.
-PREFIX, EMA_PREFIX = "model.", "ema.module."
 
 _CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
-    """Weights and their description.
+class Source(weights.Source):
+    """Weights, their description, and what to tell others about them.
 
     Args:
-        state: The state dict, as it was read.
-        is_ema: Whether it is that of the average.
-        origin: Where it is from, in a few words.
-        name: The model; before one of timm's stands ``timm:``. ``None``: not known.
-        options: The model's options, as far as they are known.
         dataset: What it was trained on.
         metrics: Results of a validation of these very weights: ``acc1`` and ``acc5`` in percent, ``loss``, ….
         n_images: Images that the metrics are of; ``None``: the whole validation set.
         class_names: In the order of the outputs.
         licence: Of the weights.
-        preprocessing: ``None``: the model's own.
         is_official: Whether they are of the official release.
         began_official: Whether training began with official weights.
     """
 
-    state: Mapping[str, Tensor]
-    is_ema: bool
-    origin: str
-    name: str | None = None
-    options: Mapping[str, Any]
     dataset: str | None = None
-    metrics: Mapping[str, float]
+    metrics: Mapping[str, float] = field(default_factory=dict)
     n_images: int | None = None
     class_names: tuple[str, ...] | None = None
     licence: str | None = None
-    preprocessing: Preprocessing | None = None
     is_official: bool = False
     began_official: bool = False
 
@@ -88,9 +67,15 @@ def read_source(source: str, use_ema: bool | None = None) -> Source:
     path = Path(source).expanduser()
     if not path.exists():
         raise ValueError(f"{source}: no such file or folder{_hint(source)}")
-    if path.is_dir():
-        return _read_folder(path, use_ema)
-    return _read_file(path, use_ema)
+    found = Source(**vars(weights.read_source(path, use_ema)))
+    if found.is_export:
+        return _of_export(found)
+    if found.folder is not None:
+        return _of_run(found, LAST if path.is_dir() or path.suffix != ".ckpt" else path.name)
+    if found.trained is not None:
+        return _of_official_training(found)
+    known = next((row for row in RECORDS.values() if row.file == path.name), None)
+    return _official(known, found.state) if known is not None and _sha256(path).startswith(known.sha256) else found
 
 
 def _hint(source: str) -> str:
@@ -114,119 +99,34 @@ def _official(row: ZooRecord, state: Mapping[str, Tensor]) -> Source:
     )
 
 
-def _read_folder(folder: Path, use_ema: bool | None) -> Source:
-    if _is_export(folder):
-        return _of_export(folder, use_ema)
-    if (folder / RUN_CONFIG).is_file():
-        if not (folder / WEIGHTS).is_file():
-            raise ValueError(
-                f"{folder}: the run has not ended, so there is no {WEIGHTS}; give one of its checkpoints, "
-                f"such as {folder / 'checkpoints' / LAST}"
-            )
-        return _of_run(folder, LAST, *read_weights(folder, use_ema))
-    state, is_ema = read_weights(folder, use_ema)
-    return Source(state=state, is_ema=is_ema, origin=folder.resolve().name, options={}, metrics={})
-
-
-def _read_file(path: Path, use_ema: bool | None) -> Source:
-    if path.suffix == ".safetensors" and _is_export(path.parent):
-        return _of_export(path.parent, use_ema)
-    is_ours = path.with_name(f"{path.name}.sha256").is_file()
-    if path.suffix == ".safetensors" or is_ours:
-        if (folder := _run_of(path)) is not None and path.suffix == ".safetensors":
-            # The file itself says which of the two it is.
-            is_average = path.name != WEIGHTS
-            if use_ema not in (None, is_average):
-                kept, option = ("averaged", "--no-ema") if is_average else ("plain", "--ema")
-                raise ValueError(f"{path} holds the {kept} weights: leave out {option}, or give {folder}")
-            return _of_run(folder, LAST, read_weights(path)[0], is_average)
-        state, is_ema = read_weights(path, use_ema)
-        if folder is not None:
-            return _of_run(folder, path.name, state, is_ema)
-        return Source(state=state, is_ema=is_ema, origin=path.name, options={}, metrics={})
-    content = _load(path)
-    if isinstance(content, dict) and "state_dict" in content and "pytorch-lightning_version" in content:
-        return _of_official_training(path, content, use_ema)
-    state, is_ema = read_weights(path, use_ema)
-    row = next((row for row in RECORDS.values() if row.file == path.name), None)
-    if row is not None and _sha256(path).startswith(row.sha256):
-        return _official(row, state)
-    return Source(state=state, is_ema=is_ema, origin=path.name, options={}, metrics={})
-
-
-def _load(path: Path) -> Any:
-    """What torch has saved, read without running anything."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        text = " ".join(str(error).split())
-        if found := re.search(r"GLOBAL ([\w.]+)", text):
-            raise ValueError(
-                f"{path} holds a Python object ({found[1]}), and reading that could run code; where you trust the "
-                "file, save its state_dict alone with the program that wrote it"
-            ) from error
-        raise ValueError(f"{path} is no file of weights: {text[:200]}") from error
-
-
-def _of_official_training(path: Path, content: Mapping[str, Any], use_ema: bool | None) -> Source:
+def _of_official_training(found: Source) -> Source:
     """A Lightning checkpoint of the official training code."""
-    states = [
-        {key.removeprefix(prefix): value for key, value in content["state_dict"].items() if key.startswith(prefix)}
-        for prefix in (PREFIX, EMA_PREFIX)
-    ]
-    is_ema = bool(states[1]) if use_ema is None else use_ema
-    if is_ema and not states[1]:
-        raise ValueError(f"{path} holds no averaged weights: leave out --ema")
-    state = states[is_ema]
-    if not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path} is no checkpoint of the official training code: no tensors under {PREFIX}…")
-    trained = content.get("hyper_parameters")
-    trained = trained if isinstance(trained, dict) else {}
-    key = (trained.get("base_network"), trained.get("experiment_name"))
+    assert found.trained is not None
+    key = (found.trained.get("base_network"), found.trained.get("experiment_name"))
     row = next((row for row in RECORDS.values() if (row.collection, row.experiment) == key), None)
-    return Source(
-        state=state,
-        is_ema=is_ema,
-        origin=f"{path.name}, a checkpoint of the official training code",
-        name=None if row is None else row.name,
-        options={},
-        dataset=None if row is None else "imagenet",
-        metrics={},
-        class_names=None if row is None else _class_names("imagenet", row.num_classes),
-    )
+    if row is None:
+        return found
+    return replace(found, name=row.name, dataset="imagenet", class_names=_class_names("imagenet", row.num_classes))
 
 
-def _run_of(path: Path) -> Path | None:
-    """The run folder that a file lies in."""
-    folders = path.absolute().parents[:2]
-    return next((folder for folder in folders if (folder / RUN_CONFIG).is_file()), None)
-
-
-def _of_run(folder: Path, checkpoint: str, state: Mapping[str, Tensor], is_ema: bool) -> Source:
+def _of_run(found: Source, checkpoint: str) -> Source:
     """Weights of a run: those of one of its checkpoints; the last one has the run's final ones."""
-    config = _read_yaml(folder / RUN_CONFIG)
+    assert found.folder is not None
+    assert found.name is not None
     try:
-        model, dataset = dict(config["model"]), dict(config["dataset"])
-        name, target = str(model.pop("name")), str(model.pop("_target_"))
-        data = str(dataset["_target_"]).rpartition(".")[2].lower()
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder / RUN_CONFIG} is no config of a run") from error
-    is_timm = target.endswith(".timm_model")
-    began_official = not is_timm and (model.get("pretrained") is True or model.get("weights") == "official")
-    metrics, n_images = _metrics(folder, checkpoint, is_ema, config.get("limit_val"))
-    keys = ("_partial_", "pretrained", "weights", "progress", "backend")
-    return Source(
-        state=state,
-        is_ema=is_ema,
-        origin=f"run {folder.resolve().name}, {checkpoint}",
-        name=f"{TIMM}{name}" if is_timm else name,
-        options={key: value for key, value in model.items() if key not in keys},
+        model = found.config["model"]
+        data = str(found.config["dataset"]["_target_"]).rpartition(".")[2].lower()
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{found.folder / weights.RUN_CONFIG} is no config of a run: it names no data set") from error
+    is_timm = found.name.startswith(TIMM)
+    metrics, n_images = _metrics(found.folder, checkpoint, found.is_ema, found.config.get("limit_val"))
+    return replace(
+        found,
         dataset=data,
         metrics=metrics,
         n_images=n_images,
         class_names=_class_names(data, None),
-        preprocessing=Preprocessing.of_config(config.get("augmentation"), config.get("encoding")),
-        began_official=began_official,
+        began_official=not is_timm and (model.get("pretrained") is True or model.get("weights") == "official"),
     )
 
 
@@ -234,13 +134,13 @@ def _metrics(folder: Path, checkpoint: str, is_ema: bool, limit: int | None) -> 
     """Results of these very weights, and of how many images; none if there are none."""
     evaluation, file = folder / RUN_EVALUATION, folder / "checkpoints" / checkpoint
     if evaluation.is_file() and file.is_file() and evaluation.stat().st_mtime_ns >= file.stat().st_mtime_ns:
-        found = _read_json(evaluation)
+        found = weights.read_json(evaluation)
         if Path(str(found.get("weights"))).name == checkpoint and found.get("ema") == is_ema:
             keys = ("acc1", "acc5", "loss")
             return {key: float(found[key]) for key in keys if key in found}, int(found["count"])
     if checkpoint != LAST or not (folder / RUN_SUMMARY).is_file():
         return {}, None
-    logged = _read_json(folder / RUN_SUMMARY).get("metrics", {})
+    logged = weights.read_json(folder / RUN_SUMMARY).get("metrics", {})
     part = "val_ema/" if is_ema else "val/"
     metrics = {key.removeprefix(part): float(value) for key, value in logged.items() if key.startswith(part)}
     if not is_ema:
@@ -248,47 +148,16 @@ def _metrics(folder: Path, checkpoint: str, is_ema: bool, limit: int | None) -> 
     return metrics, limit
 
 
-def _is_export(folder: Path) -> bool:
-    path = folder / CONFIG
-    return path.is_file() and _read_json(path).get("library_name") == LIBRARY
-
-
-def read_export_config(folder: Path) -> dict[str, Any]:
-    """The checked ``config.json`` of an exported folder.
-
-    Raises:
-        ValueError: There is none, or it isn't one that this package has written.
-    """
-    path = folder / CONFIG
-    if not path.is_file():
-        raise ValueError(f"{folder} is no exported folder: it holds no {CONFIG}")
-    config = _read_json(path)
-    kinds = {"model_name": str, "model_args": dict, "num_classes": int, "averaged": bool, "sha256": str}
-    wrong = [key for key, kind in kinds.items() if not isinstance(config.get(key), kind)]
-    if config.get("library_name") != LIBRARY or wrong:
-        missing = f" (no valid {', '.join(wrong)})" if wrong else ""
-        raise ValueError(f"{path} is no config of an exported folder{missing}")
-    return config
-
-
-def _of_export(folder: Path, use_ema: bool | None) -> Source:
-    config = read_export_config(folder)
-    if use_ema not in (None, config["averaged"]):
-        kept, option = ("averaged", "--no-ema") if config["averaged"] else ("plain", "--ema")
-        raise ValueError(f"{folder} holds the {kept} weights alone: leave out {option}")
-    names, values = config.get("label_names"), config.get("preprocessing")
-    return Source(
-        state=read_weights(folder, use_ema=False)[0],
-        is_ema=config["averaged"],
-        origin=config.get("origin", folder.resolve().name),
-        name=config["model_name"],
-        options={"num_classes": config["num_classes"], **config["model_args"]},
+def _of_export(found: Source) -> Source:
+    config = found.config
+    names = config.get("label_names")
+    return replace(
+        found,
         dataset=config.get("dataset"),
         metrics=config.get("metrics", {}),
         n_images=config.get("n_images"),
         class_names=None if names is None else tuple(names),
         licence=config.get("license"),
-        preprocessing=None if values is None else Preprocessing.of_json(values),
         is_official=config.get("is_official", False),
         began_official=config.get("began_official", False),
     )
@@ -309,28 +178,6 @@ def _class_names(dataset: str, num_classes: int | None) -> tuple[str, ...] | Non
     else:
         names = {"cifar10": _CIFAR10, "digits": tuple("0123456789")}.get(dataset, ())
     return names if names and num_classes in (None, len(names)) else None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} can't be read: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: not a JSON object")
-    return content
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} can't be read: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is no config of a run")
-    return content
 
 
 def _sha256(path: Path) -> str:

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from bcos_train.model.preprocessing import Preprocessing
-from bcos_train.zoo.export_source import LIBRARY, TIMM, Source
+from bcos_train.model.source import LIBRARY, TIMM
+from bcos_train.zoo.export_source import Source
 
 __all__ = ["export_config", "model_card"]
 

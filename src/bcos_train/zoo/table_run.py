@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from bcos_train.model import create_model
+from bcos_train.model.source import describe
 from bcos_train.model.weights import save_weights
 from bcos_train.zoo.records import RECORDS
 from bcos_train.zoo.table import N_VAL, Row, listed, size, to_csv, to_json, to_markdown
@@ -211,10 +212,11 @@ def _weights(name: str, weights: str) -> Iterator[Source]:
 
 
 def find_own(name: str, folder: Path) -> Source:
-    """The weights of a row in a folder of files or of runs.
+    """The weights of a row in a folder of files, of exported folders or of runs.
 
-    A file is called as the model or as the official file. Of the runs of a model on ImageNet that have ended
-    (``<folder>/imagenet/<model>/<run>`` or ``<folder>/<model>/<run>``) it is the latest, with its best checkpoint.
+    A file is called as the model or as the official file, an exported folder as the model. Of the runs of a model on
+    ImageNet that have ended (``<folder>/imagenet/<model>/<run>`` or ``<folder>/<model>/<run>``) it is the latest, with
+    its best checkpoint.
 
     Raises:
         NoWeights: There are none.
@@ -222,10 +224,13 @@ def find_own(name: str, folder: Path) -> Source:
     for file in (*(f"{name}{suffix}" for suffix in (".safetensors", ".pth", ".ckpt")), RECORDS[name].file):
         if (path := folder / file).is_file():
             return Source(str(path), ("weights", str(path.resolve())), f"{path.resolve()} {_digest(path)}")
+    if (path := folder / name).is_dir() and (found := describe(path)).is_export:
+        return Source(str(path), ("weights", str(path.resolve())), f"{path.resolve()} {found.config['sha256']}")
     runs = [path.parent for place in (f"imagenet/{name}", name) for path in folder.glob(f"{place}/*/{RUN_CONFIG}")]
     ended = [run for run in runs if (run / SUMMARY).is_file()]
     if not ended:
-        text = f"{len(runs)} runs have not ended" if runs else f"no file {name}.safetensors, .pth or .ckpt, and no run"
+        missing = f"no file {name}.safetensors, .pth or .ckpt, no exported folder {name} and no run"
+        text = f"{len(runs)} runs have not ended" if runs else missing
         raise NoWeights(f"{folder}: {text}")
     run = max(ended, key=lambda run: (run / SUMMARY).stat().st_mtime)
     return Source(str(run), ("run", str(run.resolve())), f"{run.resolve()} {_digest(run / SUMMARY)}")
