@@ -143,7 +143,7 @@ def test_unreadable_disk_counts_as_damage(tmp_path: Path, monkeypatch: pytest.Mo
     def broken(path: Path) -> str:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(files, "_sha256", broken)
+    monkeypatch.setattr(files, "file_sha256", broken)
     path, complaints = files.newest_valid(tmp_path)
     assert path is None
     assert complaints == [f"{tmp_path / LAST} can't be read: Input/output error"]

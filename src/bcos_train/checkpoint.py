@@ -47,7 +47,7 @@ def save(checkpoint: Mapping[str, Any], path: Path) -> None:
         litter.unlink(missing_ok=True)
     with _staging() as stage:
         new = stage(path, lambda file: _dump(checkpoint, file))
-        moves = [(_stage_digest(stage, path, _sha256(new)), _digest_path(path)), (new, path)]
+        moves = [(_stage_digest(stage, path, file_sha256(new)), _digest_path(path)), (new, path)]
         if path.name == LAST and (digest := _valid_digest(path)) is not None:
             previous = path.with_name(PREVIOUS)
             moves = [(_stage_digest(stage, previous, digest), _digest_path(previous)), (path, previous), *moves]
@@ -83,7 +83,7 @@ def verify(path: Path) -> None:
     if not digest_file.is_file():
         raise DamagedCheckpoint(f"{path} has no {digest_file.name} beside it")
     try:
-        is_same = digest_file.read_bytes().split()[:1] == [_sha256(path).encode()]
+        is_same = digest_file.read_bytes().split()[:1] == [file_sha256(path).encode()]
     except OSError as error:
         raise DamagedCheckpoint(f"{path} can't be read: {error.strerror}") from error
     if not is_same:
@@ -197,7 +197,8 @@ def _digest_path(path: Path) -> Path:
     return path.with_name(path.name + ".sha256")
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

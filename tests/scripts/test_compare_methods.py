@@ -1,6 +1,5 @@
 """The command ``python scripts/compare_methods.py``."""
 
-import importlib.util
 from pathlib import Path
 from types import ModuleType
 
@@ -9,23 +8,6 @@ import pytest
 import torch
 from matplotlib.image import imread
 from PIL import Image
-
-SCRIPT = Path(__file__).parents[2] / "scripts" / "compare_methods.py"
-
-
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("compare_methods", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(autouse=True)
-def no_data(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("IMAGENET_PATH", raising=False)
 
 
 @pytest.fixture

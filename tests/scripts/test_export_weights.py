@@ -1,6 +1,5 @@
 """The script: what it takes, says and returns."""
 
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
@@ -10,18 +9,6 @@ import torch
 
 from bcos_train import create_model
 from bcos_train.zoo import load_exported
-
-SCRIPT = Path(__file__).parents[2] / "scripts" / "export_weights.py"
-
-
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("export_weights", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """The command ``python scripts/model_zoo.py``."""
 
 import csv
-import importlib.util
 import json
 import os
 import pickle
@@ -23,21 +22,6 @@ from bcos_train.zoo.slurm import SlurmOptions
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "model_zoo.py"
 ROW = "simple_vit_ti_patch16_224"
-
-
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("model_zoo", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(autouse=True)
-def no_data(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("IMAGENET_PATH", raising=False)
 
 
 @pytest.fixture

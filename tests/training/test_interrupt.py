@@ -89,8 +89,8 @@ def before_the_model_is_built(patch: pytest.MonkeyPatch) -> None:
 
 
 def while_saving(patch: pytest.MonkeyPatch) -> None:
-    original = files._sha256
-    patch.setattr(files, "_sha256", lambda path: (send(), original(path))[1])
+    original = files.file_sha256
+    patch.setattr(files, "file_sha256", lambda path: (send(), original(path))[1])
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ weights within them as well. Options such as B change no tensor's shape: without
 another function.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from bcos_train.model.preprocessing import Preprocessing
-from bcos_train.model.weights import EMA_WEIGHTS, WEIGHTS, read_file, read_weights
+from bcos_train.model.weights import EMA_WEIGHTS, WEIGHTS, file_sha256, read_file, read_weights
 
 __all__ = ["CONFIG", "LAST", "LIBRARY", "RUN_CONFIG", "TIMM", "Description", "Source", "describe", "differences"]
 __all__ += ["model_of_node", "read_json", "read_source"]
@@ -200,9 +199,7 @@ def _read_exported(found: Description, use_ema: bool | None) -> Mapping[str, Ten
     _check_kind(found.folder, found.config["averaged"], use_ema)
     path = found.folder / WEIGHTS
     state, _ = read_weights(found.folder, use_ema=False)
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != found.config["sha256"]:
+    if file_sha256(path) != found.config["sha256"]:
         raise ValueError(f"{path} isn't the file that {found.folder / CONFIG} describes: its SHA-256 differs")
     return state
 

@@ -13,9 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from bcos_train import checkpoint as files
+from bcos_train.checkpoint import file_sha256
 from bcos_train.suggest import suggest
 
-__all__ = ["EMA_WEIGHTS", "WEIGHTS", "count_classes", "load_weights", "read_file", "read_weights", "save_weights"]
+__all__ = [
+    "EMA_WEIGHTS",
+    "WEIGHTS",
+    "count_classes",
+    "file_sha256",
+    "load_weights",
+    "read_file",
+    "read_weights",
+    "save_weights",
+]
 
 #: Names of the weights in a run folder or in an exported folder.
 WEIGHTS, EMA_WEIGHTS = "model.safetensors", "model_ema.safetensors"

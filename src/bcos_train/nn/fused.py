@@ -81,10 +81,8 @@ class Convolution:
             result = grad.new_zeros((*grad.shape[:2], *size))
             result[..., :: self.stride[0], :: self.stride[1]] = grad
             return result
-        steps = self._separated()
-        sizes = [size] if len(steps) == 1 else [torch.Size((grad.shape[2], size[1])), size]
-        if len(steps) == 2:
-            steps = steps[::-1]
+        steps = self._separated()[::-1]
+        sizes = [torch.Size((grad.shape[2], size[1])), size][-len(steps) :]
         for step, target in zip(steps, sizes, strict=True):
             blank = grad.new_empty((1,)).expand(*grad.shape[:2], *target)
             grad = torch.ops.aten.avg_pool2d_backward(grad, blank, *step, False, True, 1)

@@ -17,9 +17,10 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 from bcos_train.config import blame
 from bcos_train.dataset import isolated_rng
 from bcos_train.dataset.data_module import DataModule
-from bcos_train.evaluation import ExplanationOptions, Predictions, Results, Subject, measure, summarize
+from bcos_train.evaluation import ExplanationOptions, Predictions, Results, Subject, measure
 from bcos_train.evaluation.report import evaluate_explanations
 from bcos_train.explanation import evaluating, explain
+from bcos_train.metric import GridPointing
 from bcos_train.model import BcosModel
 from bcos_train.report import gallery, save_gallery
 from bcos_train.training.distributed import is_distributed
@@ -65,9 +66,9 @@ def logged_metrics(results: Results) -> dict[str, float]:
         for i, (method, values) in enumerate(scores.items()):
             found[f"explanation/{metric}" if i == 0 else f"explanation/{metric}/{method}"] = values.mean().item()
         if metric == "grid_pointing" and scores:
-            numbers = summarize(next(iter(scores.values())))
+            numbers = GridPointing(next(iter(scores.values()))).summary()
             for key in ("p25", "p50", "p75", "p100"):
-                found[f"explanation/{metric}/{key}"] = float(numbers[key] or 0.0)
+                found[f"explanation/{metric}/{key}"] = numbers[key]
     if results.grids is not None:
         found["explanation/grid_pointing/n_grids"] = len(results.grids)
         if not len(results.grids):

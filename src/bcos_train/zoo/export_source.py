@@ -4,7 +4,6 @@ A source is a run folder, a checkpoint or file of weights in one, a checkpoint o
 dict, an exported folder, or ``official:<row>``. Nothing that a file holds is run: pickled objects are refused.
 """
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from bcos_train.model import source as weights
 from bcos_train.model.source import LAST, TIMM
+from bcos_train.model.weights import file_sha256
 from bcos_train.suggest import suggest
 from bcos_train.zoo.records import RECORDS, ZooRecord, record
 from bcos_train.zoo.weights import load_official
@@ -75,7 +75,7 @@ def read_source(source: str, use_ema: bool | None = None) -> Source:
     if found.trained is not None:
         return _of_official_training(found)
     known = next((row for row in RECORDS.values() if row.file == path.name), None)
-    return _official(known, found.state) if known is not None and _sha256(path).startswith(known.sha256) else found
+    return _official(known, found.state) if known is not None and file_sha256(path).startswith(known.sha256) else found
 
 
 def _hint(source: str) -> str:
@@ -178,8 +178,3 @@ def _class_names(dataset: str, num_classes: int | None) -> tuple[str, ...] | Non
     else:
         names = {"cifar10": _CIFAR10, "digits": tuple("0123456789")}.get(dataset, ())
     return names if names and num_classes in (None, len(names)) else None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

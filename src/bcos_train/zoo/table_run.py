@@ -1,6 +1,5 @@
 """Measures the rows of the Model Zoo table: one evaluation after another, each kept as soon as it has ended."""
 
-import hashlib
 import json
 import subprocess
 import sys
@@ -14,8 +13,8 @@ from typing import Any
 import torch
 
 from bcos_train.model import create_model
-from bcos_train.model.source import describe
-from bcos_train.model.weights import save_weights
+from bcos_train.model.source import RUN_CONFIG, describe
+from bcos_train.model.weights import file_sha256, save_weights
 from bcos_train.zoo.records import RECORDS
 from bcos_train.zoo.table import N_VAL, Row, listed, size, to_csv, to_json, to_markdown
 from bcos_train.zoo.weights import WeightsError, official_file
@@ -28,7 +27,7 @@ SEED = 0
 #: What a process leaves with when it was told to stop (128 + SIGINT, SIGTERM, SIGUSR1), or a signal ended it.
 STOPPED = (130, 143, 138, -2, -15)
 #: What a run folder holds once its run has ended.
-SUMMARY, RUN_CONFIG = "summary.json", "config.yaml"
+SUMMARY = "summary.json"
 RESULT = "row.json"
 
 
@@ -223,7 +222,7 @@ def find_own(name: str, folder: Path) -> Source:
     """
     for file in (*(f"{name}{suffix}" for suffix in (".safetensors", ".pth", ".ckpt")), RECORDS[name].file):
         if (path := folder / file).is_file():
-            return Source(str(path), ("weights", str(path.resolve())), f"{path.resolve()} {_digest(path)}")
+            return Source(str(path), ("weights", str(path.resolve())), f"{path.resolve()} {file_sha256(path)}")
     if (path := folder / name).is_dir() and (found := describe(path)).is_export:
         return Source(str(path), ("weights", str(path.resolve())), f"{path.resolve()} {found.config['sha256']}")
     runs = [path.parent for place in (f"imagenet/{name}", name) for path in folder.glob(f"{place}/*/{RUN_CONFIG}")]
@@ -233,12 +232,7 @@ def find_own(name: str, folder: Path) -> Source:
         text = f"{len(runs)} runs have not ended" if runs else missing
         raise NoWeights(f"{folder}: {text}")
     run = max(ended, key=lambda run: (run / SUMMARY).stat().st_mtime)
-    return Source(str(run), ("run", str(run.resolve())), f"{run.resolve()} {_digest(run / SUMMARY)}")
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return Source(str(run), ("run", str(run.resolve())), f"{run.resolve()} {file_sha256(run / SUMMARY)}")
 
 
 def evaluate_row(door: Path, name: str, source: Source, settings: Settings, place: Path) -> Mapping[str, Any]:

@@ -6,7 +6,6 @@ begins with the digits in its name. A download is written beside its place under
 is whole and right; after an interruption it goes on where it stopped.
 """
 
-import hashlib
 import os
 import re
 import time
@@ -22,7 +21,7 @@ import torch.hub
 from filelock import FileLock
 from torch import Tensor
 
-from bcos_train.model.weights import read_weights
+from bcos_train.model.weights import file_sha256, read_weights
 from bcos_train.zoo.records import ZooRecord, record
 
 __all__ = ["MIRROR", "WeightsError", "load_official", "official_file"]
@@ -88,16 +87,11 @@ def _mirrored(path: Path, row: ZooRecord) -> Path:
 
 def _is_right(path: Path, row: ZooRecord) -> bool:
     try:
-        return _sha256(path).startswith(row.sha256)
+        return file_sha256(path).startswith(row.sha256)
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError as error:
         raise WeightsError(f"{path} can't be read: {error.strerror}; {_ELSEWHERE}") from error
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
@@ -115,7 +109,7 @@ def _download(row: ZooRecord, path: Path, progress: bool) -> None:
     for pause in (*PAUSES, None):
         try:
             is_whole = _fetch(row.url, part, progress)
-            digest = _sha256(part)
+            digest = file_sha256(part)
             if digest.startswith(row.sha256):
                 os.replace(part, path)
                 return
