@@ -15,27 +15,22 @@ and `compiled`. All but `official` run in channels_last where the network is con
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from common import ROOT, official_twin, surroundings, write
 from torch import Tensor, nn
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "src"))
-
-from bcos_train import create_model, explain  # noqa: E402
-from bcos_train.nn import BACKENDS, frozen_weights  # noqa: E402
+from bcos_train import create_model, explain
+from bcos_train.nn import BACKENDS, frozen_weights
 
 MODELS = (
     "resnet18",
@@ -99,20 +94,6 @@ def cifar_resnet20() -> nn.Module:
     stem = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(inplace=True))
     stages = (stage(16, 16, 1), stage(16, 32, 2), stage(32, 64, 2))
     return nn.Sequential(stem, *stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
-
-
-def official_twin(name: str) -> nn.Module:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if name == "resnet20":
-            from bcos.models.resnet import cifar10_resnet20
-            from bcos.modules import BcosConv2d, norms
-
-            norm = norms.NoBias(norms.BatchNormUncentered2d)
-            return cifar10_resnet20(norm_layer=norm, conv_layer=partial(BcosConv2d, b=2, max_out=2))
-        from bcos.models import pretrained
-
-        return getattr(pretrained, name)()
 
 
 def images(variant: str, setting: Setting) -> Tensor:
@@ -221,24 +202,6 @@ def resident(key: str) -> float:
     return int(next(line for line in lines if line.startswith(key)).split()[1]) / 1024
 
 
-def surroundings(device: str) -> dict[str, Any]:
-    """Machine, versions and commit."""
-    from importlib.metadata import version
-
-    processor = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()]
-        processor = next((name for name in names if "CPU" in name or "EPYC" in name or "Xeon" in name), processor)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else processor,
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "torchvision", "bcos")},
-        "commit": commit.stdout.strip(),
-    }
-
-
 def table(results: list[dict[str, Any]], tasks: list[str]) -> str:
     """Markdown: one row a model, task and variant, as ratios to the standard network and to the official one."""
     lines = ["| model | task | variant | ms | x standard | x official |", "| --- | --- | --- | ---: | ---: | ---: |"]
@@ -287,8 +250,7 @@ def main() -> None:
         print(table(results[-1:], arguments.tasks), flush=True)
     content = {"surroundings": surroundings(arguments.device), "dtype": arguments.dtype, "results": results}
     output = arguments.output or ROOT / f"benchmarks/results/speed-{arguments.device}-{arguments.dtype}.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(content, indent=1) + "\n")
+    write(output, content)
     print(f"\n{table(results, arguments.tasks)}\n\nwritten: {os.path.relpath(output)}")
 
 

@@ -1,6 +1,5 @@
 """The fused operations against the plain ones that define them."""
 
-import contextlib
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +13,6 @@ from bcos_train.nn import (
     BcosConv2d,
     BcosLinear,
     NoBias,
-    frozen_weights,
     set_backend,
 )
 from bcos_train.nn.backend import Backend
@@ -292,26 +290,3 @@ def test_learnable_b() -> None:
 def test_unknown_backend() -> None:
     with pytest.raises(ValueError, match=r"backend='fusde'; did you mean fused\?: one of fused, compiled, reference"):
         set_backend(small_net(), "fusde")  # type: ignore[arg-type]
-
-
-# Frozen weights.
-
-
-def test_frozen_weights_give_the_same() -> None:
-    net, x = small_net().eval(), net_input()
-    expected = net(x)
-    with frozen_weights(net), torch.no_grad():
-        assert torch.equal(net(x), expected)
-        net[0].linear.weight.mul_(-1)
-        assert torch.equal(net(x), expected)
-    assert not torch.equal(net(x), expected)
-
-
-def test_frozen_weights_nest_and_thaw_after_an_exception() -> None:
-    net = small_net()
-    with contextlib.suppress(ValueError), frozen_weights(net):
-        with frozen_weights(net):
-            pass
-        assert net[0].linear._frozen is not None
-        net(torch.zeros(3))
-    assert net[0].linear._frozen is None

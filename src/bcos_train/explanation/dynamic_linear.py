@@ -10,7 +10,7 @@ Axes: N images, C encoded colour channels (6), H, W pixels, K classes.
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from bcos_train.explanation.mode import explanation_mode
+from bcos_train.nn import frozen_weights
 
 __all__ = ["Explanation", "constant_term", "explain"]
 
@@ -76,7 +77,15 @@ def explain(
             "dropout. Call model.eval() first for the explanations of inference.",
             stacklevel=2,
         )
-    with torch.inference_mode(False), torch.enable_grad(), explanation_mode(network), _frozen_buffers(network):
+    # Gradients may have to reach the weights through W(x), but not otherwise.
+    weights_stay = nullcontext() if create_graph else frozen_weights(network)
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        weights_stay,
+        explanation_mode(network),
+        _frozen_buffers(network),
+    ):
         leaf = x.detach().clone().requires_grad_()
         logits = _checked_logits(network(leaf), len(x))
         prediction = logits.detach().argmax(1)

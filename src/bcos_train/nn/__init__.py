@@ -3,6 +3,7 @@
 from bcos_train.nn.backend import BACKENDS, Backend, set_backend
 from bcos_train.nn.conv import BcosConv2d, NormedConv2d
 from bcos_train.nn.detachable import Detachable
+from bcos_train.nn.frozen import frozen_weights
 from bcos_train.nn.layer import BcosLayer
 from bcos_train.nn.linear import BcosLinear, NormedLinear
 from bcos_train.nn.logit import LogitLayer
@@ -29,7 +30,6 @@ from bcos_train.nn.norm import (
     make_norm,
     sync_batch_norm_,
 )
-from bcos_train.nn.unit_weight import frozen_weights
 
 __all__ = [
     "BACKENDS",

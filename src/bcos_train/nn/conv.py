@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor, nn
 
+from bcos_train.nn.backend import is_hooked
 from bcos_train.nn.candidates import arrange, choose
 from bcos_train.nn.functional import PaddingMode, patch_norm
-from bcos_train.nn.fused import Convolution, bcos_conv2d
+from bcos_train.nn.fused import Convolution, bcos_conv2d, detached_bcos_conv2d
 from bcos_train.nn.kernels import Kernels
 from bcos_train.nn.layer import BcosLayer
 from bcos_train.nn.unit_weight import UnitWeight
@@ -106,7 +107,18 @@ class BcosConv2d(BcosLayer):
         geometry = self._geometry()
         if geometry is None:
             return None
-        return bcos_conv2d(x, self.linear.unit_weight(), geometry, b, self.max_out, kernels)
+        if not self.detach:
+            return bcos_conv2d(x, self.linear.unit_weight(), geometry, b, self.max_out, kernels)
+        # Otherwise autograd alone knows whether the weight's gradient is wanted too.
+        if (unit := self.linear.frozen) is None or not x.requires_grad:
+            return None
+        return detached_bcos_conv2d(x, unit, geometry, b, self.max_out)
+
+    def is_homogeneous(self) -> bool:
+        """Whether s times the output is what sign(s) sqrt(abs(s)) times the weight gives."""
+        is_square = not isinstance(self.b, Tensor) and self.b == 2 and self.max_out == 1
+        is_watched = is_hooked(self) or is_hooked(self.linear)
+        return is_square and not is_watched and self.backend != "reference"
 
     def _geometry(self) -> Convolution | None:
         """What the fused operations know of this convolution; None for what they can't do."""

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from bcos_train.nn.candidates import arrange, choose, restore, scatter_to_chosen
 from bcos_train.nn.functional import (
+    COSINE_EPS,
     FEATURE_EPS,
     PATCH_EPS,
     bcos_scale,
@@ -34,7 +35,7 @@ from bcos_train.nn.functional import (
 from bcos_train.nn.kernels import Kernels
 from bcos_train.nn.unit_weight import plain_backward
 
-__all__ = ["Convolution", "bcos_conv2d", "bcos_linear", "uncentred_batch_norm"]
+__all__ = ["Convolution", "bcos_conv2d", "bcos_linear", "detached_bcos_conv2d", "uncentred_batch_norm"]
 
 
 @dataclass(frozen=True)
@@ -174,6 +175,37 @@ class _BcosLinear(torch.autograd.Function):
         return grad_x, grad_weight, None, None, None
 
 
+class _DetachedBcosConv2d(torch.autograd.Function):
+    """The B-cos convolution with a constant scale and a constant weight: linear in x. It keeps the scale alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, conv: Convolution, b: float, candidates: int) -> Tensor:
+        groups = conv.groups
+        weight = arrange(weight, candidates, groups)
+        best, choice = choose(_grouped(conv(x, weight), groups), candidates, _unit_dim(groups))
+        scale = best.abs().div_(_grouped(conv.norm(x), groups))
+        if b != 2:
+            scale.add_(COSINE_EPS).pow_(b - 1)
+        ctx.save_for_backward(weight, scale, choice)
+        ctx.options = (conv, candidates, x.shape, _memory_format(x))
+        return _ungrouped(best.mul_(scale), groups)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, scale, choice = ctx.saved_tensors
+        conv, candidates, shape, layout = ctx.options
+        groups, dim = conv.groups, _unit_dim(conv.groups)
+        # Plain operations throughout, since this may be differentiated again.
+        large = _grouped(grad, groups) * scale
+        if choice is not None:
+            parts = [large.where(choice == index, 0) for index in range(candidates)]
+            large = torch.cat(parts, dim)
+        # Only the shape and the layout of the input matter.
+        blank = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=layout)
+        grad_x, _ = conv.backward(_ungrouped(large, groups), blank, weight, (True, False))
+        return grad_x, None, None, None, None
+
+
 def _unit_dim(groups: int) -> int:
     """The axis of the units after `_grouped`."""
     return 1 if groups == 1 else 2
@@ -246,6 +278,11 @@ def bcos_conv2d(x: Tensor, unit: Tensor, conv: Convolution, b: float, candidates
         candidates: MaxOut over that many consecutive units.
     """
     return _uncast(x, unit, lambda x, unit: _BcosConv2d.apply(x, unit, conv, b, candidates, kernels))
+
+
+def detached_bcos_conv2d(x: Tensor, unit: Tensor, conv: Convolution, b: float, candidates: int) -> Tensor:
+    """:func:`bcos_conv2d` in explanation mode with a weight that gets no gradient."""
+    return _uncast(x, unit, lambda x, unit: _DetachedBcosConv2d.apply(x, unit, conv, b, candidates))
 
 
 def bcos_linear(x: Tensor, unit: Tensor, b: float, candidates: int, kernels: Kernels) -> Tensor:

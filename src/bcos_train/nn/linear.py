@@ -68,4 +68,6 @@ class BcosLinear(BcosLayer):
         return choose(out, self.max_out, x.dim() - 1)[0]
 
     def fused(self, x: Tensor, b: float, kernels: Kernels) -> Tensor | None:
+        if self.detach:
+            return None
         return bcos_linear(x, self.linear.unit_weight(), b, self.max_out, kernels)

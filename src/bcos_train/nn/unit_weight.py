@@ -1,7 +1,6 @@
-"""Weights scaled to unit norm, and how to scale them once for many calls."""
+"""Weights scaled to unit norm."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,39 +9,22 @@ from torch import Tensor, nn
 from bcos_train.nn.backend import is_plain
 from bcos_train.nn.functional import normalise_weight, statistics_dtype
 
-__all__ = ["UnitWeight", "frozen_weights", "plain_backward"]
+__all__ = ["UnitWeight", "plain_backward"]
 
 
 class UnitWeight(nn.Module):
     """A module with a `weight` that is used only after scaling every output unit (the first axis) to unit norm."""
 
     weight: Tensor
-    # A class attribute: this class comes before a torch module in the list of bases.
-    _frozen: Tensor | None = None
+    #: What `frozen_weights` has put in the place of ŵ. A class attribute: this class comes before a torch module in the
+    #: list of bases.
+    frozen: Tensor | None = None
 
     def unit_weight(self) -> Tensor:
-        """ŵ = w / ||w||, of the shape of the weight."""
-        if self._frozen is not None:
-            return self._frozen
+        """ŵ = w / ||w||, of the shape of the weight; the frozen one where there is one."""
+        if self.frozen is not None:
+            return self.frozen
         return normalise_weight(self.weight) if is_plain() else _Normalise.apply(self.weight)
-
-
-@contextmanager
-def frozen_weights(model: nn.Module) -> Iterator[None]:
-    """Scale the weights of all layers to unit norm once; inside, every call uses those.
-
-    For inference and explanations of many batches. Changes of the weights aren't seen inside, and no gradient reaches
-    them. Blocks nest; copies of the model that are made inside keep the scaled weights.
-    """
-    layers = [module for module in model.modules() if isinstance(module, UnitWeight) and module._frozen is None]
-    try:
-        with torch.no_grad():
-            for layer in layers:
-                layer._frozen = normalise_weight(layer.weight)
-        yield
-    finally:
-        for layer in layers:
-            layer._frozen = None
 
 
 class _Normalise(torch.autograd.Function):

@@ -186,8 +186,24 @@ class BatchNormUncentered2d(Fusable, RunningNorm2d):
 
     centred = False
     dims = (0, 2, 3)
+    #: The layer before takes the scaling over; see `frozen_weights`.
+    is_folded: bool = False
+
+    def is_scaling(self) -> bool:
+        """Whether it multiplies each channel by a constant."""
+        return self.bias is None and not self._uses_batch()
+
+    def inference_scale(self) -> Tensor:
+        """That constant, (C,), in float32 or float64."""
+        assert self.running_var is not None
+        scale = torch.rsqrt(self.running_var.to(statistics_dtype(self.running_var)) + self.eps)
+        return scale if self.weight is None else scale * self.weight
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.is_folded:
+            if self._uses_batch():
+                raise RuntimeError(f"{type(self).__name__} can't be put into training mode within frozen_weights().")
+            return x
         kernels = self.fused_kernels()
         if kernels is None or self.detach or self.bias is not None or not self._uses_batch() or self._is_synchronised():
             return super().forward(x)

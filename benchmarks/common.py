@@ -1,0 +1,54 @@
+"""What the benchmarks share: the package of this checkout, the official networks, and where they ran."""
+
+import json
+import platform
+import subprocess
+import sys
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "src"))
+
+
+def official_twin(name: str) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if name == "resnet20":
+            from bcos.models.resnet import cifar10_resnet20
+            from bcos.modules import BcosConv2d, norms
+
+            norm = norms.NoBias(norms.BatchNormUncentered2d)
+            return cifar10_resnet20(norm_layer=norm, conv_layer=partial(BcosConv2d, b=2, max_out=2))
+        from bcos.models import pretrained
+
+        return getattr(pretrained, name)()
+
+
+def surroundings(device: str) -> dict[str, Any]:
+    """Machine, versions and commit."""
+    from importlib.metadata import version
+
+    processor = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()]
+        processor = next((name for name in names if "CPU" in name or "EPYC" in name or "Xeon" in name), processor)
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else processor,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "torchvision", "bcos")},
+        "commit": commit.stdout.strip(),
+    }
+
+
+def write(path: Path, content: Any) -> None:
+    """JSON, in a folder that is made if it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,111 @@
+"""What the grid pointing game costs beside the official procedure.
+
+    python benchmarks/grid_pointing.py                              # B-cos ResNet-50, 250 grids of 2x2, 224 px a cell
+    python benchmarks/grid_pointing.py --grids 12 --grids-at-once 4
+
+Both score the same grids of the same network: `official` is PyPI `bcos` 0.1.3 with a forward and a backward pass for
+each class of each grid, as the evaluation in its repository does; `ours` is this package's method `bcos` with one
+forward pass for all classes of a batch of grids. They take turns, so that a busy machine slows both alike. The weights
+are random, and so are the images: neither changes the work. The scores of both must agree.
+"""
+
+import argparse
+import os
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from common import ROOT, official_twin, surroundings, write
+from torch import Tensor, nn
+
+from bcos_train import create_model
+from bcos_train.explanation.method import Bcos
+from bcos_train.metric import compose_grids, grid_pointing_scores
+from bcos_train.nn import frozen_weights
+
+#: How far the scores may be apart: float32 sums in another order.
+TOLERANCE = 1e-4
+
+
+def official_scores(model: nn.Module, grids: Tensor, targets: Tensor, smooth: int) -> Tensor:
+    """(G, K), grid by grid and class by class."""
+    scores = []
+    for grid, classes in zip(grids, targets, strict=True):
+        maps = []
+        for target in classes:
+            leaf = grid[None].clone().requires_grad_()
+            with model.explanation_mode():  # type: ignore[operator]
+                (gradient,) = torch.autograd.grad(model(leaf)[0, target], leaf)
+            maps.append((leaf.detach() * gradient).sum(1))
+        scores.append(grid_pointing_scores(torch.stack(maps, dim=1), smooth))
+    return torch.cat(scores)
+
+
+def our_scores(model: nn.Module, grids: Tensor, targets: Tensor, smooth: int) -> Tensor:
+    """(G, K), all at once."""
+    return grid_pointing_scores(Bcos()(model, grids, targets), smooth)
+
+
+def draw(n_grids: int, n: int, size: int, device: str, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Grids (G, 6, n size, n size) and the distinct classes of their cells (G, K)."""
+    images = torch.rand(n_grids, n * n, 3, size, size, generator=generator)
+    classes = torch.stack([torch.randperm(1000, generator=generator)[: n * n] for _ in range(n_grids)])
+    grids = compose_grids(torch.cat([images, 1 - images], dim=2))
+    return grids.to(device, memory_format=torch.channels_last), classes.to(device)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="resnet50")
+    parser.add_argument("--grids", type=int, default=250)
+    parser.add_argument("--n", type=int, default=2, help="cells along a side (default: 2)")
+    parser.add_argument("--size", type=int, default=224, help="of a cell in pixels (default: 224)")
+    parser.add_argument("--smooth", type=int, default=15)
+    parser.add_argument("--grids-at-once", type=int, default=8, help="of ours (default: 8)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--output", type=Path, help="JSON; default: benchmarks/results/grid-pointing-<device>.json")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    official = official_twin(arguments.model).eval()
+    ours = create_model(arguments.model).eval()
+    ours.load_state_dict(official.state_dict())
+    official, ours = official.to(arguments.device), ours.to(arguments.device, memory_format=torch.channels_last)
+    official.to(memory_format=torch.channels_last)  # its faster format
+    generator = torch.Generator().manual_seed(0)
+    seconds: dict[str, list[float]] = {"official": [], "ours": []}
+    with frozen_weights(ours):
+        for score, model in ((official_scores, official), (our_scores, ours)):
+            score(model, *draw(1, arguments.n, 64, arguments.device, generator), arguments.smooth)
+        done, farthest = 0, 0.0
+        while done < arguments.grids:
+            count = min(arguments.grids_at_once, arguments.grids - done)
+            grids, targets = draw(count, arguments.n, arguments.size, arguments.device, generator)
+            scores = {}
+            for name, score, model in (("official", official_scores, official), ("ours", our_scores, ours)):
+                started = time.perf_counter()
+                scores[name] = score(model, grids, targets, arguments.smooth).cpu()
+                seconds[name].append((time.perf_counter() - started) / count)
+            farthest = max(farthest, (scores["ours"] - scores["official"]).abs().max().item())
+            done += count
+            medians = {name: statistics.median(values) for name, values in seconds.items()}
+            ratio = medians["official"] / medians["ours"]
+            shown = ", ".join(f"{name} {value:.3f} s a grid" for name, value in medians.items())
+            print(f"{done}/{arguments.grids} grids: {shown}, {ratio:.2f} times as fast", flush=True)
+    if farthest > TOLERANCE:
+        raise SystemExit(f"the scores differ by {farthest:.2g}, more than {TOLERANCE:g}")
+    settings = {key: getattr(arguments, key) for key in ("model", "grids", "n", "size", "smooth", "grids_at_once")}
+    content = {
+        "surroundings": surroundings(arguments.device),
+        **settings,
+        "seconds_per_grid": medians,
+        "times_as_fast": ratio,
+        "farthest_scores": farthest,
+    }
+    output = arguments.output or ROOT / f"benchmarks/results/grid-pointing-{arguments.device}.json"
+    write(output, content)
+    print(f"scores agree to {farthest:.1g}; written: {os.path.relpath(output)}")
+
+
+if __name__ == "__main__":
+    main()

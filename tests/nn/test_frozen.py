@@ -1,0 +1,192 @@
+"""A network with frozen weights against itself with live ones."""
+
+import contextlib
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bcos_train.explanation import explanation_mode
+from bcos_train.nn import (
+    BatchNormUncentered2d,
+    BcosConv2d,
+    BcosLinear,
+    NoBias,
+    frozen_weights,
+    make_norm,
+    set_backend,
+)
+
+
+class Chain(nn.Sequential):
+    """Tells what it applies, as the networks of this package do."""
+
+    def chains(self) -> Iterator[Sequence[nn.Module]]:
+        yield list(self)
+
+
+def net(norm: str = "bnu-linear", **options: Any) -> Chain:
+    """Two convolutions with norms whose scales are of either sign, and one of them 0."""
+    torch.manual_seed(0)
+    make = make_norm(norm)
+    layers = Chain(
+        BcosConv2d(6, 8, 3, padding=1, **options), make(8), BcosConv2d(8, 4, 3, stride=2, padding=1, **options), make(4)
+    )
+    for module in layers:
+        if getattr(module, "weight", None) is not None:
+            nn.init.normal_(module.weight)
+            module.weight.data[1] = 0
+        if getattr(module, "running_var", None) is not None:
+            module.running_var.uniform_(0.1, 3)
+    return layers.double().eval()
+
+
+def image() -> Tensor:
+    x = torch.randn(2, 6, 9, 10, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    x[0, :, :4, :4] = 0
+    return x
+
+
+def n_folded(model: nn.Module) -> int:
+    return sum(getattr(module, "is_folded", False) for module in model.modules())
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "B=2": {},
+    "unaffine": {"norm": "bnu-unaffine"},
+    "groups": {"groups": 2},
+    "MaxOut": {"max_out": 2},
+    "MaxOut of groups": {"max_out": 3, "groups": 2},
+    "B=1": {"b": 1},
+    "B=1.25": {"b": 1.25},
+    "B=2.5 MaxOut": {"b": 2.5, "max_out": 2},
+    "centred": {"norm": "bn"},
+    "bias": {"norm": "bnu"},
+    "dilated": {"dilation": 2},
+    "position norm": {"norm": "pnu-linear"},
+}
+FOLDED = ("B=2", "unaffine", "groups", "dilated")
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_outputs_and_dynamic_weights_stay(name: str) -> None:
+    model, x = net(**OPTIONS[name]), image().requires_grad_()
+    with torch.no_grad():
+        expected = model(x)
+    with explanation_mode(model):
+        (expected_weights,) = torch.autograd.grad(model(x)[:, 2].sum(), x)
+    with frozen_weights(model):
+        assert n_folded(model) == (2 if name in FOLDED else 0)
+        with torch.no_grad():
+            out = model(x)
+        with explanation_mode(model):
+            (weights,) = torch.autograd.grad(model(x)[:, 2].sum(), x)
+    assert n_folded(model) == 0
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(weights, expected_weights, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_true_gradients_of_the_input_stay(name: str) -> None:
+    model, x = net(**OPTIONS[name]), image().requires_grad_()
+    (expected,) = torch.autograd.grad(model(x).square().sum(), x)
+    with frozen_weights(model):
+        (grad,) = torch.autograd.grad(model(x).square().sum(), x)
+    torch.testing.assert_close(grad, expected, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", ["B=2", "MaxOut of groups", "B=1.25"])
+def test_dynamic_weights_are_a_linear_map_to_autograd(name: str) -> None:
+    """Differentiated twice: the map's transpose is linear in the gradient that it is given."""
+    model, x = net(**OPTIONS[name]), image().requires_grad_()
+    with frozen_weights(model), explanation_mode(model):
+        out = model(x)
+        grad = torch.randn_like(out).requires_grad_()
+        (pulled,) = torch.autograd.grad(out, x, grad, create_graph=True)
+        (back,) = torch.autograd.grad(pulled, grad, x)
+    torch.testing.assert_close(back, out.detach(), rtol=1e-11, atol=1e-13)
+
+
+def test_the_reference_backend_folds_nothing() -> None:
+    model = net()
+    set_backend(model, "reference")
+    with frozen_weights(model):
+        assert n_folded(model) == 0
+
+
+@pytest.mark.parametrize("place", ["0", "0.linear", "1"])
+def test_what_is_watched_is_not_folded(place: str) -> None:
+    model, x, seen = net(), image(), []
+    module = model.get_submodule(place)
+    module.register_forward_hook(lambda module, args, output: seen.append(output.detach().clone()))
+    with torch.no_grad():
+        model(x)
+        with frozen_weights(model):
+            assert n_folded(model) == 1
+            model(x)
+    torch.testing.assert_close(seen[1], seen[0], rtol=1e-12, atol=1e-14)
+
+
+def test_a_norm_in_training_mode_is_not_folded() -> None:
+    model = net().train()
+    with frozen_weights(model):
+        assert n_folded(model) == 0
+
+
+def test_training_mode_inside_is_refused() -> None:
+    model = net()
+    with frozen_weights(model), pytest.raises(RuntimeError, match=r"BatchNormUncentered2d .* frozen_weights"):
+        model.train()(image())
+
+
+def test_a_convolution_in_two_places_is_not_folded() -> None:
+    conv = BcosConv2d(4, 4)
+    norm = NoBias(BatchNormUncentered2d)
+    model = Chain(conv, norm(4), conv, norm(4)).eval()
+    with frozen_weights(model):
+        assert n_folded(model) == 0
+
+
+def test_only_declared_chains_are_folded() -> None:
+    model = nn.Sequential(*net()).eval()
+    with frozen_weights(model):
+        assert n_folded(model) == 0
+
+
+def test_changes_are_not_seen_inside() -> None:
+    model, x = net(), image()
+    expected = model(x)
+    with frozen_weights(model), torch.no_grad():
+        model[0].linear.weight.mul_(-1)
+        torch.testing.assert_close(model(x), expected)
+    assert not torch.allclose(model(x), expected)
+
+
+def test_no_gradient_reaches_the_weights() -> None:
+    model = nn.Sequential(BcosLinear(6, 4))
+    with frozen_weights(model):
+        assert not model(torch.ones(1, 6)).requires_grad
+
+
+def test_nests_and_thaws_after_an_exception() -> None:
+    model = net()
+    with contextlib.suppress(ValueError), frozen_weights(model):
+        with frozen_weights(model):
+            assert n_folded(model) == 2
+        assert n_folded(model) == 2
+        assert model[0].linear.frozen is not None
+        model(torch.zeros(3))
+    assert model[0].linear.frozen is None
+    assert n_folded(model) == 0
+
+
+def test_state_is_that_of_outside() -> None:
+    model = net()
+    expected = copy.deepcopy(model.state_dict())
+    with frozen_weights(model):
+        inside = model.state_dict()
+    assert inside.keys() == expected.keys()
+    assert all(torch.equal(inside[key], value) for key, value in expected.items())
