@@ -2,7 +2,8 @@
 
     model = torch.hub.load("<this folder>", "resnet50", source="local", pretrained=True)
 
-The package needn't be installed.
+The package needn't be installed. ``torch.hub.list`` and ``torch.hub.help`` read repositories on GitHub alone; the names
+in a folder are those of ``bcos_train.list_models(pretrained=True)``.
 """
 
 import sys as _sys

@@ -12,6 +12,7 @@ official:<row of the Model Zoo>. TARGET is a .pth file, a .safetensors file, or 
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,15 @@ def parser() -> Parser:
     result = Parser(__doc__)
     add = result.add_argument
     add("source", metavar="SOURCE")
-    add("target", metavar="TARGET", type=Path)
-    add("options", metavar="KEY=VALUE", nargs="*", help="options of the model, where the source doesn't say them")
+    add("target", metavar="TARGET")
+    # With a default of its own argparse doesn't list it among what is missing.
+    add(
+        "options",
+        metavar="KEY=VALUE",
+        nargs="*",
+        default=[],
+        help="options of the model, where the source doesn't say them",
+    )
     add("--model", metavar="NAME", help="the model, where the source doesn't say it; timm:<name> for one of timm's")
     add(
         "--ema",
@@ -59,12 +67,24 @@ def read_lines(path: Path) -> list[str]:
         raise ValueError(f"--classes {path} can't be read: {error}") from error
 
 
+def model_options(texts: Sequence[str]) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    for key, value in map(model_option, texts):
+        if key in options:
+            raise ValueError(f"{key} is given twice: {options[key]} and {value}")
+        options[key] = value
+    return options
+
+
 def run(arguments: argparse.Namespace) -> None:
+    for name in ("source", "target"):
+        if not getattr(arguments, name):  # as a path it would be the present folder
+            raise ValueError(f"{name.upper()} is empty")
     exported = export(
         arguments.source,
-        arguments.target.expanduser(),
+        Path(arguments.target).expanduser(),
         model=arguments.model,
-        options=dict(map(model_option, arguments.options)),
+        options=model_options(arguments.options),
         use_ema=arguments.ema,
         with_hash=arguments.hash,
         force=arguments.force,

@@ -8,19 +8,21 @@ python scripts/model_zoo.py --train print                         # how to train
 
 import argparse
 import datetime
+import inspect
 import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 from bcos_train.command_line import INTERRUPTED, MISTAKE, Parser
+from bcos_train.suggest import join_words
 from bcos_train.zoo.slurm import SlurmOptions, submit
 from bcos_train.zoo.table import choose, listed, readme_with, size, train_command
-from bcos_train.zoo.table_run import Settings, evaluate_row, measure, problems
+from bcos_train.zoo.table_run import Settings, evaluate_row, is_complete, measure, problems
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -61,6 +63,8 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.train is not None:
         return train(arguments, names)
+    if arguments.set:
+        raise ValueError(f"--set {arguments.set[0]}: goes with --train print or --train submit")
     data = arguments.data or os.environ.get("IMAGENET_PATH") or None
     settings = Settings(
         weights=arguments.weights,
@@ -79,9 +83,9 @@ def run(arguments: argparse.Namespace) -> int:
     if evaluate is not None and data is None:
         print("no data: give --data or set IMAGENET_PATH to the folder that holds val/", file=sys.stderr)
     print(f"written: {arguments.output}/model_zoo.md, .csv and .json")
-    failed = problems(rows)
-    print("\n".join(failed), file=sys.stderr, end="\n" if failed else "")
-    return 1 if failed else 0
+    for line in problems(rows):
+        print(line, file=sys.stderr)
+    return 0 if is_complete(rows, settings.weights) else 1
 
 
 def train(arguments: argparse.Namespace, names: list[str]) -> int:
@@ -93,6 +97,8 @@ def train(arguments: argparse.Namespace, names: list[str]) -> int:
         partition=arguments.partition,
         account=arguments.account,
     )
+    # A job has its processes from what it asks of Slurm.
+    check_settings(arguments.set, names, {"trainer.devices": "--gpus"} if arguments.train == "submit" else {})
     if arguments.train == "print":
         for name in names:
             print(shlex.join(["python", *train_command(name), *arguments.set]))
@@ -100,6 +106,54 @@ def train(arguments: argparse.Namespace, names: list[str]) -> int:
     for name, job in submit(names, options, ROOT, arguments.output / "slurm", arguments.set):
         print(f"{name}: job {job}")
     return 0
+
+
+def check_settings(settings: Sequence[str], names: Sequence[str], taken: Mapping[str, str]) -> None:
+    """Compose the config of each row with these settings.
+
+    Args:
+        settings: Of ``--set``.
+        names: The rows.
+        taken: Keys that an option of this script sets.
+
+    Raises:
+        ValueError: A line for each mistake, with the rows if it isn't one for all of them.
+    """
+    if not settings:
+        return
+    # Not before now: Lightning alone takes seconds to import.
+    from bcos_train.config import Problem, UserError, check
+    from bcos_train.config.compose import Composer
+    from bcos_train.config.overrides import check_choices, read_overrides
+    from bcos_train.run import TrainConfig
+
+    composer = Composer(ROOT / "configs")
+    top_level = inspect.signature(TrainConfig).parameters
+    written, found = read_overrides(settings, composer, top_level, lambda: composer.compose("train"))
+    for text in written:
+        override, value = composer.parse(text), text.partition("=")[2]
+        if option := ({"model": "--models"} | dict(taken)).get(override.key_or_group):
+            found.append(Problem(override.key_or_group, f"{option} chooses that", value))
+        elif override.is_sweep_override():
+            found.append(Problem(override.key_or_group, "one value; give the command once for each", value))
+    found += check_choices(written.values(), composer, may_sweep=True)
+    rows: dict[str, list[str]] = {str(problem): list(names) for problem in found}
+    for name in names if not found else ():
+        try:
+            config = composer.compose("train", [*train_command(name)[1:], *written.values()])
+            problems_here = list(map(str, check(config, root=TrainConfig)))
+        except UserError as error:
+            problems_here = str(error).splitlines()
+        for text in problems_here:
+            if len(names) > 1:  # a recipe that isn't for a model names it: one line for all of these
+                text = text.replace(f"model={name};", "the models of these rows;")
+            rows.setdefault(text, []).append(name)
+    if rows:
+        of = {
+            text: "" if len(those) == len(names) else f" ({join_words(those, 'and', 3)})"
+            for text, those in rows.items()
+        }
+        raise ValueError("\n".join(f"--set {text}{of[text]}" for text in rows))
 
 
 @contextmanager
@@ -116,19 +170,25 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
 
         def render(self, task: Task) -> Text:
             done = int(task.completed)
-            if not done or task.total is None or done not in begun:
+            if task.total == done:
+                return Text("")
+            first = min(begun, default=done)
+            if done == first:
                 return Text("-:-- left")
-            left = (begun[done] - begun[0]) / done * (task.total - done) - (time.monotonic() - begun[done])
+            left = (begun[done] - begun[first]) / (done - first) * (task.total - done) - (
+                time.monotonic() - begun[done]
+            )
             return Text(f"{datetime.timedelta(seconds=max(round(left), 0))} left")
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Remaining())
     with Progress(*columns, console=Console(stderr=True)) as display:
-        task = display.add_task("", total=None)
+        task = display.add_task("", total=None, visible=False)
 
         def on_step(text: str, done: int, left: int) -> None:
-            if done + left:
-                begun.setdefault(done, time.monotonic())
-            display.update(task, description=text, completed=done, total=done + left or None)
+            if done <= max(begun, default=-1):  # another pass over the rows
+                begun.clear()
+            begun.setdefault(done, time.monotonic())
+            display.update(task, description=text, completed=done, total=done + left, visible=True)
 
         yield on_step
 

@@ -1,6 +1,7 @@
 """What the command lines of the scripts share: a user's mistake is one line and exit code 2."""
 
 import argparse
+import re
 from typing import NoReturn
 
 from bcos_train.suggest import suggest
@@ -24,4 +25,7 @@ class Parser(argparse.ArgumentParser):
         if not kind and rest:
             known = [name for action in self._actions for name in action.option_strings]
             message = f"{rest}: no such option{suggest(rest.split()[0].partition('=')[0], known)}"
+        message = re.sub(
+            r"^argument (\S+): ignored explicit argument (.*)$", r"\1 takes no value, \2 was given", message
+        )
         raise ValueError(message)

@@ -23,18 +23,19 @@ from torch.optim import Optimizer
 from bcos_train.augmentation import Augmentation, BatchMix
 from bcos_train.config import UserError, blame, check, instantiate, overlay, save
 from bcos_train.config import load as load_config
-from bcos_train.dataset import BcosEncoding, ImageSource, Standardize, UnreadableImage
+from bcos_train.dataset import BcosEncoding, ImageSource, Standardize, UnevenImages, UnreadableImage
 from bcos_train.dataset.data_module import DataModule
 from bcos_train.evaluation import ExplanationOptions
 from bcos_train.model.registry import find_weights
 from bcos_train.model.weights import load_weights
-from bcos_train.nn import sync_batch_norm_
+from bcos_train.optimizer import prefer_fused
 from bcos_train.schedule import Schedule
 from bcos_train.training import explanation_logging, launch, loggers
-from bcos_train.training.build import build_trainer, print_banner
+from bcos_train.training.build import build_model, build_trainer, choose_num_classes, print_banner
 from bcos_train.training.checkpointer import Checkpointer, Checkpointing, UnknownMonitor, find_checkpoint
 from bcos_train.training.ema import Ema, EmaCallback, ema_decay
 from bcos_train.training.finish import finish, report_evaluation
+from bcos_train.training.image_size import check_image_size
 from bcos_train.training.interrupt import Interrupted, StopFlag
 from bcos_train.training.logging import CsvLogger
 from bcos_train.training.module import Classifier, NonFiniteLoss
@@ -133,9 +134,9 @@ def _mistakes_that_show_late() -> Iterator[None]:
     """What only reading the data or writing the results brings to light, as a :class:`UserError`."""
     try:
         yield
-    except UnreadableImage as error:
+    except (UnevenImages, UnreadableImage) as error:
         # A loading process sends its whole traceback along; the message is in its last line.
-        raise UserError(str(error).strip().splitlines()[-1].rpartition("UnreadableImage: ")[2]) from error
+        raise UserError(str(error).strip().splitlines()[-1].rpartition(f"{type(error).__name__}: ")[2]) from error
     except UnknownMonitor as error:
         raise UserError(str(error)) from error
     except OSError as error:
@@ -160,7 +161,8 @@ def _train(parts: TrainConfig, config: Mapping[str, Any], stop: StopFlag, resume
         trainer = build_trainer(parts.trainer, split.accumulate)
     trainer.strategy.setup_environment()
     data = _load_data(parts, split, trainer)
-    model = _build_model(parts, data)
+    model = build_model(parts, data)
+    check_image_size(model, data, parts.encoding, config)
     with blame("optimizer"):
         parts.optimizer([nn.Parameter(torch.zeros(1, 1))])  # a wrong number is told before anything is written
     base = Path(parts.runs, parts.dataset.name, config["model"]["name"], f"{parts.name}-{run_hash(config)}")
@@ -257,7 +259,7 @@ def evaluate(config: Mapping[str, Any], given: Sequence[str] = ()) -> int:
         split = split_batch(parts.batch_size, parts.trainer.world_size, None)
     trainer.strategy.setup_environment()
     data = _load_data(parts, split, trainer, stage="validate")
-    model = _build_model(parts, data)
+    model = build_model(parts, data)
     with blame(""):
         load_weights(model, state, origin)
     # The training part may be missing.
@@ -265,6 +267,7 @@ def evaluate(config: Mapping[str, Any], given: Sequence[str] = ()) -> int:
     explanations = explanation_logging.ExplanationReport(trainer)
     started = time.monotonic()
     with _mistakes_that_show_late():
+        check_image_size(model, data, parts.encoding, config, ["eval"])
         trainer.validate(module, datamodule=data, verbose=False)
     if trainer.is_global_zero:
         output = Path(parts.output or folder or Path("evaluations", name))
@@ -296,38 +299,16 @@ def _load_data(parts: TrainConfig, split: BatchSplit, trainer: pl.Trainer, stage
     return data
 
 
-def _build_model(parts: TrainConfig, data: DataModule) -> nn.Module:
-    """The model with random weights; the seed's first use, as in the official code."""
-    pl.seed_everything(parts.seed, verbose=False)
-    with blame("model"):
-        model = parts.model(num_classes=_num_classes(parts, data))
-    channels = getattr(model, "in_chans", parts.encoding.in_channels)
-    if channels != parts.encoding.in_channels:
-        raise UserError(f"model.in_chans={channels}: the encoding gives {parts.encoding.in_channels} channels")
-    if parts.trainer.sync_batchnorm and parts.trainer.world_size > 1:
-        sync_batch_norm_(model)
-    if parts.trainer.uses_channels_last:
-        model = model.to(memory_format=torch.channels_last)
-    return model
-
-
-def _num_classes(parts: TrainConfig, data: DataModule) -> int:
-    """The model's number of classes: the data set's, or more if the config says so."""
-    given = getattr(parts.model, "keywords", {}).get("num_classes")
-    if given is not None and given < data.num_classes:
-        raise UserError(f"model.num_classes={given}: {data.dataset.name} has {data.num_classes} classes")
-    return data.num_classes if given is None else given
-
-
 def _build_module(parts: TrainConfig, model: nn.Module, data: DataModule, steps_per_epoch: int) -> Classifier:
     augmentation, options = parts.augmentation, parts.trainer
     with blame("augmentation"):
-        mix = BatchMix(_num_classes(parts, data), augmentation.mixup_alpha, augmentation.cutmix_alpha)
+        mix = BatchMix(choose_num_classes(parts, data), augmentation.mixup_alpha, augmentation.cutmix_alpha)
     return Classifier(
         model,
         loss=parts.loss,
         eval_loss=parts.eval_loss,
-        optimizer=parts.optimizer,
+        # The scaler of 16 bits and clipping need the gradients as they are.
+        optimizer=parts.optimizer if str(options.precision) == "16" else prefer_fused(parts.optimizer),
         schedule=parts.schedule,
         steps_per_epoch=steps_per_epoch,
         encoding=parts.encoding,
@@ -335,6 +316,7 @@ def _build_module(parts: TrainConfig, model: nn.Module, data: DataModule, steps_
         gradient_clip_val=options.gradient_clip_val,
         gradient_clip_algorithm=options.gradient_clip_algorithm,
         channels_last=options.uses_channels_last,
+        compiled=options.compile,
         log_every_n_steps=options.log_every_n_steps,
         seed=parts.seed,
     )

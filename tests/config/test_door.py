@@ -146,6 +146,43 @@ def test_main_gets_plain_containers(command: Command) -> None:
     assert all(type(value) in (dict, int, str) for value in command.seen[0].values())
 
 
+SUITS = """# @package _global_
+seed: 7
+suits:
+  what: the net
+  not: {model: [resnet1*], dataset: [cifar10]}
+"""
+UNSUITED = {
+    "pattern": (["model=resnet18", "recipe=own"], "recipe=own: not for model=resnet18; it is for the net\n"),
+    "name": (
+        ["model=net", "dataset=cifar10", "recipe=own"],
+        "recipe=own: not for dataset=cifar10; it is for the net\n",
+    ),
+    "list": (["model=resnet18", "recipe=[own]"], "recipe: not for model=resnet18; it is for the net\n"),
+    "one job of several": (
+        ["-m", "model=net,resnet18", "recipe=own"],
+        "recipe=own: not for model=resnet18; it is for the net\n",
+    ),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), UNSUITED.values(), ids=UNSUITED)
+def test_a_recipe_for_others(command: Command, arguments: list[str], message: str) -> None:
+    (command.configs / "recipe" / "own.yaml").write_text(SUITS)
+    assert command(*arguments) == (2, message)
+    assert command.seen == []
+
+
+def test_what_a_recipe_is_for_is_no_part_of_the_config(command: Command) -> None:
+    (command.configs / "recipe" / "own.yaml").write_text(SUITS)
+    for recipe in ("own", "[own]"):
+        assert command("model=net", "dataset=digits", f"recipe={recipe}") == (0, "")
+        assert "suits" not in command.seen[-1]
+        assert command.seen[-1]["seed"] == 7
+    # It isn't for the command line either.
+    assert command("suits.what=all")[1].startswith("suits: unknown key or config group")
+
+
 @pytest.mark.parametrize("sign", ["", "+", "++"])
 def test_a_parameter_that_the_yaml_leaves_out_can_be_set(command: Command, sign: str) -> None:
     assert command(f"{sign}model.b=1.5", f"{sign}devices=2", "~dataset.root", "++dataset.root=x") == (0, "")

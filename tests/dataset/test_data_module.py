@@ -18,7 +18,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from bcos_train.augmentation import digits_train, plain
-from bcos_train.dataset import Digits, SeededDataset
+from bcos_train.dataset import Digits, SeededDataset, UnevenImages
 from bcos_train.dataset.data_module import DataModule
 from bcos_train.dataset.randomness import seed_generators
 
@@ -137,6 +137,20 @@ def test_limits_are_the_same_in_every_run() -> None:
     assert len({label for _, labels, _ in first.val_dataloader() for label in labels.tolist()}) == 10
 
 
+def test_training_samples_by_their_indices() -> None:
+    module = _module(train_transform=_UsesEveryGenerator())
+    state = torch.get_rng_state()
+    images, labels = module.train_samples([3, 0, 3])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (images.shape, images.dtype) == ((3, 3, 4, 4), torch.uint8)
+    assert torch.equal(images[0], images[2])
+    assert not torch.equal(images[0], images[1])
+    assert torch.equal(images, module.train_samples([3, 0, 3])[0])
+    plain_ones, expected = _module(train_transform=plain(), seed=9).train_samples([3, 0, 3])
+    assert torch.equal(labels, expected)
+    assert plain_ones.shape == (3, 3, 8, 8)
+
+
 def test_fixed_validation_samples() -> None:
     module = _module(num_workers=2)
     images, labels = module.fixed_val_samples(5)
@@ -242,8 +256,11 @@ class _Odd(torch.nn.Module):
 
 
 def test_images_of_different_sizes() -> None:
-    with pytest.raises(ValueError, match=r"differ in size \(4×\d and 4×\d\): augmentation\.train must bring all"):
+    message = r"differ in size \(4×\d and 4×\d\): augmentation\.train must bring all"
+    with pytest.raises(UnevenImages, match=message):
         _batches(_module(train_transform=_Odd()).train_dataloader())
+    with pytest.raises(UnevenImages, match=message):
+        _module(train_transform=_Odd()).train_samples(range(20))
 
 
 @pytest.mark.parametrize(

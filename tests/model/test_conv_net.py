@@ -3,7 +3,6 @@
 import copy
 import math
 import pickle
-from functools import partial
 from typing import Any
 
 import pytest
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 
 from bcos_train import create_model, explain
 from bcos_train.model import BcosConvNeXt, BcosDenseNet, BcosModel, BcosVGG
-from bcos_train.model.densenet import DenseLayer
 from bcos_train.nn import BatchNormUncentered2d, BcosConv2d, DetachablePositionNorm2d
 
 TINY: dict[str, tuple[str, dict[str, Any]]] = {
@@ -118,86 +116,6 @@ def test_channels_last(tiny: Any) -> None:
     x = x.contiguous(memory_format=torch.channels_last)
     assert relative_error(tiny(x), expected) < 1e-12
     assert relative_error(explain(tiny, x).weights, weights) < 1e-12
-
-
-# DenseNet in less memory.
-
-
-def dense(**options: Any) -> Any:
-    torch.manual_seed(0)
-    model = create_model("densenet52", growth_rate=4, num_init_features=8, block_config=(3, 2), **options).double()
-    perturb_(model)
-    return model
-
-
-@pytest.mark.parametrize("norm", ["bnu-linear", "bn", "pn-linear"])
-@pytest.mark.parametrize("is_training", [True, False], ids=["train", "eval"])
-def test_less_memory_gives_the_same_numbers(norm: str, is_training: bool) -> None:
-    models = [dense(norm_layer=norm, memory_efficient=given, drop_rate=0.3) for given in (False, True)]
-    results = []
-    for model in models:
-        model.train(is_training)
-        for step in range(2):
-            torch.manual_seed(step)
-            model.zero_grad()
-            logits = model(batch(seed=step))
-            logits.square().sum().backward()
-        grads = {key: parameter.grad for key, parameter in model.named_parameters()}
-        results.append({"logits": logits.detach(), **grads, **dict(model.named_buffers())})
-    assert results[0].keys() == results[1].keys()
-    for key, value in results[0].items():
-        # The running statistics too: computing a batch again doesn't count it again.
-        assert torch.equal(results[1][key], value), key
-
-
-def count(sizes: list[int], tensor: Tensor) -> Tensor:
-    sizes.append(tensor.numel())
-    return tensor
-
-
-def test_less_memory_keeps_less() -> None:
-    kept = {}
-    for given in (False, True):
-        model: Any = dense(memory_efficient=given)
-        sizes: list[int] = []
-        with torch.autograd.graph.saved_tensors_hooks(partial(count, sizes), lambda tensor: tensor):
-            model(batch())
-        kept[given] = sum(sizes)
-    assert kept[True] < 0.8 * kept[False]
-
-
-def test_less_memory_explains_the_same() -> None:
-    plain, efficient = (dense(memory_efficient=given).eval() for given in (False, True))
-    x = batch()
-    expected = explain(plain, x).weights
-    assert torch.equal(explain(efficient, x).weights, expected)
-    # Also when the gradient is taken after explanation mode has ended.
-    leaf = x.clone().requires_grad_()
-    with efficient.explanation_mode():
-        logits = efficient(leaf)
-    (late,) = torch.autograd.grad(logits.max(dim=1).values.sum(), leaf)
-    assert torch.equal(late, expected)
-    losses = [explain(model, x, 1, create_graph=True).contribution_map.square().sum() for model in (plain, efficient)]
-    grads = [
-        torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
-        for loss, model in zip(losses, (plain, efficient), strict=True)
-    ]
-    for ours, reference in zip(*grads, strict=True):
-        assert (ours is None) == (reference is None)
-        assert ours is None or torch.equal(ours, reference)
-
-
-def test_recomputing_happens_where_it_saves_something(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[int] = []
-    bottleneck = DenseLayer._bottleneck
-    monkeypatch.setattr(DenseLayer, "_bottleneck", lambda self, *x: calls.append(1) or bottleneck(self, *x))
-    model = dense(memory_efficient=True)
-    model(batch()).sum().backward()
-    assert len(calls) == 10
-    calls.clear()
-    with torch.no_grad():
-        model(batch())
-    assert len(calls) == 5
 
 
 # Options of the families.

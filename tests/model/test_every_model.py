@@ -1,6 +1,7 @@
 """What every B-cos model promises, of whatever architecture: a sweep over all that are registered."""
 
 import copy
+import re
 from typing import Any
 
 import pytest
@@ -12,6 +13,10 @@ from bcos_train import create_model, explain, list_models
 from bcos_train.explanation import constant_term
 from bcos_train.model import BcosModel
 from bcos_train.model.conv_net import BcosConvNet
+from bcos_train.model.densenet import BcosDenseNet
+from bcos_train.model.resnet import BcosResNet
+from bcos_train.model.vgg import BcosVGG
+from bcos_train.nn import BatchNormUncentered2d, frozen_weights
 
 #: One of each family is always run, the others where there is time.
 SMALL = {
@@ -48,6 +53,31 @@ def model(request: pytest.FixtureRequest) -> Any:
     perturb_(model)
     calibrate_(model, batch(model, n=4, seed=1))
     return model.eval()
+
+
+def test_frozen_weights_change_nothing(model: Any) -> None:
+    """Logits, and the dynamic weights of two classes."""
+    x = batch(model).requires_grad_()
+
+    def results() -> list[Tensor]:
+        with model.explanation_mode():
+            logits = model(x)
+            weights = [torch.autograd.grad(logits[:, k].sum(), x, retain_graph=True)[0] for k in (0, 3)]
+        return [logits.detach(), *weights]
+
+    expected = results()
+    with frozen_weights(model):
+        found = results()
+        folded = sum(getattr(module, "is_folded", False) for module in model.modules())
+    for ours, theirs in zip(found, expected, strict=True):
+        assert relative_error(ours, theirs) <= 1e-9
+    norms = sum(isinstance(module, BatchNormUncentered2d) for module in model.modules())
+    if isinstance(model, (BcosResNet, BcosVGG)) and model.conv_layer.keywords["max_out"] == 1:
+        assert folded == norms
+    elif isinstance(model, BcosDenseNet) and model.conv_layer.keywords["max_out"] == 1:
+        assert 0 < folded < norms  # the first norm of each layer follows a concatenation
+    else:
+        assert folded == 0
 
 
 def test_forward_and_backward(model: Any) -> None:
@@ -123,6 +153,35 @@ def test_reset_classifier(model: Any) -> None:
         model.reset_classifier(-1)
 
 
+def test_pooling(model: Any) -> None:
+    """As in timm: with 0 classes it can be left out, and then the vectors of all positions come out."""
+    model = copy.deepcopy(model)
+    x = batch(model)
+    with torch.no_grad():
+        logits, features = model(x), model.forward_features(x)
+        model.reset_classifier(0, "avg")
+        average = model(x)
+        model.reset_classifier(0, "")
+        assert model.global_pool == ""
+        out = model(x)
+        if features.ndim == 3:
+            assert out.shape == features.shape  # tokens, after the head's norm
+        else:
+            assert out.shape == (2, model.head_hidden_size, *features.shape[2:])
+            assert relative_error(out.mean((2, 3)), average) < 1e-12
+        model.reset_classifier(0)
+        assert torch.equal(model(x), out)
+        with pytest.raises(ValueError, match=r"global_pool='' \(no average\) goes with num_classes=0, got 3: .*='avg'"):
+            model.reset_classifier(3)
+        model.reset_classifier(logits.shape[1], "avg")
+        assert model.global_pool == "avg"
+        assert model(x).shape == logits.shape
+        assert torch.equal(model.forward_head(features, pre_logits=True), average)
+    message = "global_pool='averge'; did you mean avg?: 'avg', or with num_classes=0 '' for no average"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        model.reset_classifier(3, "averge")
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_shapes_without_values(name: str) -> None:
     with torch.device("meta"):
@@ -171,6 +230,30 @@ def test_only_images_of_the_right_shape_are_taken(name: str, shape: tuple[int, .
         model = create_model(name)
     with pytest.raises(ValueError, match=r"the model takes \(N, 6, H, W\), got \(" + ", ".join(map(str, shape))):
         model(torch.rand(shape, device="meta"))
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((2, 6, 32, 32), "explain takes one image (1, 6, H, W), got (2, 6, 32, 32); see bcos_train.explain"),
+        ((6, 32, 32), "explain takes one image (1, 6, H, W), got (6, 32, 32)"),
+        ((1, 3, 32, 32), "explain takes one image (1, 6, H, W), got (1, 3, 32, 32): a B-cos network's input is [r, g"),
+    ],
+    ids=str,
+)
+def test_what_is_explained(shape: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        create_model("resnet20").eval().explain(torch.rand(shape))
+
+
+@pytest.mark.parametrize("name", ["resnet20", "simple_vit_ti_patch16_224"])
+def test_colour_images_need_six_channels(name: str) -> None:
+    model: Any = create_model(name, in_chans=3).eval()
+    message = "but this model takes (1, 3, H, W): bcos_train.explain gives its W(x) and contribution map"
+    for channels in (3, 6):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            model.explain(torch.rand(1, channels, 32, 32))
+    assert explain(model, torch.rand(1, 3, 32, 32)).weights.shape == (1, 3, 32, 32)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "densenet121", "convnext_atto"])

@@ -99,13 +99,14 @@ def test_register() -> None:
 @pytest.mark.parametrize("name", ["resnet20", "resnet50", "standard_resnet18"])
 def test_config_signature_lists_the_options_of_the_model(name: str) -> None:
     signature = create_model.config_signature({"name": name})  # type: ignore[attr-defined]
-    assert list(signature.parameters) == ["name", "pretrained", "weights", "backend", *model_signature(name).parameters]
+    common = ["name", "pretrained", "weights", "backend", "grad_checkpointing"]
+    assert list(signature.parameters) == [*common, *model_signature(name).parameters]
     assert {p.kind for p in signature.parameters.values()} == {inspect.Parameter.KEYWORD_ONLY}
 
 
 def test_config_signature_without_a_name() -> None:
     signature = create_model.config_signature({})  # type: ignore[attr-defined]
-    assert list(signature.parameters) == ["name", "pretrained", "weights", "backend"]
+    assert list(signature.parameters) == ["name", "pretrained", "weights", "backend", "grad_checkpointing"]
     with pytest.raises(ValueError, match="did you mean resnet20"):
         create_model.config_signature({"name": "resnet-20x"})  # type: ignore[attr-defined]
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from bcos_train import checkpoint, create_model
 from bcos_train.model.weights import save_weights
+from bcos_train.zoo.export import export
 
 State = dict[str, Tensor]
 
@@ -65,7 +66,9 @@ def write_described_run(folder: Path, **options: Any) -> Path:
     checkpoint.save({"model": state}, folder / "checkpoints" / "last.ckpt")
     options.pop("num_classes", None)
     model = {"_target_": "bcos_train.model.create_model", "_partial_": True, "name": "resnet20", **options}
-    (folder / "config.yaml").write_text(json.dumps({"model": {**model, "weights": "other.pth"}}))
+    (folder / "config.yaml").write_text(
+        json.dumps({"model": {**model, "weights": "other.pth"}, "dataset": {"_target_": "a.Digits"}})
+    )
     return folder
 
 
@@ -87,8 +90,20 @@ def test_other_options_than_the_trained_ones(part: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="were trained") as caught:
         create_model("resnet20", weights=path, b=2)
     assert str(caught.value) == (
-        f"weights={path} were trained with b=1.5, the model has b=2: give b=1.5 (on the command line model.b=1.5)"
+        f"weights={path} were trained with b=1.5, the model has b=2: give b=1.5 (on the command line model.b=1.5); "
+        "if the difference is meant, give a bare file of them, as scripts/export_weights.py writes it (.pth)"
     )
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("part", PARTS)
+def test_a_bare_file_of_them_takes_any_option(part: str, suffix: str, tmp_path: Path) -> None:
+    """The way out that the message above names."""
+    bare = tmp_path / f"bare{suffix}"
+    export(str(write_described_run(tmp_path / "run", b=1.5) / part), bare)
+    model = create_model("resnet20", weights=bare, b=1.25, logit_bias=0.5)
+    assert (model.fc.b, model.logit_layer.logit_bias) == (1.25, 0.5)
+    assert_same(dict(model.state_dict()), random_state("resnet20", b=1.5))
 
 
 def test_an_option_that_is_not_written_down_had_its_default(tmp_path: Path) -> None:

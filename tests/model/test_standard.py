@@ -115,6 +115,35 @@ def test_a_new_classifier_is_where_and_what_the_model_is() -> None:
         model.reset_classifier(-1)
 
 
+def test_pooling() -> None:
+    with torch.device("meta"):
+        model: Any = create_model("standard_resnet18")
+    model.reset_classifier(3, "avg")
+    for num_classes, pooling in ((0, ""), (3, "max"), (0, "max")):
+        with pytest.raises(ValueError, match=f"global_pool='{pooling}': "):
+            model.reset_classifier(num_classes, pooling)
+    assert model.num_classes == 3
+    with pytest.raises(ValueError, match="torchvision's ResNet takes 'avg' alone"):
+        model.reset_classifier(0, "")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_least_size(name: str) -> None:
+    """Exactly the images that leave the features a position are taken."""
+    with torch.device("meta"):
+        model: Any = create_model(f"standard_{name}").eval()
+    least = model.min_size
+    for height, width in ((least, least + 1), (least + 1, least)):
+        assert model(torch.rand(1, 3, height, width, device="meta")).shape == (1, 1000)
+    if not name.startswith("resnet"):
+        x = torch.rand(1, 3, 64, least - 1, device="meta")
+        message = rf"an image of 64x{least - 1} is too small: {model.architecture} takes at least {least}x{least}$"
+        with pytest.raises(ValueError, match=message):
+            model(x)
+        with pytest.raises(RuntimeError, match=r"(?i)too small|greater than actual"):
+            model.get_feature_extractor()(x)
+
+
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
 def test_copies_are_independent(clone: Any) -> None:
     model: Any = create_model("standard_resnet18").eval()

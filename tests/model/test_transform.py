@@ -31,5 +31,5 @@ def test_takes_any_image_mode() -> None:
 
 
 def test_three_channels_are_told_what_is_missing() -> None:
-    with pytest.raises(ValueError, match=r"takes 6 channels, got 3: .*model\.transform"):
+    with pytest.raises(ValueError, match=r"takes one image \(1, 6, H, W\), got \(1, 3, 32, 32\): .*model\.transform"):
         create_model("resnet20").eval().explain(torch.rand(1, 3, 32, 32))  # type: ignore[operator]

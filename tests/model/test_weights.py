@@ -104,7 +104,7 @@ def test_folder_without_what_is_asked_for(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds no model\.safetensors"):
         read_weights(tmp_path)
     save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=r"holds no model_ema\.safetensors"):
+    with pytest.raises(ValueError, match=r"holds no averaged weights, only the plain ones in model\.safetensors$"):
         read_weights(tmp_path, use_ema=True)
 
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from torchvision.models import get_model_weights
 from bcos_train import list_models
 from bcos_train.config import UserError, check, instantiate
 from bcos_train.config.compose import Composer
+from bcos_train.model.preprocessing import Preprocessing
+from bcos_train.model.registry import model_signature
 from bcos_train.run import EvaluateConfig, TrainConfig
 
 GROUPS = [group for group in COMPOSER.groups if not group.startswith(("hydra", "recipe/"))]
@@ -47,6 +50,20 @@ KINDS = {re.sub(r"\d+|_(tiny|small|base|large|atto|ti|s|b|l)(?=_|$)|_\d*x\d+d", 
 @pytest.mark.parametrize("model", MODELS)
 def test_every_model_on_imagenet(model: str) -> None:
     assert_composes(model, "imagenet")
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_evaluation_on_imagenet_is_the_models_own(model: str) -> None:
+    """What a run is evaluated on is what ``model.transform`` makes of an image."""
+    config = compose(f"model={model}", "dataset=imagenet")
+    with torch.device("meta"):
+        own = Preprocessing.of(build(config).model(num_classes=2).transform)
+    assert own is not None
+    if own.crop_size is None:
+        # A network for CIFAR-10, which takes images as they are; ImageNet's are cropped for it all the same.
+        assert model_signature(model).parameters["num_classes"].default == 10
+        own = replace(own, resize_size=256, crop_size=224)
+    assert own == Preprocessing.of_config(config["augmentation"], config["encoding"])
 
 
 # Composing takes a moment: here one model of each kind.

@@ -16,6 +16,8 @@ from comparing import Config, assert_same_imagenet_model, assert_same_imagenet_t
 from composing import compose
 from torch import nn
 
+from bcos_train.config import UserError
+
 
 class Collection(NamedTuple):
     configs: dict[str, Config]
@@ -113,6 +115,49 @@ def test_long_recipe_of_a_model_that_has_no_row() -> None:
     ours, row = (compose(f"model={model}", "dataset=imagenet", "recipe=long") for model in ("resnet101", "resnet50"))
     assert ours["model"]["stochastic_depth_prob"] == 0.0
     assert {**ours, "model": None} == {**row, "model": None}
+
+
+@pytest.mark.parametrize("model", ["convnext_tiny", "convnext_base_bnu"])
+def test_a_long_recipe_said_again(model: str) -> None:
+    assert compose(f"model={model}", "dataset=imagenet", "recipe=long") == compose(f"model={model}", "dataset=imagenet")
+
+
+@pytest.mark.parametrize(
+    ("model", "like"), [("convnext_atto", "tiny"), ("convnext_small", "tiny"), ("convnext_large", "base")]
+)
+def test_convnexts_without_an_official_configuration(model: str, like: str) -> None:
+    """As the official ones, but for the network itself."""
+    ours, official = (compose(f"model={name}", "dataset=imagenet") for name in (model, f"convnext_{like}"))
+    assert ours == {**official, "model": ours["model"]}
+
+
+def test_long_recipe_on_images_of_ones_own() -> None:
+    ours, row = (compose("model=resnet101", f"dataset={name}", "recipe=long") for name in ("imagefolder", "imagenet"))
+    assert ours == {**row, "dataset": ours["dataset"]}
+
+
+#: What the long recipe makes no sense with: one of each kind.
+OTHERS = [
+    "standard_resnet50",
+    "standard_convnext_tiny",
+    "standard_vitc_s_patch1_14",
+    "simple_vit_ti_patch16_224",
+    "timm",
+]
+
+
+@pytest.mark.parametrize("model", OTHERS)
+def test_long_recipe_is_for_convnets_of_ours(model: str) -> None:
+    with pytest.raises(UserError, match=rf"^recipe=long: not for model={model}; it is for B-cos ConvNets \(resnet50, "):
+        compose(f"model={model}", "dataset=imagenet", "recipe=long")
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "digits"])
+@pytest.mark.parametrize("model", ["resnet20", "resnet50_long"])
+def test_long_recipe_is_for_large_images(model: str, dataset: str) -> None:
+    allowed = "dataset=imagenet or imagefolder"
+    with pytest.raises(UserError, match=f"^recipe=long: not for dataset={dataset}; it is for .* with {allowed}$"):
+        compose(f"model={model}", f"dataset={dataset}", "recipe=long")
 
 
 def texts(official: Config) -> dict[str, str]:

@@ -41,14 +41,31 @@ def test_hash(script: ModuleType, source: str, tmp_path: Path, capsys: pytest.Ca
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "the following arguments are required"),
+        ([], "the following arguments are required: SOURCE, TARGET\n"),
+        (["{w}"], "the following arguments are required: TARGET\n"),
+        (["", "{out}"], "SOURCE is empty"),
+        (["{w}", ""], "TARGET is empty"),
+        (["{w}", "{out}", "--ema=1"], "--ema/--no-ema takes no value, '1' was given"),
+        (["{w}", "{out}", "--model", "resnet20", "b=1", "b=2"], "b is given twice: 1 and 2"),
         (["{w}", "{out}", "--modle", "resnet20"], "no such option; did you mean --model?"),
         (["{w}", "{out}", "resnet20"], "resnet20: options of the model are given as KEY=VALUE"),
         (["{w}", "{out}", "--model", "resnet2"], "unknown model 'resnet2'"),
         (["{w}", "{out}", "--model", "resnet20", "--classes", "nowhere"], "--classes nowhere can't be read"),
         (["{w}", "{w}", "--model", "resnet20"], "--force to overwrite it"),
     ],
-    ids=["nothing", "option", "no pair", "model", "classes", "target"],
+    ids=[
+        "nothing",
+        "no target",
+        "empty source",
+        "empty target",
+        "value of a flag",
+        "twice",
+        "option",
+        "no pair",
+        "model",
+        "classes",
+        "target",
+    ],
 )
 def test_mistakes(
     arguments: list[str],

@@ -85,12 +85,31 @@ def test_only_listed(script: ModuleType, images: Path, tmp_path: Path) -> None:
 
 
 def test_own_weights_that_are_missing(
-    script: ModuleType, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    script: ModuleType,
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    (tmp_path / "runs").mkdir()
+    """All of them: that is nothing. Some of them: whoever has trained a few rows need not name them."""
+    own = tmp_path / "own"
+    own.mkdir()
     monkeypatch.setenv("IMAGENET_PATH", str(images))
-    assert script.main(["--models", ROW, "--weights", str(tmp_path / "runs"), "--output", str(tmp_path)]) == 0
-    assert content(tmp_path)[ROW]["status"] == "no weights"
+    result = {"acc1": 1.0, "acc5": 2.0, "count": 6, "seconds": 1.0, "dataset": "imagenet"}
+    monkeypatch.setattr(script, "evaluate_row", lambda *args: result)
+    arguments = ["--models", "resnet18", ROW, "--weights", str(own), "--output", str(tmp_path)]
+    assert script.main(arguments) == 1
+    assert {row["status"] for row in content(tmp_path).values()} == {"no weights"}
+    missing = "no file resnet18.safetensors, .pth or .ckpt, no exported folder resnet18 and no run"
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1] == f"no weights for 2 of 2 rows; the first, resnet18: {own}: {missing}"
+    (own / f"{ROW}.pth").touch()
+    assert script.main(arguments) == 0
+    assert {name: row["status"] for name, row in content(tmp_path).items()} == {
+        "resnet18": "no weights",
+        ROW: "measured",
+    }
+    assert capsys.readouterr().err.splitlines()[-1] == f"no weights for 1 of 2 rows; resnet18: {own}: {missing}"
 
 
 @pytest.mark.parametrize(
@@ -130,16 +149,24 @@ def test_readme(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_time_that_is_left(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """After rows of 100 and 300 s, in the 50th second of the third of four."""
+    """After a row of before and rows of 100 and 300 s, in the 50th second of the fourth of five."""
     now = [0.0]
     monkeypatch.setattr(script.time, "monotonic", lambda: now[0])
     with script.progress() as on_step:
-        on_step("counting", 0, 0)
-        for done, begins in enumerate((10.0, 110.0, 410.0)):
+        for done in range(5):
+            on_step("counting", done, 5 - done)
+        for done, begins in enumerate((10.0, 110.0, 410.0), 1):
             now[0] = begins
-            on_step("row", done, 4 - done)
+            on_step("row", done, 5 - done)
         now[0] = 460.0
-    assert capsys.readouterr().err.splitlines()[-1].split()[-3:] == ["2/4", "0:05:50", "left"]
+    assert capsys.readouterr().err.splitlines()[-1].split()[-3:] == ["3/5", "0:05:50", "left"]
+
+
+def test_nothing_is_left(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    with script.progress() as on_step:
+        on_step("counting", 0, 1)
+        on_step("done", 1, 0)
+    assert capsys.readouterr().err.splitlines()[-1].split()[-1] == "1/1"
 
 
 # ---- mistakes
@@ -158,6 +185,7 @@ def test_time_that_is_left(
         (["--device", "gpus"], "--device: invalid choice: 'gpus'"),
         (["--train", "submit", "--gpus", "0"], "--gpus 0: at least 1"),
         (["--train", "submit", "--time", "0"], "--time 0: more than 0"),
+        (["--set", "seed=2"], "--set seed=2: goes with --train print or --train submit"),
         (["--train", "submit"], "--train submit: no Slurm here (there is no sbatch); --train print shows the commands"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
@@ -186,6 +214,53 @@ def test_commands_are_printed(script: ModuleType, capsys: pytest.CaptureFixture[
     assert lines == [f"python train.py model={name} dataset=imagenet" for name in RECORDS]
     assert script.main(["--models", "resnet18", "--train", "print", "--set", "name=my run", "seed=2"]) == 0
     assert capsys.readouterr().out == "python train.py model=resnet18 dataset=imagenet 'name=my run' seed=2\n"
+
+
+def mistakes(script: ModuleType, capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
+    assert script.main([*arguments]) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    return output.err.splitlines()
+
+
+@pytest.mark.parametrize("mode", ["print", "submit"])
+def test_settings_are_checked_before_anything_is_printed_or_submitted(
+    mode: str, script: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(script, "submit", None)
+    given = ["foo=bar", "seeed=2", "oops", "recipe=lang", "seed=1,2", "model=resnet34"]
+    lines = mistakes(script, capsys, "--models", "resnet18", "resnet34", "--train", mode, "--set", *given)
+    assert [line.partition(":")[0] for line in lines] == [
+        *("--set foo", "--set seeed", "--set oops", "--set seed=1,2", "--set model=resnet34", "--set recipe=lang")
+    ]
+    assert lines[1] == "--set seeed: unknown key or config group; did you mean seed?"
+    assert lines[3] == "--set seed=1,2: one value; give the command once for each"
+    assert lines[4] == "--set model=resnet34: --models chooses that"
+    assert lines[5].startswith("--set recipe=lang: no such choice; did you mean long?")
+    given = ["seed=many", "model.inplanes=32", "optimizer.lrr=1"]  # inplanes: of ResNets alone
+    lines = mistakes(script, capsys, "--models", "resnet18", ROW, "--train", mode, "--set", *given)
+    where = {line.partition(":")[0]: line.endswith(f" ({ROW})") for line in lines}
+    assert where == {"--set seed=many": False, "--set model.inplanes=32": True, "--set optimizer.lrr=1": False}
+
+
+def test_recipe_that_some_rows_do_not_take(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ("--train", "print", "--set", "recipe=long", "--models")
+    (line,) = mistakes(script, capsys, *given, "resnet18", ROW, f"standard_{ROW}")
+    assert line.startswith("--set recipe=long: not for the models of these rows; it is for ")
+    assert line.endswith(f" ({ROW} and standard_{ROW})")
+    (line,) = mistakes(script, capsys, *given, ROW)
+    assert line.startswith(f"--set recipe=long: not for model={ROW}; it is for ")
+    assert script.main([*given, "resnet18"]) == 0
+    assert capsys.readouterr().out == "python train.py model=resnet18 dataset=imagenet recipe=long\n"
+
+
+def test_the_gpus_of_a_job_are_set_once(
+    script: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(script, "submit", None)
+    given = ("--models", "resnet18", "--set", "trainer.devices=2", "--train")
+    assert mistakes(script, capsys, *given, "submit") == ["--set trainer.devices=2: --gpus chooses that"]
+    assert script.main([*given, "print"]) == 0
 
 
 def test_what_a_job_asks_for() -> None:

@@ -80,6 +80,21 @@ def test_without_grids_the_score_is_no_number_and_is_logged() -> None:
     assert found["explanation/grid_pointing/n_grids"] == 0
 
 
+def test_without_grids_the_summary_is_json_all_the_same(tmp_path: Path) -> None:
+    options = ("limit_val=5", "trainer.max_epochs=1", "explanation.grid_pointing.n=3", "explanation.n_images=2")
+    config = compose(tmp_path, *(text for text in WITHOUT if text != "explanation=none"), *options)
+    assert train(config) == 0
+    folder = run_folder(tmp_path)
+    text = (folder / "summary.json").read_text()
+    metrics = json.loads(text, parse_constant=lambda constant: pytest.fail(f"{constant} is not JSON"))["metrics"]
+    assert metrics["explanation/grid_pointing"] is None
+    assert metrics["explanation/grid_pointing/n_grids"] == 0
+    assert math.isfinite(metrics["explanation/completeness"])
+    assert math.isnan(read_metrics(folder / "metrics.csv")[-1]["explanation/grid_pointing"])
+    assert train(config) == 0
+    assert (folder / "summary.json").read_text() == text, "the run counts as ended"
+
+
 def test_recorder_has_the_predictions_of_the_validation(tmp_path: Path) -> None:
     recorder, data = PredictionRecorder(), make_data()
     module = fit(tmp_path, recorder, data=data)

@@ -12,7 +12,7 @@ import pytest
 from bcos_train import checkpoint as files
 from bcos_train.config import UserError
 from bcos_train.run import train
-from bcos_train.training.run_folder import find_run_folder, locked, run_hash, write_json
+from bcos_train.training.run_folder import find_run_folder, locked, run_hash
 
 from .runs import TINY, compose, run_folder, signal_at
 
@@ -118,7 +118,7 @@ def test_what_is_found_in_a_folder(tmp_path: Path) -> None:
     assert folder.resume_from == folder.checkpoints / files.LAST
     assert not folder.finished
     (tmp_path / "checkpoints" / files.LAST).write_bytes(b"")
-    write_json(tmp_path / "summary.json", {})
+    (tmp_path / "summary.json").write_text("{}")
     folder = find_run_folder(tmp_path, resume=True)
     assert folder.resume_from == folder.checkpoints / files.PREVIOUS
     assert folder.finished

@@ -224,6 +224,16 @@ def test_results_are_those_of_the_same_weights(trained_run: Path, tmp_path: Path
     assert export(str(folder), tmp_path / "d.pth").source.metrics["acc1"] != 12.5
 
 
+def test_another_function_of_the_same_weights_has_no_results(trained_run: Path, tmp_path: Path) -> None:
+    same = export(str(trained_run), tmp_path / "a", options={"b": 1.5, "stochastic_depth_prob": 0.0}).source
+    assert same.metrics
+    other = export(str(trained_run), tmp_path / "b", options={"b": 2}).source
+    assert (other.options["b"], other.metrics, other.n_images) == (2, {}, None)
+    config = json.loads((tmp_path / "b" / "config.json").read_text())
+    assert config["model_args"]["b"] == 2
+    assert "metrics" not in config or config["metrics"] == {}
+
+
 def test_an_exported_folder_keeps_what_it_says(trained_run: Path, tmp_path: Path) -> None:
     names = [f"class {i}" for i in range(10)]
     export(str(trained_run), tmp_path / "1", licence="mit", class_names=names)

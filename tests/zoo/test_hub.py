@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bcos_train import list_models
 from bcos_train.zoo import RECORDS
 
 from .release import Release, as_file, publish, state_of
@@ -22,18 +23,23 @@ scipy sklearn submitit timm torchmetrics tqdm wandb webdataset
 """
 
 SCRIPT = f"""
-import json, sys
+import inspect, json, sys
 sys.modules.update(dict.fromkeys({OTHERS.split()!r}))
 import torch
 
-# torch.hub.list and torch.hub.help take no source="local"; what they do with a folder is this.
-torch.hub._get_cache_or_reload = lambda *args, **kwargs: "."
+def local(function, *args):
+    if "source" in inspect.signature(function).parameters:
+        return function(".", *args, source="local")
+    # torch.hub.list and torch.hub.help take repositories alone; what they do with their files is this.
+    torch.hub._get_cache_or_reload = lambda *args, **kwargs: "."
+    return function("x/y", *args)
+
 model = torch.hub.load(".", "resnet18", source="local", pretrained=False, progress=True, num_classes=7)
 x = torch.rand(1, 6, 64, 64)
 print(json.dumps({{
     "package": sys.modules["bcos_train"].__file__,
-    "names": torch.hub.list("x/y"),
-    "help": torch.hub.help("x/y", "vitc_ti_patch1_14"),
+    "names": local(torch.hub.list),
+    "help": local(torch.hub.help, "vitc_ti_patch1_14"),
     "classes": model(x).shape[1],
     "keys": list(model.eval().explain(x)),
 }}))
@@ -52,7 +58,7 @@ def outcome() -> dict[str, object]:
 
 
 def test_lists_exactly_the_official_names(outcome: dict[str, object]) -> None:
-    assert outcome["names"] == sorted(RECORDS)
+    assert outcome["names"] == sorted(RECORDS) == sorted(list_models(pretrained=True))
 
 
 def test_takes_the_package_beside_it(outcome: dict[str, object]) -> None:

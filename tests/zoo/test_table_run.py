@@ -126,13 +126,17 @@ def test_official_weights_that_cannot_be_had(data: Path, tmp_path: Path, monkeyp
     rows = by_name(measure(NAMES, Settings(data=data), tmp_path, Evaluation()))
     assert (rows["resnet34"].status, rows["resnet34"].reason) == ("no weights", "no connection")
     assert rows["resnet18"].status == rows["simple_vit_ti_patch16_224"].status == "measured"
+    assert table_run.problems([*rows.values()]) == ["no weights for 1 of 3 rows; resnet34: no connection"]
+    assert not table_run.is_complete([*rows.values()], "official")
+    assert table_run.is_complete([*rows.values()], "a folder")
 
 
 def test_a_row_that_fails_stops_no_other(data: Path, tmp_path: Path) -> None:
     rows = by_name(measure(NAMES, Settings(data=data), tmp_path, Evaluation(fail="resnet34")))
     assert (rows["resnet34"].status, rows["resnet34"].reason) == ("failed", "out of memory")
     assert rows["simple_vit_ti_patch16_224"].status == "measured"
-    assert table_run.problems(rows.values()) == ["resnet34: failed: out of memory"]
+    assert table_run.problems([*rows.values()]) == ["resnet34: failed: out of memory"]
+    assert not table_run.is_complete([*rows.values()], "official")
     again = Evaluation()
     measure(NAMES, Settings(data=data), tmp_path, again)
     assert again.names == ["resnet34"]
@@ -193,11 +197,16 @@ def test_damaged_result_is_measured_anew(text: str, data: Path, tmp_path: Path) 
     assert evaluate.names == NAMES[:1]
 
 
-def test_progress_counts_the_rows_to_measure(data: Path, tmp_path: Path) -> None:
+def test_progress_counts_the_rows(data: Path, tmp_path: Path) -> None:
+    """Their sizes, then from those on that were measured before."""
     measure(NAMES[:1], Settings(data=data), tmp_path, Evaluation())
     steps: list[tuple[str, int, int]] = []
     measure(NAMES, Settings(data=data), tmp_path, Evaluation(), lambda *step: steps.append(step))
-    assert [step for step in steps if sum(step[1:])] == [(NAMES[1], 0, 2), (NAMES[2], 1, 1), ("done", 2, 0)]
+    assert steps[:3] == [(f"{name}: parameters and GMACs", i, 3 - i) for i, name in enumerate(NAMES)]
+    assert steps[3:] == [(NAMES[1], 1, 2), (NAMES[2], 2, 1), ("done", 3, 0)]
+    steps.clear()
+    measure(NAMES, Settings(data=data), tmp_path, Evaluation(), lambda *step: steps.append(step))
+    assert steps[3:] == [("done", 3, 0)]
 
 
 # ---- weights

@@ -257,6 +257,11 @@ def test_mirror_without_the_file(mirror: Path, release: Release, row: ZooRecord)
     assert release.requests == []
 
 
+def test_mirror_that_is_missing(mirror: Path, row: ZooRecord) -> None:
+    mirror.rmdir()
+    assert refused(row).startswith(f"BCOS_WEIGHTS={mirror}: no such folder; name one with {row.file}, or unset it")
+
+
 def test_mirror_with_another_file(mirror: Path, release: Release, row: ZooRecord) -> None:
     (mirror / row.file).write_bytes(CONTENT[:-1])
     assert f"{mirror / row.file} isn't the published file: its SHA-256 doesn't begin with {row.sha256}" in refused(row)

@@ -6,6 +6,7 @@ Hydra's public API composes too, but knows neither ``--config-dir`` nor sweeps.
 import os
 import re
 from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from yaml import YAMLError
 from bcos_train.config.errors import UserError
 from bcos_train.config.plain import join, to_plain
 
-__all__ = ["Composer", "one_line", "texts"]
+__all__ = ["Composer", "finish", "one_line", "texts"]
 
 VERSION_BASE = "1.3"
 
@@ -41,6 +42,9 @@ HYDRA_TARGETS = (
     "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher",
 )
 
+
+#: The key under which a recipe says what it is for; it is gone from the finished config.
+SUITS = "suits"
 
 #: Stands for a value that an interpolation doesn't give yet.
 UNRESOLVED = "${…}"
@@ -106,7 +110,7 @@ class Composer:
         """The config of one job as plain containers, interpolations resolved, without Hydra's own part.
 
         Raises:
-            UserError: The overrides or the files don't make a config.
+            UserError: The overrides or the files don't make a config, or the recipe is for others.
         """
         config = self._load(config_name, overrides, RunMode.RUN)
         config_of_hydra = HydraConfig.instance()
@@ -114,7 +118,7 @@ class Composer:
         try:
             # The ${hydra:…} resolver looks here.
             config_of_hydra.set_config(config)
-            return to_plain(config)
+            return finish(config)
         finally:
             config_of_hydra.cfg = before
 
@@ -139,6 +143,28 @@ class Composer:
             raise UserError(one_line(error)) from error
         _refuse_foreign_code(config.hydra, "hydra")
         return config
+
+
+def finish(config: DictConfig) -> dict[str, Any]:
+    """The config of the job that Hydra has set, as plain containers, after a look at what its recipe is for.
+
+    A recipe may say what it makes no sense with, and for the message what it is for::
+
+        suits:
+          what: B-cos ConvNets on ImageNet
+          not: {model: [standard_*, timm], dataset: [cifar10]}
+
+    Raises:
+        UserError: A choice matches one of these patterns, or an interpolation leads nowhere.
+    """
+    plain: dict[str, Any] = to_plain(config)
+    suits = plain.pop(SUITS, None) or {}
+    choices = dict(HydraConfig.get().runtime.choices)
+    recipe = f"recipe={choices['recipe']}" if "recipe" in choices else "recipe"  # it may be a list of them
+    for group, patterns in suits.get("not", {}).items():
+        if any(fnmatchcase(str(choices.get(group)), pattern) for pattern in patterns):
+            raise UserError(f"{recipe}: not for {group}={choices[group]}; it is for {suits['what']}")
+    return plain
 
 
 def _refuse_foreign_code(node: Any, path: str) -> None:

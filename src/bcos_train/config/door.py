@@ -21,10 +21,9 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from bcos_train.config.check import Problem, check
-from bcos_train.config.compose import VERSION_BASE, Composer, one_line, texts
+from bcos_train.config.compose import VERSION_BASE, Composer, finish, one_line, texts
 from bcos_train.config.errors import UserError
 from bcos_train.config.overrides import check_choices, read_overrides
-from bcos_train.config.plain import to_plain
 from bcos_train.suggest import suggest
 
 __all__ = ["door", "given_keys"]
@@ -204,7 +203,7 @@ def _make_task(
         is_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
         with _environment(FULL_ERROR, full_error):
             try:
-                plain = to_plain(config)
+                plain = finish(config)
                 _raise(check(plain, root=root))
                 code = main(plain) or 0
             except UserError as error:

@@ -11,7 +11,7 @@ from bcos_train.dataset.folder import ImageFolder, UnreadableImage
 from bcos_train.dataset.imagenet import ImageNet
 from bcos_train.dataset.randomness import Stream, derive_seed, epoch_order, isolated_rng, step_seed
 from bcos_train.dataset.sampler import EvalBatchSampler, TrainBatchSampler
-from bcos_train.dataset.seeded import SeededDataset
+from bcos_train.dataset.seeded import SeededDataset, UnevenImages
 
 __all__ = [
     "BcosEncoding",
@@ -26,6 +26,7 @@ __all__ = [
     "Standardize",
     "Stream",
     "TrainBatchSampler",
+    "UnevenImages",
     "UnreadableImage",
     "add_inverse",
     "derive_seed",

@@ -166,6 +166,12 @@ class DataModule(pl.LightningDataModule):
         """The samples of :meth:`fixed_val_indices`: uint8 (n,3,H,W) and labels (n,)."""
         return self.val_samples(self.fixed_val_indices(n))
 
+    def train_samples(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Training samples by their indices, augmented alike at each call: uint8 (n,3,H,W) and labels (n,)."""
+        part = SeededDataset(self._train_part(), self.train_transform)
+        images, labels, _ = Collate("augmentation.train")(part.__getitems__([(index, index) for index in indices]))
+        return images, labels
+
     def val_samples(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Validation samples by their indices: uint8 (n,3,H,W) and labels (n,)."""
         part = SeededDataset(self._val_part(), self.eval_transform)

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from bcos_train.dataset.randomness import isolated_rng, seed_generators
 from bcos_train.dataset.sampler import SampleKey
 
-__all__ = ["Collate", "SeededDataset", "Transform"]
+__all__ = ["Collate", "SeededDataset", "Transform", "UnevenImages"]
 
 Transform = Callable[[Image.Image], Tensor]
 
@@ -57,11 +57,18 @@ class SeededDataset(Dataset[tuple[Tensor, int, int]]):
         return image
 
 
+class UnevenImages(ValueError):
+    """Images that are to make up a batch differ in size."""
+
+
 class Collate:
     """A list of samples -> images uint8 (N,3,H,W), labels int64 (N,), indices in the data set int64 (N,).
 
     Args:
         transform_key: what to name in the error if the images differ in size.
+
+    Raises:
+        UnevenImages: on a call, if they do.
     """
 
     def __init__(self, transform_key: str) -> None:
@@ -72,8 +79,8 @@ class Collate:
         sizes = sorted({(image.shape[1], image.shape[2]) for image in images})
         if len(sizes) > 1:
             (h0, w0), (h1, w1) = sizes[0], sizes[-1]
-            raise ValueError(
+            raise UnevenImages(
                 f"the images of a batch differ in size ({h0}×{w0} and {h1}×{w1}): {self.transform_key} must bring "
-                f"all to one size, for instance by a resize and a crop"
+                f"all to one size, as augmentation=imagenet does by a resize and a crop"
             )
         return torch.stack(images), torch.tensor(labels, dtype=torch.int64), torch.tensor(indices, dtype=torch.int64)

@@ -1,11 +1,9 @@
 """``explanations.json``, the scores, the figures and the table of an evaluation."""
 
-import json
 import math
-import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from bcos_train.evaluation.measuring import Results, measure
 from bcos_train.evaluation.options import ExplanationOptions, GridPointingOptions
 from bcos_train.evaluation.scoring import BETTER, explain_grids
-from bcos_train.evaluation.store import ScoreStore, fingerprint, replace_file
+from bcos_train.evaluation.store import ScoreStore, fingerprint, replace_file, write_json
 from bcos_train.evaluation.subject import Subject, grid_input, grid_pictures
 from bcos_train.evaluation.summary import describe, tables
 from bcos_train.explanation import evaluating
@@ -70,7 +68,7 @@ def evaluate_explanations(
     with _progress() as on_step:
         results = measure(subject, options, store, on_step)
     content = {**origin, **describe(results, options)}
-    _write_json(output / CONTENT, content)
+    write_json(output / CONTENT, content)
     arrays = {f"{metric}/{method}": t.numpy() for metric, of in results.scores.items() for method, t in of.items()}
     if results.grids is not None:
         arrays["grids"] = results.grids.numpy()
@@ -165,9 +163,3 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
                 console.print(f"explanations: {done} of {total}{ending}", highlight=False)
 
         yield on_step
-
-
-def _write_json(path: Path, content: Mapping[str, Any] | Sequence[Any]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)

@@ -1,10 +1,11 @@
-"""Scores on the disk, so that an interrupted measurement goes on where it was."""
+"""Results on the disk: scores, so that an interrupted measurement goes on where it was, and files of JSON."""
 
 import hashlib
 import json
+import math
 import os
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ScoreStore", "fingerprint", "replace_file"]
+__all__ = ["ScoreStore", "fingerprint", "replace_file", "write_json"]
 
 _SCORES, _IDENTITY = "scores", "identity"
 
@@ -68,6 +69,27 @@ def replace_file(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Mapping[str, Any] | Sequence[Any]) -> None:
+    """Write a JSON file that appears complete or not at all.
+
+    Numbers that are not finite, which JSON doesn't have, become null: the score of a metric that couldn't be measured.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def fingerprint(content: Any) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bcos_train.dataset.encoding import BcosEncoding
-from bcos_train.model.base import BcosModel
+from bcos_train.model.base import BcosModel, check_images, resolve_pooling
 from bcos_train.model.transform import InferenceTransform
 from bcos_train.nn import BcosConv2d, LogitLayer, make_norm
 
@@ -67,23 +67,26 @@ class BcosConvNet(BcosModel):
         Raises:
             ValueError: Another number of axes or channels, or H or W below ``min_size``.
         """
-        self._check_input(x)
+        check_images(x, self.in_chans, self.min_size, type(self).__name__)
         return self.get_feature_extractor()(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Feature map ``(N, num_features, H', W') -> (N, K)``, or ``(N, head_hidden_size)`` with ``pre_logits``."""
+        """Feature map ``(N, num_features, H', W') -> (N, K)``, or ``(N, head_hidden_size)`` with ``pre_logits``.
+
+        Without the average (``global_pool=""``) the latter is ``(N, head_hidden_size, H', W')``.
+        """
         if self.num_classes and not pre_logits:
             return self.logit_layer(self.avgpool(self.get_classifier()(x)).flatten(1))
         if "." in self.logits_name:
             for module in list(self.get_classifier().children())[:-1]:
                 x = module(x)
-        return self.avgpool(x).flatten(1)
+        return self.avgpool(x).flatten(1) if self.global_pool else x
 
     def get_classifier(self) -> nn.Module:
         """What gives a logit at each position; the global average comes after it."""
         return getattr(self, self.logits_name.partition(".")[0])
 
-    def reset_classifier(self, num_classes: int) -> None:
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Put a new last convolution with random weights in the place of the present one.
 
         The logits keep their temperature; their bias becomes the default for the new number of classes.
@@ -91,12 +94,13 @@ class BcosConvNet(BcosModel):
         Args:
             num_classes: K; 0 leaves that convolution out, and temperature and bias unused: the model then gives
                 ``(N, head_hidden_size)``.
+            global_pool: ``"avg"``; with 0 classes also ``""``, no average: ``(N, head_hidden_size, H', W')``. ``None``:
+                as it is.
 
         Raises:
-            ValueError: A negative number.
+            ValueError: A negative number, or another ``global_pool``.
         """
-        if num_classes < 0:
-            raise ValueError(f"num_classes={num_classes}: at least 0")
+        self.global_pool = resolve_pooling(num_classes, global_pool, self.global_pool)
         reference = next(self.parameters())
         new: nn.Module = nn.Identity()
         if num_classes:
@@ -119,15 +123,6 @@ class BcosConvNet(BcosModel):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 self.init_conv(module)
-
-    def _check_input(self, x: Tensor) -> None:
-        if x.ndim != 4 or x.shape[1] != self.in_chans:
-            raise ValueError(f"the model takes (N, {self.in_chans}, H, W), got {tuple(x.shape)}")
-        if min(x.shape[2:]) < self.min_size:
-            raise ValueError(
-                f"an image of {x.shape[2]}x{x.shape[3]} is too small: {type(self).__name__} takes at least "
-                f"{self.min_size}x{self.min_size}"
-            )
 
 
 def make_logit_layer(num_classes: int, logit_temperature: float | None, logit_bias: float | None) -> LogitLayer:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
+from bcos_train.model.base import GroupMatcher
 from bcos_train.model.conv_net import (
     LONG_TRANSFORM,
     BcosConvNet,
@@ -25,6 +26,7 @@ from bcos_train.model.conv_net import (
     resolve_conv,
     resolve_norm,
 )
+from bcos_train.model.recompute import Blocks
 from bcos_train.model.registry import register_model
 from bcos_train.nn import make_norm
 
@@ -105,7 +107,7 @@ class BcosConvNeXt(BcosConvNet):
         stages: list[nn.Module] = [stem, norm_layer(channels[0])]
         for stage, (depth, width) in enumerate(zip(layers, channels, strict=True)):
             blocks = [ConvNeXtBlock(width, layer_scale, next(drop_probs), norm_layer, conv_layer) for _ in range(depth)]
-            stages.append(nn.Sequential(*blocks))
+            stages.append(Blocks(*blocks))
             if stage + 1 < len(channels):
                 halve = conv_layer(width, channels[stage + 1], kernel_size=2, stride=2)
                 stages.append(nn.Sequential(norm_layer(width), halve))
@@ -126,6 +128,15 @@ class BcosConvNeXt(BcosConvNet):
 
     def get_feature_extractor(self) -> nn.Module:
         return self.features
+
+    def group_matcher(self, coarse: bool = False) -> GroupMatcher:
+        """A group for the stem, each block (``coarse``: each stage), the halving before it with it, and the head."""
+        blocks: list[tuple[str, tuple[int, ...] | None]] = []
+        for stage in range(2, len(self.features), 2):
+            first = f"{stage}" if coarse else rf"{stage}\.0"
+            blocks.append((rf"features\.(?:{stage - 1}|{first})\.", (stage, 0)))
+            blocks.append((rf"features\.({stage})\.(\d+)\.", None))
+        return {"stem": r"features\.[01]\.", "blocks": blocks}
 
 
 #: Name: blocks and channels of each stage, drop probability of the last block.

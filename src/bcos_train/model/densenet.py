@@ -10,15 +10,13 @@ Axes: N images, C channels, H height, W width, K classes.
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
+from bcos_train.model.base import PREVIOUS_GROUP, GroupMatcher
 from bcos_train.model.conv_net import (
     CIFAR_OPTIONS,
     LONG_TRANSFORM,
@@ -29,22 +27,15 @@ from bcos_train.model.conv_net import (
     resolve_conv,
     resolve_norm,
 )
+from bcos_train.model.recompute import Blocks
 from bcos_train.model.registry import register_model
-from bcos_train.nn import Detachable
 
 
 class DenseLayer(nn.Module):
     """From all feature maps of the block so far to ``growth_rate`` new ones, through ``bn_size`` times as many."""
 
     def __init__(
-        self,
-        inplanes: int,
-        growth_rate: int,
-        bn_size: int,
-        drop_rate: float,
-        memory_efficient: bool,
-        norm_layer: Layer,
-        conv_layer: Layer,
+        self, inplanes: int, growth_rate: int, bn_size: int, drop_rate: float, norm_layer: Layer, conv_layer: Layer
     ) -> None:
         super().__init__()
         width = bn_size * growth_rate
@@ -53,40 +44,17 @@ class DenseLayer(nn.Module):
         self.norm2 = norm_layer(width)
         self.conv2 = conv_layer(width, growth_rate, kernel_size=3, padding=1)
         self.drop_rate = drop_rate
-        self.memory_efficient = memory_efficient
 
-    def forward(self, features: list[Tensor]) -> Tensor:
-        if self.memory_efficient and torch.is_grad_enabled() and not self._is_explained():
-            contexts = partial(_forward_and_recompute, self.norm1)
-            out = checkpoint(self._bottleneck, *features, use_reentrant=False, context_fn=contexts)
-        else:
-            out = self._bottleneck(*features)
+    def forward(self, *features: Tensor) -> Tensor:
+        out = self.conv1(self.norm1(torch.cat(features, dim=1)))
         return F.dropout(self.conv2(self.norm2(out)), self.drop_rate, self.training)
 
-    def _bottleneck(self, *features: Tensor) -> Tensor:
-        return self.conv1(self.norm1(torch.cat(features, dim=1)))
-
-    def _is_explained(self) -> bool:
-        """What explanation mode holds constant could not be known when a later backward pass computes it again."""
-        return any(isinstance(module, Detachable) and module.detach for module in self.modules())
+    def chains(self) -> Iterator[Sequence[nn.Module]]:
+        """For :func:`~bcos_train.nn.frozen_weights`."""
+        yield self.norm1, self.conv1, self.norm2, self.conv2
 
 
-def _forward_and_recompute(norm: nn.Module) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    return nullcontext(), _scratch_buffers(norm)
-
-
-@contextmanager
-def _scratch_buffers(norm: nn.Module) -> Iterator[None]:
-    """Let the norm update copies of its running statistics: the forward pass has counted this batch already."""
-    kept = dict(norm._buffers)
-    try:
-        norm._buffers.update({name: None if buffer is None else buffer.clone() for name, buffer in kept.items()})
-        yield
-    finally:
-        norm._buffers.update(kept)
-
-
-class DenseBlock(nn.Sequential):
+class DenseBlock(Blocks):
     """Layers that each see the block's input and the outputs of all layers before them.
 
     ``make_layer`` is called with each layer's number of input channels; ``out_channels`` is that of the block's output.
@@ -100,7 +68,7 @@ class DenseBlock(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         features = [x]
         for layer in self:
-            features.append(layer(features))
+            features.append(self.run([layer], *features))
         return torch.cat(features, dim=1)
 
 
@@ -123,8 +91,8 @@ class BcosDenseNet(BcosConvNet):
         max_out: Units per output channel, of which the largest counts.
         logit_bias: Added to every logit. Default: ``-log(K - 1)``, with which a zero output means a probability 1/K.
         logit_temperature: Divides every logit before the bias is added.
-        memory_efficient: Compute the concatenated features and each bottleneck again in the backward pass rather than
-            keep them (arXiv 1707.06990): less memory, the same numbers. Not in explanation mode.
+        memory_efficient: Call ``set_grad_checkpointing()``: each layer's concatenated features and what is made of them
+            are then computed again in the backward pass (arXiv 1707.06990).
         small_inputs: 3x3 stem without norm and pooling, for images around 32 px.
 
     Shape: ``(N, in_chans, H, W) -> (N, K)``, H and W at least ``min_size``.
@@ -172,7 +140,6 @@ class BcosDenseNet(BcosConvNet):
             growth_rate=growth_rate,
             bn_size=bn_size,
             drop_rate=drop_rate,
-            memory_efficient=memory_efficient,
             norm_layer=norm_layer,
             conv_layer=conv_layer,
         )
@@ -192,12 +159,27 @@ class BcosDenseNet(BcosConvNet):
         self.logit_layer = make_logit_layer(num_classes, logit_temperature, logit_bias)
         self.classifier = conv_layer(channels, num_classes, kernel_size=1)
         self.init_convs()
+        if memory_efficient:
+            self.set_grad_checkpointing()
 
     def init_conv(self, conv: nn.Conv2d) -> None:
         nn.init.kaiming_normal_(conv.weight)
 
     def get_feature_extractor(self) -> nn.Module:
         return self.features
+
+    def chains(self) -> Iterator[Sequence[nn.Module]]:
+        """For :func:`~bcos_train.nn.frozen_weights`."""
+        yield list(self.features)
+
+    def group_matcher(self, coarse: bool = False) -> GroupMatcher:
+        """A group for the stem, each layer (``coarse``: each block), what follows it with it, and the head."""
+        stem = r"features\.(?:conv0|norm0)\."
+        last = (r"features\.norm5\.", PREVIOUS_GROUP)
+        if coarse:
+            return {"stem": stem, "blocks": [(r"features\.(?:denseblock|transition)(\d+)\.", None), last]}
+        layers = (r"features\.denseblock(\d+)\.denselayer(\d+)\.", None)
+        return {"stem": stem, "blocks": [layers, (r"features\.transition(\d+)\.", PREVIOUS_GROUP), last]}
 
 
 class LongBcosDenseNet(BcosDenseNet):

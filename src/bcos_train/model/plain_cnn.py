@@ -14,6 +14,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
+from bcos_train.model.base import GroupMatcher, check_images
 from bcos_train.model.conv_net import PLAIN_TRANSFORM, BcosConvNet, make_logit_layer
 from bcos_train.model.registry import register_model
 from bcos_train.nn import BcosConv2d
@@ -102,7 +103,7 @@ class BcosPlainCnn(BcosConvNet):
         conv.reset_parameters()
 
     def forward_features(self, x: Tensor) -> Tensor:
-        self._check_input(x)
+        check_images(x, self.in_chans, self.min_size, type(self).__name__)
         for module in self._feature_modules():
             x = module(x)
         return x
@@ -110,6 +111,10 @@ class BcosPlainCnn(BcosConvNet):
     def get_feature_extractor(self) -> nn.Sequential:
         """Everything before the classifier, sharing its modules with this model."""
         return nn.Sequential(*self._feature_modules())
+
+    def group_matcher(self, coarse: bool = False) -> GroupMatcher:
+        """A group for each layer, coarse or not."""
+        return {"stem": r"0\.", "blocks": rf"([1-{len(LAYERS) - 1}])\."}
 
     def _feature_modules(self) -> list[nn.Module]:
         return [getattr(self, str(index)) for index in range(len(LAYERS))]

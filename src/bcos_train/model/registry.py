@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bcos_train.model.recompute import set_grad_checkpointing
 from bcos_train.model.source import TIMM, Source, differences, model_of_node, read_source
 from bcos_train.model.timm_model import timm_model
 from bcos_train.model.weights import count_classes, load_weights
@@ -81,6 +82,7 @@ def create_model(
     weights: str | os.PathLike[str] | None = None,
     progress: bool = True,
     backend: Backend = "fused",
+    grad_checkpointing: bool = False,
     **options: Any,
 ) -> nn.Module:
     """Build a model by name.
@@ -95,6 +97,8 @@ def create_model(
             weights are, those in a single file of it too: what isn't given is as it says. ``None``: random weights.
         progress: Show that of a download.
         backend: How the layers compute, see :func:`bcos_train.nn.set_backend`.
+        grad_checkpointing: In training, compute the inside of each block again in the backward pass rather than keep
+            it: less memory, the same numbers (:mod:`bcos_train.model.recompute`).
         options: Keyword parameters of the model, such as ``num_classes``, ``in_chans``, ``norm_layer``, ``b``,
             ``max_out``; see :func:`model_signature`. With weights and another ``num_classes`` than theirs, everything
             but the last layer is loaded, and that has the same random weights as without ``weights``.
@@ -102,7 +106,8 @@ def create_model(
     Returns:
         The model in training mode. Input ``(N, 6, H, W)`` in [0, 1], channels ``[r, g, b, 1-r, 1-g, 1-b]``; output
         logits ``(N, num_classes)``. ``model.transform`` makes the input ``(6, H, W)`` of a PIL image: resize to 256
-        and centre crop to 224, or for the CIFAR networks the image as it is; standard models get standardised RGB.
+        (the ConvNeXts and ``*_long`` to 232) and centre crop to 224, or for the CIFAR networks the image as it is;
+        standard models get standardised RGB.
 
     Raises:
         ValueError: Unknown model or option (the message names the nearest ones), no weights or such that can't be
@@ -117,23 +122,28 @@ def create_model(
     if pretrained:
         weights = OFFICIAL
     if weights is None:
-        model = _BUILDERS[name](**options)
-        set_backend(model, backend)
-        return model
+        return _build(name, options, backend, grad_checkpointing)
     found = _find(name, weights, None, progress)
     given = {**found.options, **options}
     _check_described(found, name, given, weights)
     if found.name is not None and "num_classes" not in given:
         with torch.device("meta"):  # draws no random numbers
             given["num_classes"] = count_classes(_BUILDERS[name](**given), found.state)
-    model = _BUILDERS[name](**given)
-    set_backend(model, backend)
+    model = _build(name, given, backend, grad_checkpointing)
     listed = ", ".join(f"{key}={value}" for key, value in options.items())
     origin = _called(name, weights)
     origin = f"{origin}, loaded with {listed}," if listed else origin
     load_weights(model, found.state, origin, new_classifier="num_classes" in options)
     if found.preprocessing is not None:
         model.transform = found.preprocessing.transform()  # type: ignore[assignment]
+    return model
+
+
+def _build(name: str, options: Mapping[str, Any], backend: Backend, grad_checkpointing: bool) -> nn.Module:
+    model = _BUILDERS[name](**options)
+    set_backend(model, backend)
+    if grad_checkpointing:
+        set_grad_checkpointing(model)
     return model
 
 
@@ -210,7 +220,7 @@ def _official_loader(name: str) -> WeightsLoader:
 def _config_signature(node: Mapping[str, Any]) -> inspect.Signature:
     """Keywords that :func:`create_model` takes for the model that a config node names."""
     own = inspect.signature(create_model).parameters
-    parameters = [own["name"], own["pretrained"], own["weights"], own["backend"]]
+    parameters = [own["name"], own["pretrained"], own["weights"], own["backend"], own["grad_checkpointing"]]
     if isinstance(node.get("name"), str):
         parameters += model_signature(node["name"]).parameters.values()
     return inspect.Signature([p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters])

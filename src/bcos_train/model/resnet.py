@@ -9,13 +9,14 @@ official weights load strictly and the same seed gives the same initial weights.
 Axes: N images, C channels, H height, W width, K classes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
+from bcos_train.model.base import GroupMatcher, check_images
 from bcos_train.model.conv_net import (
     CIFAR_OPTIONS,
     LONG_TRANSFORM,
@@ -27,6 +28,7 @@ from bcos_train.model.conv_net import (
     resolve_conv,
     resolve_norm,
 )
+from bcos_train.model.recompute import Blocks
 from bcos_train.model.registry import register_model
 
 
@@ -51,6 +53,12 @@ class ResidualBlock(nn.Module):
         if self.stochastic_depth is not None:
             out = self.stochastic_depth(out)
         return out + (x if self.downsample is None else self.downsample(x))
+
+    def chains(self) -> Iterator[Sequence[nn.Module]]:
+        """For :func:`~bcos_train.nn.frozen_weights`."""
+        yield [getattr(self, name) for name in self.branch]
+        if isinstance(self.downsample, nn.Sequential):
+            yield list(self.downsample)
 
 
 class BasicBlock(ResidualBlock):
@@ -194,7 +202,7 @@ class BcosResNet(BcosConvNet):
             blocks = [make_block(channels, planes, stride, first_dilation, next(drop_probs))]
             channels = planes * block.expansion
             blocks += [make_block(channels, planes, 1, dilation, next(drop_probs)) for _ in range(depth - 1)]
-            setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))
+            setattr(self, f"layer{stage + 1}", Blocks(*blocks))
         if len(layers) == 3:
             self.layer4 = None
 
@@ -218,7 +226,7 @@ class BcosResNet(BcosConvNet):
         nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
 
     def forward_features(self, x: Tensor) -> Tensor:
-        self._check_input(x)
+        check_images(x, self.in_chans, self.min_size, type(self).__name__)
         for module in self._feature_modules():
             x = module(x)
         return x
@@ -226,6 +234,14 @@ class BcosResNet(BcosConvNet):
     def get_feature_extractor(self) -> nn.Sequential:
         """Everything before the classifier, sharing its modules with this model."""
         return nn.Sequential(*self._feature_modules())
+
+    def group_matcher(self, coarse: bool = False) -> GroupMatcher:
+        """A group for the stem, each block (``coarse``: each stage) and the head."""
+        return {"stem": r"(?:conv1|bn1)\.", "blocks": r"layer(\d+)\." if coarse else r"layer(\d+)\.(\d+)\."}
+
+    def chains(self) -> Iterator[Sequence[nn.Module]]:
+        """For :func:`~bcos_train.nn.frozen_weights`."""
+        yield self._feature_modules()
 
     def _feature_modules(self) -> list[nn.Module]:
         names = ("conv1", "bn1", "pool", "layer1", "layer2", "layer3", "layer4")

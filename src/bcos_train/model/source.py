@@ -34,6 +34,7 @@ _FREE = (
     "dropout",
     "memory_efficient",
     "backend",
+    "grad_checkpointing",
 )
 
 
@@ -166,7 +167,7 @@ def _of_run(folder: Path) -> Description:
 
 def model_of_node(node: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """Name and options of the model that a config's node ``model`` stands for."""
-    keys = ("_target_", "_partial_", "name", "pretrained", "weights", "progress", "backend")
+    keys = ("_target_", "_partial_", "name", "pretrained", "weights", "progress", "backend", "grad_checkpointing")
     is_timm = str(node.get("_target_")).endswith(".timm_model")
     options = {key: value for key, value in node.items() if key not in keys}
     return f"{TIMM if is_timm else ''}{node['name']}", options
@@ -187,7 +188,9 @@ def differences(found: Description, options: Mapping[str, Any], defaults: Mappin
         return ""
     theirs, ours = (", ".join(f"{key}={values[key]}" for key in keys) for values in (trained, own))
     command = " ".join(f"model.{key}={'null' if trained[key] is None else trained[key]}" for key in keys)
-    return f"were trained with {theirs}, the model has {ours}: give {theirs} (on the command line {command})"
+    # A file that scripts/export_weights.py has written says nothing of options.
+    meant = "if the difference is meant, give a bare file of them, as scripts/export_weights.py writes it (.pth)"
+    return f"were trained with {theirs}, the model has {ours}: give {theirs} (on the command line {command}); {meant}"
 
 
 def _plain(value: Any) -> Any:
@@ -207,8 +210,7 @@ def _read_exported(found: Description, use_ema: bool | None) -> Mapping[str, Ten
 def _check_kind(path: Path, is_ema: bool, use_ema: bool | None) -> None:
     if use_ema not in (None, is_ema):
         kinds = ("plain", "averaged")
-        text = f"{path} holds the {kinds[is_ema]} weights, not the {kinds[not is_ema]} ones"
-        raise ValueError(f"{text}: use_ema={str(is_ema).lower()}")
+        raise ValueError(f"{path} holds the {kinds[is_ema]} weights, not the {kinds[not is_ema]} ones")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchvision import models
 
 from bcos_train.dataset.encoding import Standardize
+from bcos_train.model.base import check_images, resolve_pooling
 from bcos_train.model.registry import register_model
 from bcos_train.model.transform import InferenceTransform
 
@@ -31,8 +32,9 @@ class StandardModel(nn.Module):
         classifier: Name of the child that follows the pooling: the linear layer, or an ``nn.Sequential`` that ends in
             it.
         num_features: Channels of the features; ``None``: as many as the linear layer takes.
+        min_size: Least height and width of an image, in pixels, of which the features have a position left.
 
-    Shape: ``(N, 3, H, W) -> (N, K)``, for VGG and DenseNet from 32 px on.
+    Shape: ``(N, 3, H, W) -> (N, K)``, H and W at least ``min_size``.
     """
 
     transform = InferenceTransform(256, 224, Standardize())
@@ -40,9 +42,16 @@ class StandardModel(nn.Module):
     avgpool: nn.Module
 
     def __init__(
-        self, network: nn.Module, features: Sequence[str], classifier: str, num_features: int | None = None
+        self,
+        network: nn.Module,
+        features: Sequence[str],
+        classifier: str,
+        num_features: int | None = None,
+        min_size: int = 1,
     ) -> None:
         super().__init__()
+        self.architecture = type(network).__name__
+        self.min_size = min_size
         for name, child in network.named_children():
             self.add_module(name, child)
         self.feature_names = tuple(features)
@@ -60,9 +69,12 @@ class StandardModel(nn.Module):
         return logits.softmax(-1)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Feature map ``(N, 3, H, W) -> (N, num_features, H', W')``."""
-        if x.ndim != 4 or x.shape[1] != self.in_chans:
-            raise ValueError(f"the model takes (N, {self.in_chans}, H, W), got {tuple(x.shape)}")
+        """Feature map ``(N, 3, H, W) -> (N, num_features, H', W')``.
+
+        Raises:
+            ValueError: Another number of axes or channels, or H or W below ``min_size``.
+        """
+        check_images(x, self.in_chans, self.min_size, self.architecture)
         for name in self.feature_names:
             x = getattr(self, name)(x)
         return x
@@ -88,17 +100,18 @@ class StandardModel(nn.Module):
         """A module that computes ``forward_features``, sharing its parameters with this model."""
         return nn.Sequential(*(getattr(self, name) for name in self.feature_names))
 
-    def reset_classifier(self, num_classes: int) -> None:
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Put a new linear layer with random weights (torch's own) in the place of the present one.
 
         Args:
             num_classes: K; 0 leaves the layer out: the model then gives ``(N, head_hidden_size)``.
+            global_pool: ``"avg"`` or ``None``: torchvision's networks have nothing else.
 
         Raises:
-            ValueError: A negative number.
+            ValueError: A negative number, or another ``global_pool``.
         """
-        if num_classes < 0:
-            raise ValueError(f"num_classes={num_classes}: at least 0")
+        if resolve_pooling(num_classes, global_pool) != "avg":
+            raise ValueError(f"global_pool={global_pool!r}: torchvision's {self.architecture} takes 'avg' alone")
         reference = next(self.parameters())
         new = nn.Linear(self.head_hidden_size, num_classes) if num_classes else nn.Identity()
         new.to(device=reference.device, dtype=reference.dtype).train(self.training)
@@ -133,11 +146,12 @@ def _densenet(builder: Builder, /, *, num_classes: int = 1000, drop_rate: float 
     network = _build(builder, num_classes, drop_rate=drop_rate)
     # torchvision calls these two as functions.
     network.relu, network.avgpool = nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1)
-    return StandardModel(network, ("features", "relu"), "classifier")
+    return StandardModel(network, ("features", "relu"), "classifier", min_size=29)
 
 
 def _vgg(builder: Builder, /, *, num_classes: int = 1000, dropout: float = 0.5) -> StandardModel:
-    return StandardModel(_build(builder, num_classes, dropout=dropout), ("features",), "classifier", num_features=512)
+    network = _build(builder, num_classes, dropout=dropout)
+    return StandardModel(network, ("features",), "classifier", num_features=512, min_size=32)
 
 
 def _convnext(
@@ -145,7 +159,7 @@ def _convnext(
 ) -> StandardModel:
     # torchvision's own probability differs from one size to the other.
     options = {} if stochastic_depth_prob is None else {"stochastic_depth_prob": stochastic_depth_prob}
-    return StandardModel(_build(builder, num_classes, **options), ("features",), "classifier")
+    return StandardModel(_build(builder, num_classes, **options), ("features",), "classifier", min_size=32)
 
 
 _FAMILIES: dict[Callable[..., StandardModel], Sequence[str]] = {

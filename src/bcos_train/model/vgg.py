@@ -9,12 +9,14 @@ those of the official models.
 Axes: N images, C channels, H height, W width, K classes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 from torch import nn
 
+from bcos_train.model.base import GroupMatcher
 from bcos_train.model.conv_net import BcosConvNet, Layer, make_logit_layer, resolve_conv, resolve_norm
+from bcos_train.model.recompute import Blocks
 from bcos_train.model.registry import register_model
 
 
@@ -73,7 +75,9 @@ class BcosVGG(BcosConvNet):
                 channels = planes
             if not no_pool:
                 features.append(nn.AvgPool2d(kernel_size=2, stride=2))
-        self.features = nn.Sequential(*features)
+        self.features = Blocks(*features)
+        # The single convolutions would save little: their inputs are most of what there is to keep.
+        self.features.lengths = tuple(2 * depth + (not no_pool) for depth in layers)
         self.min_size = 1 if no_pool else 2 ** len(layers)
 
         self.num_features = channels
@@ -93,6 +97,21 @@ class BcosVGG(BcosConvNet):
 
     def get_feature_extractor(self) -> nn.Module:
         return self.features
+
+    def chains(self) -> Iterator[Sequence[nn.Module]]:
+        """For :func:`~bcos_train.nn.frozen_weights`."""
+        yield list(self.features)
+
+    def group_matcher(self, coarse: bool = False) -> GroupMatcher:
+        """A group for the stem, each further convolution with its norm (``coarse``: each stage), and the head."""
+        blocks: list[tuple[str, tuple[int, ...] | None]] = []
+        start = 0
+        for stage, length in enumerate(self.features.lengths):
+            for index in range(start, start + length - 1, 2):
+                group = (stage,) if coarse else (stage, index)
+                blocks.append((rf"features\.(?:{index}|{index + 1})\.", group))
+            start += length
+        return {"stem": r"features\.[01]\.", "blocks": blocks}
 
 
 for _depth, _layers in {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}.items():

@@ -18,18 +18,18 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bcos_train.dataset.encoding import Standardize
-from bcos_train.model.base import BcosModel
+from bcos_train.model.base import BcosModel, GroupMatcher, resolve_pooling
 from bcos_train.model.conv_net import Layer, make_logit_layer
+from bcos_train.model.recompute import Blocks, set_grad_checkpointing
 from bcos_train.model.registry import register_model
 from bcos_train.model.transform import InferenceTransform
+from bcos_train.model.vit_parts import Attention, Encoder, Patches, PositionalEmbedding, conv_stem
 from bcos_train.nn import (
     BcosConv2d,
     BcosLinear,
-    Detachable,
     DetachableGNLayerNorm2d,
     DetachableLayerNorm,
     LogitLayer,
@@ -37,116 +37,6 @@ from bcos_train.nn import (
 )
 
 __all__ = ["Attention", "BcosSimpleViT", "PositionalEmbedding", "SimpleViT", "StandardSimpleViT"]
-
-
-class Patches(nn.Module):
-    """``(N, C, H, W) -> (N, H/P, W/P, P*P*C)``: the pixels of each patch row by row, all channels of a pixel together.
-
-    Raises:
-        ValueError: H or W is not a multiple of P.
-    """
-
-    def __init__(self, patch_size: int) -> None:
-        super().__init__()
-        self.patch_size = patch_size
-
-    def forward(self, x: Tensor) -> Tensor:
-        size = self.patch_size
-        if x.shape[2] % size or x.shape[3] % size or not x.shape[2] * x.shape[3]:
-            raise ValueError(
-                f"got images of {x.shape[2]}x{x.shape[3]} pixels: height and width must be multiples of {size}, "
-                f"the side of a patch ({size}, {2 * size}, …, {14 * size}, …)"
-            )
-        patches = x.unflatten(3, (-1, size)).unflatten(2, (-1, size))
-        return patches.permute(0, 2, 4, 3, 5, 1).flatten(3)
-
-
-class PositionalEmbedding(nn.Module):
-    """Adds a fixed sine-cosine embedding of its place to each token: ``(N, H', W', D) -> (N, H'*W', D)``.
-
-    D/4 frequencies from 1 to 1/``temperature``, geometrically spaced, of sin x, cos x, sin y, cos y (arXiv 2205.01580).
-    The module adds it itself, so that :func:`bcos_train.explanation.constant_term` finds it: it is the one part of a
-    B-cos ViT besides the logit bias that does not come from the image.
-    """
-
-    def __init__(self, temperature: float = 10_000) -> None:
-        super().__init__()
-        self.temperature = temperature
-
-    def forward(self, x: Tensor) -> Tensor:
-        _, height, width, dim = x.shape
-        return x.flatten(1, 2) + self.embedding(height, width, dim, x.device).to(x.dtype)
-
-    def embedding(self, height: int, width: int, dim: int, device: torch.device | None = None) -> Tensor:
-        """``(height * width, dim)`` in float32, with which the published weights were trained, for any model dtype."""
-        options: dict[str, Any] = {"device": device, "dtype": torch.float32}
-        omega = torch.arange(dim // 4, **options) / (dim // 4 - 1)
-        omega = 1.0 / self.temperature**omega
-        y, x = torch.meshgrid(torch.arange(height, **options), torch.arange(width, **options), indexing="ij")
-        y, x = y.flatten()[:, None] * omega, x.flatten()[:, None] * omega
-        return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1)
-
-
-class Attention(Detachable):
-    """Multi-head self-attention with a norm before it, ``(N, T, D) -> (N, T, D)``.
-
-    In explanation mode the attention matrix is constant to autograd, so that the map from the values to the output is
-    linear. The matrix is then computed step by step, which can be differentiated twice; otherwise torch's fused
-    kernels compute the same, and most of those can't.
-    """
-
-    def __init__(self, dim: int, heads: int, linear_layer: Layer, norm_layer: Layer) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm = norm_layer(dim)
-        self.to_qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.to_out = linear_layer(dim, dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        qkv = self.to_qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (N, A, T, D/A) each
-        if self.detach:
-            scores = q.detach() @ k.detach().transpose(-2, -1) * q.shape[-1] ** -0.5
-            out = scores.softmax(dim=-1) @ v
-        else:
-            out = F.scaled_dot_product_attention(q, k, v)
-        return self.to_out(out.transpose(1, 2).flatten(2))
-
-    def extra_repr(self) -> str:
-        return f"heads={self.heads}"
-
-
-class FeedForward(nn.Module):
-    """Norm, linear layer to ``hidden_dim``, activation, linear layer back: ``(N, T, D) -> (N, T, D)``."""
-
-    def __init__(self, dim: int, hidden_dim: int, linear_layer: Layer, norm_layer: Layer, act_layer: Layer) -> None:
-        super().__init__()
-        self.net = nn.Sequential(
-            OrderedDict(
-                norm=norm_layer(dim),
-                linear1=linear_layer(dim, hidden_dim),
-                act=act_layer(),
-                linear2=linear_layer(hidden_dim, dim),
-            )
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
-
-
-class Encoder(nn.Module):
-    """A block of the transformer: attention and feed-forward network, each added to its input."""
-
-    def __init__(
-        self, dim: int, heads: int, mlp_dim: int, linear_layer: Layer, norm_layer: Layer, act_layer: Layer
-    ) -> None:
-        super().__init__()
-        self.attn = Attention(dim, heads, linear_layer, norm_layer)
-        self.ff = FeedForward(dim, mlp_dim, linear_layer, norm_layer, act_layer)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.attn(x) + x
-        return self.ff(x) + x
 
 
 class SimpleViT(nn.Module):
@@ -166,6 +56,9 @@ class SimpleViT(nn.Module):
 
     #: Names of the parts that make the tokens, in the order in which they are applied.
     feature_names = ("to_patch_embedding", "positional_embedding", "transformer")
+
+    #: ``"avg"``, or ``""`` after ``reset_classifier(0, "")``.
+    global_pool: str = "avg"
 
     def __init__(
         self,
@@ -189,14 +82,14 @@ class SimpleViT(nn.Module):
         embedding: OrderedDict[str, nn.Module] = OrderedDict()
         channels = in_chans
         if stem:
-            embedding["conv_stem"] = _conv_stem(in_chans, stem, conv_layer, norm2d_layer, act_layer)
+            embedding["conv_stem"] = conv_stem(in_chans, stem, conv_layer, norm2d_layer, act_layer)
             channels = stem[-1]
         embedding["patches"] = Patches(patch_size)
         embedding["linear"] = linear_layer(channels * patch_size**2, dim)
         self.to_patch_embedding = nn.Sequential(embedding)
         self.positional_embedding = PositionalEmbedding()
         block = partial(Encoder, dim, heads, mlp_dim, linear_layer, norm_layer, act_layer)
-        self.transformer = nn.Sequential(OrderedDict((f"encoder_{i}", block()) for i in range(depth)))
+        self.transformer = Blocks(OrderedDict((f"encoder_{i}", block()) for i in range(depth)))
         self.linear_head = nn.Sequential(OrderedDict(norm=norm_layer(dim), linear=linear_layer(dim, num_classes)))
         self.linear_layer = linear_layer
         self.num_features = self.head_hidden_size = dim
@@ -214,7 +107,7 @@ class SimpleViT(nn.Module):
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Tokens ``(N, T, D) -> (N, K)``; with ``pre_logits`` their average after the head's norm, ``(N, D)``."""
         norm, linear = self.linear_head
-        x = norm(x.mean(dim=1))
+        x = norm(x.mean(dim=1) if self.global_pool else x)
         return x if pre_logits else linear(x)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -228,22 +121,31 @@ class SimpleViT(nn.Module):
         """What gives the tokens ``(N, T, D)``, sharing its modules with this model."""
         return nn.Sequential(OrderedDict((name, getattr(self, name)) for name in self.feature_names))
 
-    def reset_classifier(self, num_classes: int) -> None:
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Put a new linear layer with random weights in the place of the present one; the head's norm stays.
 
         Args:
             num_classes: K; 0 leaves the linear layer out: the model then gives ``(N, D)``.
+            global_pool: ``"avg"``, the average of the tokens; with 0 classes also ``""``: the model then gives each
+                token after the head's norm, ``(N, T, D)``. ``None``: as it is.
 
         Raises:
-            ValueError: A negative number.
+            ValueError: A negative number, or another ``global_pool``.
         """
-        if num_classes < 0:
-            raise ValueError(f"num_classes={num_classes}: at least 0")
+        self.global_pool = resolve_pooling(num_classes, global_pool, self.global_pool)
         reference = next(self.parameters())
         new = self.linear_layer(self.head_hidden_size, num_classes) if num_classes else nn.Identity()
         new.to(device=reference.device, dtype=reference.dtype).train(self.training)
         self.linear_head.linear = new
         self.num_classes = num_classes
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """As for :class:`~bcos_train.model.BcosModel`."""
+        set_grad_checkpointing(self, enable)
+
+    def group_matcher(self, coarse: bool = False) -> GroupMatcher:
+        """A group for what makes the tokens, each block, and the head; there are no stages to be ``coarse``."""
+        return {"stem": r"to_patch_embedding\.", "blocks": r"transformer\.encoder_(\d+)\."}
 
 
 class StandardSimpleViT(SimpleViT):
@@ -345,11 +247,16 @@ class BcosSimpleViT(BcosModel):
         """What gives the tokens ``(N, T, D)``, sharing its modules with this model."""
         return self[0].get_feature_extractor()
 
-    def reset_classifier(self, num_classes: int) -> None:
-        self[0].reset_classifier(num_classes)
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        self[0].reset_classifier(num_classes, global_pool)
+        self.global_pool = self[0].global_pool
         if num_classes:
             self.add_module("1", make_logit_layer(num_classes, self.logit_layer.logit_temperature, None))
         self.num_classes = num_classes
+
+    def group_matcher(self, coarse: bool = False) -> GroupMatcher:
+        """As for :class:`SimpleViT`, below the ``0.`` of the names."""
+        return {group: rf"0\.{pattern}" for group, pattern in self[0].group_matcher(coarse).items()}
 
 
 def _check_sizes(
@@ -363,22 +270,6 @@ def _check_sizes(
         raise ValueError(
             f"dim={dim}: at least 8 and a multiple of 4, for the positional embedding, and of heads={heads}"
         )
-
-
-def _conv_stem(
-    in_chans: int, widths: Sequence[int], conv_layer: Layer, norm_layer: Layer, act_layer: Layer
-) -> nn.Sequential:
-    """3x3 convolutions, each with norm and activation; the first one, and each that adds channels, halves the size."""
-    if min(widths) < 1:
-        raise ValueError(f"stem={tuple(widths)}: each convolution has at least 1 channel")
-    layers: list[nn.Module] = []
-    channels = in_chans
-    for i, width in enumerate(widths):
-        stride = 2 if i == 0 or width > channels else 1
-        conv = conv_layer(channels, width, kernel_size=3, stride=stride, padding=1)
-        layers += [conv, norm_layer(width), act_layer()]
-        channels = width
-    return nn.Sequential(*layers)
 
 
 #: The four sizes: D, blocks of the SimpleViT (a ViT-C has one less), heads, and the stem of the ViT-C.

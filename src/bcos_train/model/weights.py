@@ -63,6 +63,8 @@ def read_weights(path: Path, use_ema: bool | None = None) -> tuple[dict[str, Ten
     is_ema = (path / EMA_WEIGHTS).is_file() if use_ema is None else use_ema
     file = path / (EMA_WEIGHTS if is_ema else WEIGHTS)
     if not file.is_file():
+        if (path / WEIGHTS).is_file():
+            raise ValueError(f"{path} holds no averaged weights, only the plain ones in {WEIGHTS}")
         raise ValueError(f"{path} holds no {file.name}")
     return _read_safetensors(file), is_ema
 
@@ -92,7 +94,7 @@ def read_file(path: Path, use_ema: bool | None = None) -> tuple[dict[str, Tensor
         states, trained = _read_foreign(path)
     is_ema = bool(states[1]) if use_ema is None else use_ema
     if is_ema and not states[1]:
-        raise ValueError(f"{path} holds no averaged weights: use_ema=false")
+        raise ValueError(f"{path} holds no averaged weights, only the plain ones")
     return states[is_ema], is_ema, trained
 
 

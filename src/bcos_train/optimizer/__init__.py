@@ -1,6 +1,7 @@
 """Optimizers by name and gradient clipping. torch's own (Adam, AdamW, SGD, RMSprop) are used as they are."""
 
 from bcos_train.optimizer.clipping import adaptive_clip_grad_
+from bcos_train.optimizer.fused import prefer_fused
 from bcos_train.optimizer.timm_optimizer import timm_optimizer
 
-__all__ = ["adaptive_clip_grad_", "timm_optimizer"]
+__all__ = ["adaptive_clip_grad_", "prefer_fused", "timm_optimizer"]

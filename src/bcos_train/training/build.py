@@ -1,11 +1,14 @@
-"""Lightning's trainer as this project uses it, and the words with which a run begins."""
+"""The model of a run, Lightning's trainer as this project uses it, and the words with which a run begins."""
 
 import inspect
 import os
+import shutil
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.strategies import DDPStrategy, Strategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
@@ -13,8 +16,9 @@ from rich.console import Console
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from bcos_train.config import UserError, blame
 from bcos_train.dataset.data_module import DataModule
-from bcos_train.nn import RunningNorm2d
+from bcos_train.nn import RunningNorm2d, sync_batch_norm_
 from bcos_train.training.checkpoint_io import VerifiedCheckpointIO
 from bcos_train.training.options import BatchSplit, TrainerOptions
 from bcos_train.training.run_folder import RunFolder
@@ -32,8 +36,11 @@ def build_trainer(options: TrainerOptions, accumulate: int = 1) -> pl.Trainer:
     """A trainer whose data order, checkpoints and signals are ours, still without loggers and callbacks.
 
     Raises:
-        ValueError: The machine has no such accelerator, or it can't compute with that precision.
+        ValueError: The machine has no such accelerator, it can't compute with that precision, or it has no C++ compiler
+            to compile with.
     """
+    if options.compile:
+        _prepare_to_compile()
     strategy: str | Strategy = "auto"
     if options.world_size > 1:
         # Buffers are broadcast before a validation instead (see training.distributed.broadcast_buffers).
@@ -54,6 +61,15 @@ def build_trainer(options: TrainerOptions, accumulate: int = 1) -> pl.Trainer:
         # Lightning takes another one with no more than a warning.
         raise ValueError(f"trainer.precision={options.precision} needs a GPU: take bf16 or 32")
     return trainer
+
+
+def _prepare_to_compile() -> None:
+    """See that there is a compiler, and that what it makes outlives this machine's temporary files."""
+    compilers = [name for name in (os.environ.get("CXX"), "g++", "clang++") if name]
+    if not any(shutil.which(name) for name in compilers):
+        raise ValueError(f"trainer.compile=true needs a C++ compiler, and there is no {' or '.join(compilers)}")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bcos-train" / "inductor"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
 
 
 def _make_trainer(
@@ -79,6 +95,40 @@ def _make_trainer(
         enable_checkpointing=False,
         plugins=plugins,
     )
+
+
+def build_model(parts: Any, data: DataModule) -> nn.Module:
+    """The model with random weights; the seed's first use, as in the official code.
+
+    Args:
+        parts: A :class:`bcos_train.run.TrainConfig`.
+
+    Raises:
+        UserError: The model can't be built so, or doesn't go with the data set or the encoding.
+    """
+    pl.seed_everything(parts.seed, verbose=False)
+    with blame("model"):
+        model: nn.Module = parts.model(num_classes=choose_num_classes(parts, data))
+    channels = getattr(model, "in_chans", parts.encoding.in_channels)
+    if channels != parts.encoding.in_channels:
+        raise UserError(f"model.in_chans={channels}: the encoding gives {parts.encoding.in_channels} channels")
+    if parts.trainer.sync_batchnorm and parts.trainer.world_size > 1:
+        sync_batch_norm_(model)
+    if parts.trainer.uses_channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    return model
+
+
+def choose_num_classes(parts: Any, data: DataModule) -> int:
+    """The model's number of classes: the data set's, or more if the config says so.
+
+    Raises:
+        UserError: It says fewer.
+    """
+    given: int | None = getattr(parts.model, "keywords", {}).get("num_classes")
+    if given is not None and given < data.num_classes:
+        raise UserError(f"model.num_classes={given}: {data.dataset.name} has {data.num_classes} classes")
+    return data.num_classes if given is None else given
 
 
 def print_banner(

@@ -12,11 +12,11 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Checkpoint
 
 from bcos_train import checkpoint as files
+from bcos_train.evaluation.store import write_json
 from bcos_train.suggest import join_words, suggest
 from bcos_train.training.distributed import largest
 from bcos_train.training.interrupt import Interrupted, StopFlag
 from bcos_train.training.module import Classifier
-from bcos_train.training.run_folder import write_json
 
 BEST = "best.json"
 

@@ -19,6 +19,7 @@ from bcos_train.dataset import isolated_rng
 from bcos_train.dataset.data_module import DataModule
 from bcos_train.evaluation import ExplanationOptions, Predictions, Results, Subject, measure
 from bcos_train.evaluation.report import evaluate_explanations
+from bcos_train.evaluation.store import write_json
 from bcos_train.explanation import evaluating, explain
 from bcos_train.metric import GridPointing
 from bcos_train.model import BcosModel
@@ -26,7 +27,6 @@ from bcos_train.report import gallery, save_gallery
 from bcos_train.training.distributed import is_distributed
 from bcos_train.training.logging import log_now
 from bcos_train.training.module import Batch, Classifier
-from bcos_train.training.run_folder import write_json
 
 
 def draw_gallery(

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bcos_train.dataset.data_module import DataModule
+from bcos_train.evaluation.store import write_json
 from bcos_train.explanation import evaluating
 from bcos_train.model import BcosModel
 from bcos_train.model.weights import EMA_WEIGHTS, WEIGHTS, save_weights
@@ -21,7 +22,7 @@ from bcos_train.training.explanation_logging import draw_gallery
 from bcos_train.training.logging import METRICS, read_metrics
 from bcos_train.training.module import Classifier
 from bcos_train.training.progress import duration
-from bcos_train.training.run_folder import SUMMARY, RunFolder, write_json
+from bcos_train.training.run_folder import SUMMARY, RunFolder
 
 
 def finish(

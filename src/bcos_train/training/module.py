@@ -14,6 +14,7 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 
 from bcos_train.dataset.encoding import BcosEncoding, Standardize, to_float
 from bcos_train.dataset.randomness import step_seed
+from bcos_train.nn import frozen_weights
 from bcos_train.optimizer import adaptive_clip_grad_
 from bcos_train.schedule import Schedule
 from bcos_train.training.distributed import broadcast_buffers, is_distributed, largest
@@ -44,6 +45,8 @@ class Classifier(pl.LightningModule):
         mix: MixUp/CutMix on float RGB.
         gradient_clip_val, gradient_clip_algorithm: ``"agc"`` with its clip factor, or ``"norm"``/``"value"``.
         channels_last: Memory format of the input.
+        compiled: Compile the model for training steps. Validation and explanations run it as it is, since they would
+            have it compiled anew for each of their modes.
         seed: Dropout, stochastic depth and mixing of a step draw from f(seed, step, rank).
     """
 
@@ -61,6 +64,7 @@ class Classifier(pl.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str = "agc",
         channels_last: bool = False,
+        compiled: bool = False,
         log_every_n_steps: int = 50,
         seed: int = 42,
     ) -> None:
@@ -71,6 +75,8 @@ class Classifier(pl.LightningModule):
         self.encoding, self.mix = encoding, mix
         self.clip_val, self.clip_algorithm = gradient_clip_val, gradient_clip_algorithm
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        # Not the compiled module itself, which would be a second submodule with the same weights.
+        self._apply_model: Callable[[Tensor], Tensor] = torch.compile(self._run_model) if compiled else self._run_model
         self.log_every_n_steps = log_every_n_steps
         self.seed = seed
         self.train_score, self.val_score = ClassificationScore(), ClassificationScore()
@@ -84,6 +90,9 @@ class Classifier(pl.LightningModule):
     def forward(self, images: Tensor) -> Tensor:
         """uint8 RGB ``(N, 3, H, W)`` -> logits ``(N, K)``."""
         return self.model(self.encode(images))
+
+    def _run_model(self, x: Tensor) -> Tensor:
+        return self.model(x)
 
     def encode(self, images: Tensor) -> Tensor:
         """uint8 RGB -> the model's input, in its memory format."""
@@ -106,7 +115,7 @@ class Classifier(pl.LightningModule):
         floats = to_float(images)
         if self.mix is not None:
             floats, target = self.mix(floats, target)
-        logits = self.model(self._encode_floats(floats))
+        logits = self._apply_model(self._encode_floats(floats))
         loss = self.loss(logits, target)
         self._stop_if_not_finite(loss, logits, indices, batch_idx)
         self.train_score.update(loss, logits, target)
@@ -172,7 +181,8 @@ class Classifier(pl.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         images, target, _ = batch
-        logits = self(images)
+        with frozen_weights(self.model):
+            logits = self(images)
         self.val_score.update(self.eval_loss(logits, target), logits, target)
         return {"logits": logits}
 

@@ -23,6 +23,9 @@ class TrainerOptions:
         gradient_clip_algorithm: ``"agc"`` (adaptive, unit by unit, arXiv 2102.06171), ``"norm"`` or ``"value"``.
         max_batch_per_device: Largest batch that fits on a device; gradients are accumulated over what is left.
         channels_last: Memory format of images and weights; ``None``: on for CUDA.
+        compile: Compile the training step's model with ``torch.compile``: slower to begin, faster from then on. Needs a
+            C++ compiler, on CUDA Triton. What was compiled is kept in ``TORCHINDUCTOR_CACHE_DIR``, by default a folder
+            in ``~/.cache/bcos-train``, for the next start.
         sync_batchnorm: Batch statistics over all processes rather than each device's own.
         deterministic: Deterministic algorithms throughout; slower on CUDA.
         val_every_n_epochs: Epochs between validations.
@@ -42,6 +45,7 @@ class TrainerOptions:
     gradient_clip_algorithm: Literal["agc", "norm", "value"] = "agc"
     max_batch_per_device: int | None = None
     channels_last: bool | None = None
+    compile: bool = False
     sync_batchnorm: bool = False
     deterministic: bool = False
     val_every_n_epochs: int = 1

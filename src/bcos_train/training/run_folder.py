@@ -26,11 +26,13 @@ WITHOUT_EFFECT = (
     "num_workers",
     "dataset.download",
     "model.backend",
+    "model.grad_checkpointing",
     "trainer.accelerator",
     "trainer.devices",
     "trainer.num_nodes",
     "trainer.max_batch_per_device",
     "trainer.channels_last",
+    "trainer.compile",
     "trainer.log_every_n_steps",
     "trainer.progress",
 )
@@ -134,10 +136,3 @@ def locked(folder: Path) -> Iterator[None]:
         except OSError:
             pass  # a file system without locks
         yield
-
-
-def write_json(path: Path, content: Mapping[str, Any] | list[Any]) -> None:
-    """Write atomically."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(temporary, path)

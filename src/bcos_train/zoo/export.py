@@ -9,10 +9,10 @@ The contract:
 
 import contextlib
 import hashlib
-import inspect
 import io
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,13 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bcos_train.model import BcosModel, create_model, model_signature, timm_model
+from bcos_train.model import BcosModel, create_model, timm_model
 from bcos_train.model.preprocessing import Preprocessing
 from bcos_train.model.source import CONFIG, RUN_CONFIG, TIMM, describe
 from bcos_train.model.source import read_source as read_described
 from bcos_train.model.weights import EMA_WEIGHTS, WEIGHTS, count_classes, load_weights, read_weights
 from bcos_train.suggest import join_words, suggest
-from bcos_train.zoo.export_source import Source, described_by, read_source
+from bcos_train.zoo.export_source import Source, described_by, known_options, read_source
 from bcos_train.zoo.model_card import export_config, model_card
 
 __all__ = ["Exported", "export", "load_exported"]
@@ -82,9 +82,13 @@ def export(
 
     Raises:
         ValueError: A source that can't be read, weights that don't fit the model, a target that is there already or
-            can't be written.
+            can't be written, a licence that is no word.
     """
     is_file = _check_target(target, with_hash)
+    if licence is not None and not re.fullmatch(r"[\w.+-]+", licence):
+        raise ValueError(
+            f"licence {licence!r}: give it as the Hugging Face Hub calls it, such as apache-2.0, mit or other"
+        )
     if not with_hash:
         _check_free(target, force)
     found = described_by(read_source(source, use_ema), model, options or {})
@@ -136,8 +140,15 @@ def _build(name: str, options: Mapping[str, Any]) -> nn.Module:
             return timm_model(name.removeprefix(TIMM), **options)
         return create_model(name, **options)
     except TypeError as error:
-        given = ", ".join(f"{key}={value}" for key, value in options.items())
-        raise ValueError(f"{name} can't be built with {given} ({error})") from error
+        known = known_options(name)
+        wrong = {key: value for key, value in options.items() if _is_number(known.get(key)) and not _is_number(value)}
+        given = ", ".join(f"{key}={value}" for key, value in (wrong or options).items())
+        why = f"{join_words(wrong, 'and')}: a number is wanted" if wrong else " ".join(str(error).split())
+        raise ValueError(f"{name} can't be built with {given} ({why})") from error
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float))
 
 
 # ---- the check
@@ -151,7 +162,7 @@ def _checked(source: Source) -> tuple[Source, nn.Module]:
     """
     if source.name is None:
         raise ValueError(f"{source.origin} doesn't say which model it is of: give --model NAME")
-    known = _known_options(source.name)
+    known = known_options(source.name)
     for key in source.options:
         if key not in known:
             raise ValueError(f"{source.name} has no option {key!r}{suggest(key, known)}; options: {', '.join(known)}")
@@ -169,12 +180,6 @@ def _checked(source: Source) -> tuple[Source, nn.Module]:
         if not torch.isfinite(value).all():
             raise ValueError(f"{source.origin}: {key} holds values that are not finite")
     return replace(source, state=state, options=_written_out(options, known)), network
-
-
-def _known_options(name: str) -> Mapping[str, Any]:
-    """The model's options with their defaults."""
-    signature = inspect.signature(timm_model) if name.startswith(TIMM) else model_signature(name)
-    return {key: p.default for key, p in signature.parameters.items() if key not in ("name", "pretrained")}
 
 
 def _written_out(options: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:

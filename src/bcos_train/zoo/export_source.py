@@ -4,6 +4,7 @@ A source is a run folder, a checkpoint or file of weights in one, a checkpoint o
 dict, an exported folder, or ``official:<row>``. Nothing that a file holds is run: pickled objects are refused.
 """
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from bcos_train.model import model_signature, timm_model
 from bcos_train.model import source as weights
 from bcos_train.model.source import LAST, TIMM
 from bcos_train.model.weights import file_sha256
@@ -18,7 +20,7 @@ from bcos_train.suggest import suggest
 from bcos_train.zoo.records import RECORDS, ZooRecord, record
 from bcos_train.zoo.weights import load_official
 
-__all__ = ["Source", "described_by", "read_source"]
+__all__ = ["Source", "described_by", "known_options", "read_source"]
 
 RUN_SUMMARY, RUN_EVALUATION = "summary.json", "evaluation.json"
 OFFICIAL = "official:"
@@ -137,10 +139,11 @@ def _metrics(folder: Path, checkpoint: str, is_ema: bool, limit: int | None) -> 
         found = weights.read_json(evaluation)
         if Path(str(found.get("weights"))).name == checkpoint and found.get("ema") == is_ema:
             keys = ("acc1", "acc5", "loss")
-            return {key: float(found[key]) for key in keys if key in found}, int(found["count"])
+            return {key: float(found[key]) for key in keys if found.get(key) is not None}, int(found["count"])
     if checkpoint != LAST or not (folder / RUN_SUMMARY).is_file():
         return {}, None
     logged = weights.read_json(folder / RUN_SUMMARY).get("metrics", {})
+    logged = {key: value for key, value in logged.items() if value is not None}  # null: it wasn't finite
     part = "val_ema/" if is_ema else "val/"
     metrics = {key.removeprefix(part): float(value) for key, value in logged.items() if key.startswith(part)}
     if not is_ema:
@@ -164,10 +167,26 @@ def _of_export(found: Source) -> Source:
 
 
 def described_by(source: Source, name: str | None, options: Mapping[str, Any]) -> Source:
-    """The source with what the user says about its model; another model than the known one has its own options."""
-    if name is None or name == source.name:
-        return replace(source, options={**source.options, **options})
-    return replace(source, name=name, options=dict(options))
+    """The source with what the user says about its model; another model than the known one has its own options.
+
+    Results are of the model as it was trained: another function has none.
+    """
+    if name is not None and name != source.name:
+        return replace(source, name=name, options=dict(options), metrics={}, n_images=None)
+    merged = replace(source, options={**source.options, **options})
+    if source.name is None or not weights.differences(source, merged.options, known_options(source.name)):
+        return merged
+    return replace(merged, metrics={}, n_images=None)
+
+
+def known_options(name: str) -> Mapping[str, Any]:
+    """The model's options with their defaults.
+
+    Raises:
+        ValueError: Unknown model.
+    """
+    signature = inspect.signature(timm_model) if name.startswith(TIMM) else model_signature(name)
+    return {key: p.default for key, p in signature.parameters.items() if key not in ("name", "pretrained")}
 
 
 def _class_names(dataset: str, num_classes: int | None) -> tuple[str, ...] | None:

@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +19,8 @@ from bcos_train.zoo.records import RECORDS
 from bcos_train.zoo.table import N_VAL, Row, listed, size, to_csv, to_json, to_markdown
 from bcos_train.zoo.weights import WeightsError, official_file
 
-__all__ = ["Failed", "Settings", "Source", "evaluate_row", "find_own", "measure", "write_table"]
+__all__ = ["Failed", "Settings", "Source", "evaluate_row", "find_own", "is_complete", "measure", "problems"]
+__all__ += ["write_table"]
 
 OFFICIAL, RANDOM = "official", "random"
 #: Of random weights.
@@ -106,11 +107,12 @@ def measure(
         settings: What is evaluated.
         folder: Of the table, and of a folder for each row under ``rows/``.
         evaluate: Does it; ``None``: the rows are only listed.
-        on_step: Called with what comes next, and how many of the rows to measure are done, and are left.
+        on_step: Called with what comes next, and how many rows are done, and are left: once for their sizes, then
+            again from those on that were measured before.
     """
     rows: dict[str, Row] = {}
-    for name in names:
-        on_step(f"{name}: parameters and GMACs", 0, 0)
+    for done, name in enumerate(names):
+        on_step(f"{name}: parameters and GMACs", done, len(names) - done)
         rows[name] = listed(name, *size(name))
     todo: list[str] = []
     for name in names:
@@ -121,12 +123,12 @@ def measure(
             rows[name] = replace(rows[name], **({} if kept is None else kept))
             todo += [name] if kept is None else []
     write_table(list(rows.values()), settings, folder)
-    for done, name in enumerate(todo):
+    for done, name in enumerate(todo, len(names) - len(todo)):
         assert evaluate is not None
-        on_step(name, done, len(todo) - done)
+        on_step(name, done, len(names) - done)
         rows[name] = replace(rows[name], **_measure_one(name, settings, folder, evaluate))
         write_table(list(rows.values()), settings, folder)
-    on_step("done", len(todo), 0)
+    on_step("done", len(names), 0)
     return list(rows.values())
 
 
@@ -298,6 +300,17 @@ def _write(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def problems(rows: Iterable[Row]) -> list[str]:
-    """What went wrong, a line for each row."""
-    return [f"{row.name}: {row.status}: {row.reason}" for row in rows if row.status == "failed"]
+def problems(rows: Sequence[Row]) -> list[str]:
+    """What went wrong: a line for each row that failed, and one for all that have no weights."""
+    lines = [f"{row.name}: {row.status}: {row.reason}" for row in rows if row.status == "failed"]
+    if missing := [row for row in rows if row.status == "no weights"]:
+        whose = missing[0].name if len(missing) == 1 else f"the first, {missing[0].name}"
+        lines.append(f"no weights for {len(missing)} of {len(rows)} rows; {whose}: {missing[0].reason}")
+    return lines
+
+
+def is_complete(rows: Sequence[Row], weights: str) -> bool:
+    """Whether all was measured that could be: each row has official and random weights, some one's own."""
+    statuses = [row.status for row in rows]
+    has_all = "no weights" not in statuses or (weights not in (OFFICIAL, RANDOM) and "measured" in statuses)
+    return has_all and "failed" not in statuses

@@ -25,9 +25,11 @@ from timm.models import (
 from torch import nn
 
 from bcos_train.explanation import evaluating
-from bcos_train.model import create_model, list_models, model_signature
+from bcos_train.model import Bottleneck, create_model, list_models, model_signature
+from bcos_train.model.base import resolve_pooling
 from bcos_train.model.conv_net import BcosConvNet
-from bcos_train.suggest import suggest
+from bcos_train.model.recompute import Blocks, set_grad_checkpointing
+from bcos_train.suggest import join_words, suggest
 from bcos_train.zoo.records import RECORDS
 
 __all__ = ["timm_name"]
@@ -103,7 +105,8 @@ def _create(
     feature_cls: FeatureClass = "list",
     drop_rate: float = 0.0,
     drop_path_rate: float | None = None,
-    global_pool: str = "avg",
+    global_pool: str | None = None,
+    output_stride: int | None = None,
     **options: Any,
 ) -> nn.Module:
     """Build a model as timm's factory asks for it.
@@ -116,8 +119,10 @@ def _create(
         features_only: Give the feature maps of each resolution instead of logits; for the convolutional networks.
         out_indices: With ``features_only``, which of them; a number: as many of the last; ``None``: all.
         feature_cls: With ``features_only``, timm's class: feature maps as a list or by name.
-        drop_rate, global_pool: timm's scripts always pass them. Other than here the networks have no such thing.
-        drop_path_rate: timm's name for ``stochastic_depth_prob``.
+        drop_rate: timm's scripts always pass it. Apart from the DenseNets, 0 alone is possible.
+        drop_path_rate: timm's name for ``stochastic_depth_prob``; 0 alone for networks without it.
+        global_pool: ``"avg"``, or ``""`` with ``num_classes=0``, see ``reset_classifier``.
+        output_stride: Of the last feature map. Dilation can make it less in the ResNets with bottleneck blocks.
         options: As for :func:`bcos_train.create_model`; ``num_classes`` may be 0.
 
     Raises:
@@ -125,14 +130,19 @@ def _create(
     """
     own_name = str(timm_name(name))
     known = [*model_signature(name).parameters, "pretrained", "features_only", "out_indices", "feature_cls"]
-    if drop_path_rate is not None:
+    if drop_path_rate is not None and "stochastic_depth_prob" in known:
         options["stochastic_depth_prob"] = drop_path_rate
+    elif drop_path_rate:
+        raise ValueError(
+            f"drop_path_rate={drop_path_rate}: {own_name} has no stochastic depth; B-cos ResNets and ConvNeXts have"
+        )
     if drop_rate and "drop_rate" in known:
         options["drop_rate"] = drop_rate
     elif drop_rate:
         raise ValueError(f"drop_rate={drop_rate}: {own_name} has no dropout before its classifier")
-    if global_pool != "avg":
-        raise ValueError(f"global_pool={global_pool!r}: {own_name} averages over the positions (avg)")
+    pooling = resolve_pooling(0 if features_only else options.get("num_classes", 1), global_pool)
+    if output_stride is not None:
+        options |= _dilation(name, output_stride, options)
     for key in options:
         if key not in known:
             raise ValueError(f"{own_name} has no option {key!r}{suggest(key, known)}; options: {', '.join(known)}")
@@ -149,7 +159,7 @@ def _create(
         {} if pretrained_model_args is None else {"pretrained_model_args": pretrained_model_args}
     )
     model = build_model_with_cfg(
-        partial(_build, name, weights),
+        partial(_build, name, weights, pooling),
         own_name,
         pretrained=is_timms,
         pretrained_cfg=cfg,
@@ -175,13 +185,35 @@ def _source(own_name: str, name: str, cfg: Mapping[str, Any]) -> tuple[str | Non
     return "official", False
 
 
-def _build(name: str, weights: str | None, *, num_classes: int, **options: Any) -> nn.Module:
+def _dilation(name: str, output_stride: int, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options with which the features end at this stride."""
+    own_name, cfg = timm_name(name), _default_cfg(name)
+    chosen = {key: parameter.default for key, parameter in model_signature(name).parameters.items()} | dict(options)
+    if "pool_size" not in cfg:
+        raise ValueError(f"output_stride={output_stride}: {own_name} has tokens, and no feature maps with a stride")
+    if chosen.get("replace_stride_with_dilation") is not None:
+        raise ValueError("output_stride and replace_stride_with_dilation say the same: give one of them")
+    stride, stages, hint = cfg["input_size"][-1] // cfg["pool_size"][-1], 1, ""
+    if chosen.get("block") is Bottleneck:
+        stages = len(chosen["layers"])
+        stride = 2 ** (stages - 1) * (1 if chosen["small_inputs"] else 4)
+    else:
+        hint = "; ResNets with bottleneck blocks, such as bcos_resnet50, take a smaller one than their own"
+    allowed = [stride >> halvings for halvings in range(stages)]
+    if output_stride not in allowed:
+        raise ValueError(f"output_stride={output_stride}: {own_name} takes {join_words(map(str, allowed))}{hint}")
+    dilated = allowed.index(output_stride)
+    replace = [False] * (stages - 1 - dilated) + [True] * dilated
+    return {"replace_stride_with_dilation": replace} if dilated else {}
+
+
+def _build(name: str, weights: str | None, pooling: str, *, num_classes: int, **options: Any) -> nn.Module:
     """``create_model`` with timm's meaning of ``num_classes=0``: no classifier."""
     if num_classes:
         options["num_classes"] = num_classes
     model = create_model(name, weights=weights, **options)
     if not num_classes:
-        model.reset_classifier(0)  # type: ignore[operator]
+        model.reset_classifier(0, pooling)  # type: ignore[operator]
     return model
 
 
@@ -211,6 +243,8 @@ def _feature_net(model: nn.Module, out_indices: int | Sequence[int] | None, feat
     cfg = {key: value for key, value in model.pretrained_cfg.items() if key not in ("num_classes", "classifier")}  # type: ignore[operator, union-attr]
     for key, value in {"pretrained_cfg": cfg, "default_cfg": cfg, "in_chans": model.in_chans}.items():
         setattr(net, key, value)
+    # timm's own would count each batch twice in the running statistics.
+    net.set_grad_checkpointing = partial(set_grad_checkpointing, net)  # type: ignore[assignment]
     return net
 
 
@@ -225,6 +259,7 @@ def _trunk(model: BcosConvNet) -> tuple[nn.Module, list[dict[str, Any]]]:
     x = torch.zeros(1, model.in_chans, size, size, device=reference.device, dtype=reference.dtype)
     parts: OrderedDict[str, nn.Module] = OrderedDict()
     info: list[dict[str, Any]] = []
+    before: nn.Module | None = None
     with torch.no_grad(), evaluating(model):
         for module in model.get_feature_extractor().children():
             x = module(x)
@@ -232,10 +267,13 @@ def _trunk(model: BcosConvNet) -> tuple[nn.Module, list[dict[str, Any]]]:
             top = name.partition(".")[0]
             parts[top] = model.get_submodule(top)
             here = {"num_chs": x.shape[1], "reduction": size // x.shape[-1], "module": name}
-            if info and info[-1]["reduction"] == here["reduction"]:
+            # Of stages that dilation keeps at the same resolution each has its own, as in timm's ResNet.
+            is_dilated = isinstance(module, Blocks) and isinstance(before, Blocks)
+            if info and info[-1]["reduction"] == here["reduction"] and not is_dilated:
                 info[-1] = here
             else:
                 info.append(here)
+            before = module
     return nn.Sequential(parts), info
 
 

@@ -65,7 +65,7 @@ def official_file(row: ZooRecord, progress: bool = True) -> Path:
             server, or there is no way to the server or no room or right to write.
     """
     if mirror := os.environ.get(MIRROR):
-        return _mirrored(Path(mirror).expanduser() / row.file, row)
+        return _mirrored(Path(mirror).expanduser(), row)
     path = Path(torch.hub.get_dir()).expanduser() / "checkpoints" / row.file
     if _is_right(path, row):
         return path
@@ -77,7 +77,10 @@ def official_file(row: ZooRecord, progress: bool = True) -> Path:
     return path
 
 
-def _mirrored(path: Path, row: ZooRecord) -> Path:
+def _mirrored(folder: Path, row: ZooRecord) -> Path:
+    path = folder / row.file
+    if not folder.is_dir():
+        raise WeightsError(f"{MIRROR}={folder}: no such folder; name one with {row.file}, or unset it to download that")
     if not path.is_file():
         raise WeightsError(f"{MIRROR}: no file {path}; put it there, or unset {MIRROR} to download {row.url}")
     if not _is_right(path, row):
