@@ -184,6 +184,20 @@ def test_an_error_while_computing_again_leaves_the_statistics() -> None:
         assert torch.equal(buffer, kept[key][1])
 
 
+def test_several_backward_passes_through_one_graph() -> None:
+    grads = []
+    for enable in (False, True):
+        torch.manual_seed(0)
+        model = create_model("resnet20", **RESNET, grad_checkpointing=enable).double().train()
+        x = images(16).double().requires_grad_()
+        out = model(x)
+        grads.append([torch.autograd.grad(out[:, k].sum(), x, retain_graph=True)[0] for k in range(2)])
+        counts = {int(m.num_batches_tracked) for m in model.modules() if isinstance(m, BatchNormUncentered2d)}
+        assert counts == {1}
+    for ours, expected in zip(*reversed(grads), strict=True):
+        assert torch.equal(ours, expected)
+
+
 def test_copies_keep_it() -> None:
     model = create_model("resnet20", grad_checkpointing=True, **RESNET)
     assert list(model.state_dict()) == list(create_model("resnet20", **RESNET).state_dict())

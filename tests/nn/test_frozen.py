@@ -3,6 +3,7 @@
 import contextlib
 import copy
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from bcos_train.nn import (
     BcosLinear,
     NoBias,
     frozen_weights,
+    live_weights,
     make_norm,
     set_backend,
 )
@@ -181,6 +183,54 @@ def test_nests_and_thaws_after_an_exception() -> None:
         model(torch.zeros(3))
     assert model[0].linear.frozen is None
     assert n_folded(model) == 0
+
+
+def test_a_copy_is_not_frozen() -> None:
+    model = net()
+    with frozen_weights(model):
+        twin = copy.deepcopy(model)
+    twin.train()(image()).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in twin.parameters())
+
+
+def test_another_thread_uses_the_weights_as_they_are() -> None:
+    model, x = net(), image()
+    expected = model(x)
+    with frozen_weights(model), ThreadPoolExecutor(1) as pool:
+        assert torch.equal(pool.submit(model, x).result(), expected)
+
+
+def test_explanation_after_inference_mode() -> None:
+    model, x = net(), image().requires_grad_()
+    with torch.inference_mode(), frozen_weights(model), torch.inference_mode(False), explanation_mode(model):
+        model(x).sum().backward()
+    assert x.grad is not None
+
+
+def test_live_weights_get_gradients() -> None:
+    model, x = net(), image()
+    expected = model(x).detach()
+    with frozen_weights(model):
+        with live_weights():
+            out = model(x)
+            assert n_folded(model) == 0
+        assert n_folded(model) == 2
+    out.square().sum().backward()
+    assert torch.equal(out, expected)
+    assert model[0].linear.weight.grad is not None
+
+
+def test_casting_inside_is_refused() -> None:
+    model = net()
+    with frozen_weights(model), pytest.raises(RuntimeError, match=r"moved or cast within frozen_weights\(\)"):
+        model.float()(image().float())
+
+
+def test_a_compiled_model_is_not_folded() -> None:
+    model = net()
+    model[1].compile(backend="eager")
+    with frozen_weights(model):
+        assert n_folded(model) == 0
 
 
 def test_state_is_that_of_outside() -> None:

@@ -39,7 +39,8 @@ MISTAKES = {
     ),
     "standard": (
         ["model=standard_vgg11", "dataset.size=24"],
-        "dataset.size=24: the training images have 24x24 pixels, which standard_vgg11 doesn't take (an image of 24x24 is too small: VGG takes at least 32x32)",
+        "dataset.size=24: the training images have 24x24 pixels, which standard_vgg11 doesn't take (an image "
+        "of 24x24 is too small: VGG takes at least 32x32)",
     ),
     "timm": (
         ["model=timm", "model.name=vit_tiny_patch16_224"],

@@ -10,7 +10,7 @@ Axes: N images, C encoded colour channels (6), H, W pixels, K classes.
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from bcos_train.explanation.mode import explanation_mode
-from bcos_train.nn import frozen_weights
+from bcos_train.nn import frozen_weights, live_weights
 
 __all__ = ["Explanation", "constant_term", "explain"]
 
@@ -77,12 +77,12 @@ def explain(
             "dropout. Call model.eval() first for the explanations of inference.",
             stacklevel=2,
         )
-    # Gradients may have to reach the weights through W(x), but not otherwise.
-    weights_stay = nullcontext() if create_graph else frozen_weights(network)
+    # Gradients are to reach the weights through W(x), but not otherwise.
+    live_or_frozen = live_weights() if create_graph else frozen_weights(network)
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
-        weights_stay,
+        live_or_frozen,
         explanation_mode(network),
         _frozen_buffers(network),
     ):

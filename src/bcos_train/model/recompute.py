@@ -4,8 +4,8 @@ PyTorch calls it activation checkpointing, timm gradient checkpointing (Chen et 
 block only the input is kept; the price is one more forward pass of the blocks in each training step.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -78,18 +78,23 @@ def _are_explained(modules: Sequence[nn.Module]) -> bool:
 
 def _contexts(modules: Sequence[nn.Module]) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
     """Around the forward pass, and around computing it again."""
-    return nullcontext(), _scratch_buffers(modules)
+    return nullcontext(), _ScratchBuffers(modules)
 
 
-@contextmanager
-def _scratch_buffers(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Let norms update copies of their running statistics: the forward pass has counted this batch already."""
-    kept = {part: dict(part._buffers) for module in modules for part in module.modules() if part._buffers}
-    try:
-        for part, buffers in kept.items():
-            copies = {name: None if buffer is None else buffer.clone() for name, buffer in buffers.items()}
-            part._buffers.update(copies)
-        yield
-    finally:
-        for part, buffers in kept.items():
+class _ScratchBuffers:
+    """Let norms update copies of their running statistics: the forward pass has counted this batch already.
+
+    Entered again for each backward pass through the same graph, which a generator's context could not be.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self.parts = [part for module in modules for part in module.modules() if part._buffers]
+
+    def __enter__(self) -> None:
+        self.kept = [dict(part._buffers) for part in self.parts]
+        for part, buffers in zip(self.parts, self.kept, strict=True):
+            part._buffers.update({k: None if buffer is None else buffer.clone() for k, buffer in buffers.items()})
+
+    def __exit__(self, *_: object) -> None:
+        for part, buffers in zip(self.parts, self.kept, strict=True):
             part._buffers.update(buffers)

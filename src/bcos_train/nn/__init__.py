@@ -3,7 +3,7 @@
 from bcos_train.nn.backend import BACKENDS, Backend, set_backend
 from bcos_train.nn.conv import BcosConv2d, NormedConv2d
 from bcos_train.nn.detachable import Detachable
-from bcos_train.nn.frozen import frozen_weights
+from bcos_train.nn.frozen import frozen_weights, live_weights
 from bcos_train.nn.layer import BcosLayer
 from bcos_train.nn.linear import BcosLinear, NormedLinear
 from bcos_train.nn.logit import LogitLayer
@@ -61,6 +61,7 @@ __all__ = [
     "RunningNorm2d",
     "Unaffine",
     "frozen_weights",
+    "live_weights",
     "make_norm",
     "set_backend",
     "sync_batch_norm_",

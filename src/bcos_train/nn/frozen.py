@@ -6,14 +6,15 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
 
 from bcos_train.nn.backend import is_hooked
 from bcos_train.nn.conv import BcosConv2d
 from bcos_train.nn.functional import normalise_weight
 from bcos_train.nn.norm import BatchNormUncentered2d
-from bcos_train.nn.unit_weight import UnitWeight
+from bcos_train.nn.unit_weight import FROZEN, UnitWeight
 
-__all__ = ["frozen_weights"]
+__all__ = ["frozen_weights", "live_weights"]
 
 
 @contextmanager
@@ -27,8 +28,9 @@ def frozen_weights(model: nn.Module) -> Iterator[None]:
     negative s would turn round; nor where a hook waits for either of the two.)
 
     Outputs and explanations of the model are those of outside to rounding. Changes of the weights aren't seen inside,
-    and no gradient reaches them; a norm that has been folded can't be put into training mode there. Blocks nest; copies
-    of the model that are made inside keep the frozen weights.
+    and no gradient reaches them; a norm that has been folded can't be put into training mode there, nor the model be
+    moved or cast. All this holds for calls from this thread; other threads, copies of the model, and what is compiled
+    or transformed (`torch.compile`, `torch.func`) use the weights as they are. Blocks nest.
 
     A module tells which others it applies one after the other, with nothing else between them and no other use of
     what they give, in a method `chains() -> Iterable[Sequence[Module]]`; norms of other modules are left alone.
@@ -36,29 +38,41 @@ def frozen_weights(model: nn.Module) -> Iterator[None]:
     layers = [module for module in model.modules() if isinstance(module, UnitWeight) and module.frozen is None]
     norms: list[BatchNormUncentered2d] = []
     try:
-        with torch.no_grad():
+        # Tensors made in inference mode could not be used for explanations.
+        with torch.inference_mode(False), torch.no_grad():
             for layer in layers:
-                layer.frozen = normalise_weight(layer.weight)
+                FROZEN.weights[layer] = normalise_weight(layer.weight)
             for conv, norm in _foldable_pairs(model, layers):
-                conv.linear.frozen = _scaled(conv.linear.frozen, norm.inference_scale())
-                norm.is_folded = True
+                FROZEN.weights[conv.linear] = _scaled(FROZEN.weights[conv.linear], norm.inference_scale())
+                FROZEN.norms.add(norm)
                 norms.append(norm)
         yield
     finally:
-        # What they shadow in the class takes effect again.
         for layer in layers:
-            layer.__dict__.pop("frozen", None)
-        for norm in norms:
-            norm.__dict__.pop("is_folded", None)
+            FROZEN.weights.pop(layer, None)
+        FROZEN.norms.difference_update(norms)
 
 
-def _scaled(unit: Tensor | None, scale: Tensor) -> Tensor:
-    assert unit is not None
+@contextmanager
+def live_weights() -> Iterator[None]:
+    """Within `frozen_weights`, use the weights as they are after all."""
+    kept = FROZEN.weights, FROZEN.norms
+    FROZEN.weights, FROZEN.norms = {}, set()
+    try:
+        yield
+    finally:
+        FROZEN.weights, FROZEN.norms = kept
+
+
+def _scaled(unit: Tensor, scale: Tensor) -> Tensor:
     root = scale.sign() * scale.abs().sqrt()
     return (unit * root.view(-1, 1, 1, 1)).to(unit.dtype)
 
 
 def _foldable_pairs(model: nn.Module, layers: Sequence[UnitWeight]) -> list[tuple[BcosConv2d, BatchNormUncentered2d]]:
+    if any(isinstance(module, OptimizedModule) or module._compiled_call_impl is not None for module in model.modules()):
+        # What is compiled uses the weights as they are, and of a pair only one may have been.
+        return []
     # A module that is in several places is not always followed by the same one.
     places: dict[nn.Module, int] = {}
     for _, module in model.named_modules(remove_duplicate=False):

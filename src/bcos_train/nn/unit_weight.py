@@ -1,5 +1,6 @@
 """Weights scaled to unit norm."""
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -9,22 +10,48 @@ from torch import Tensor, nn
 from bcos_train.nn.backend import is_plain
 from bcos_train.nn.functional import normalise_weight, statistics_dtype
 
-__all__ = ["UnitWeight", "plain_backward"]
+__all__ = ["FROZEN", "UnitWeight", "plain_backward"]
+
+
+class _Frozen(threading.local):
+    """What :func:`bcos_train.nn.frozen_weights` has put in the place of weights and norms, in this thread.
+
+    Not kept in the modules: another thread that uses the same model, or a copy of it, has nothing to do with it.
+    """
+
+    def __init__(self) -> None:
+        #: Modules with what they are to use in the place of ŵ.
+        self.weights: dict[nn.Module, Tensor] = {}
+        #: Norms that the layer before has taken over.
+        self.norms: set[nn.Module] = set()
+
+
+FROZEN = _Frozen()
 
 
 class UnitWeight(nn.Module):
     """A module with a `weight` that is used only after scaling every output unit (the first axis) to unit norm."""
 
     weight: Tensor
-    #: What `frozen_weights` has put in the place of ŵ. A class attribute: this class comes before a torch module in the
-    #: list of bases.
-    frozen: Tensor | None = None
+
+    @property
+    def frozen(self) -> Tensor | None:
+        """What takes the place of ŵ, if anything.
+
+        Raises:
+            RuntimeError: The module has been moved or cast since.
+        """
+        found = FROZEN.weights.get(self)
+        if found is not None and (found.dtype, found.device) != (self.weight.dtype, self.weight.device):
+            raise RuntimeError("the model was moved or cast within frozen_weights(): do that before")
+        return found
 
     def unit_weight(self) -> Tensor:
         """ŵ = w / ||w||, of the shape of the weight; the frozen one where there is one."""
-        if self.frozen is not None:
-            return self.frozen
-        return normalise_weight(self.weight) if is_plain() else _Normalise.apply(self.weight)
+        if is_plain():
+            return normalise_weight(self.weight)
+        found = self.frozen
+        return _Normalise.apply(self.weight) if found is None else found
 
 
 class _Normalise(torch.autograd.Function):

@@ -7,11 +7,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bcos_train.nn.backend import Fusable
+from bcos_train.nn.backend import Fusable, is_plain
 from bcos_train.nn.functional import statistics_dtype
 from bcos_train.nn.fused import uncentred_batch_norm
 from bcos_train.nn.norm.base import Norm2d, normalise
 from bcos_train.nn.norm.sync import combined_statistics, local_statistics
+from bcos_train.nn.unit_weight import FROZEN
 
 __all__ = [
     "AllNorm2d",
@@ -186,8 +187,11 @@ class BatchNormUncentered2d(Fusable, RunningNorm2d):
 
     centred = False
     dims = (0, 2, 3)
-    #: The layer before takes the scaling over; see `frozen_weights`.
-    is_folded: bool = False
+
+    @property
+    def is_folded(self) -> bool:
+        """Whether the layer before has taken the scaling over; see `frozen_weights`."""
+        return not is_plain() and self in FROZEN.norms
 
     def is_scaling(self) -> bool:
         """Whether it multiplies each channel by a constant."""
