@@ -137,7 +137,9 @@ def grid_pointing_scores(attributions: Tensor, smooth: int = 15) -> Tensor:
     if smooth < 1 or smooth % 2 == 0:
         raise ValueError(f"{smooth=}: a positive odd number")
     if smooth > 1:
-        attributions = F.avg_pool2d(attributions, smooth, stride=1, padding=smooth // 2)
+        # The window in two steps, of rows and of columns.
+        for kernel, padding in (((smooth, 1), (smooth // 2, 0)), ((1, smooth), (0, smooth // 2))):
+            attributions = F.avg_pool2d(attributions, kernel, stride=1, padding=padding)
     positive = attributions.clamp(min=0).view(n_grids, n_cells, n, height // n, n, width // n)
     shares = positive.mean((3, 5)).flatten(2)
     total, own = shares.sum(2), shares.diagonal(dim1=1, dim2=2)
