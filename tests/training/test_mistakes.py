@@ -18,7 +18,10 @@ from .runs import TINY, compose, final_state, run_folder, signal_at
     [
         ("optimizer.lr=-1", "optimizer: Invalid learning rate: -1"),
         ("optimizer.weight_decay=-1", "optimizer: Invalid weight_decay value: -1"),
-        ("model.in_chans=3", "model.in_chans=3: the encoding gives 6 channels"),
+        (
+            "model.in_chans=3",
+            "model.in_chans=3: the encoding of this model's images gives 6 channels, r g b 1-r 1-g 1-b",
+        ),
         ("model.b=0.5", "model: .*0.5"),
         ("name=a/b", "name=a/b: a word"),
         ("name=''", "name=: a word"),

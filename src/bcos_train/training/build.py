@@ -111,7 +111,8 @@ def build_model(parts: Any, data: DataModule) -> nn.Module:
         model: nn.Module = parts.model(num_classes=choose_num_classes(parts, data))
     channels = getattr(model, "in_chans", parts.encoding.in_channels)
     if channels != parts.encoding.in_channels:
-        raise UserError(f"model.in_chans={channels}: the encoding gives {parts.encoding.in_channels} channels")
+        given = {3: "3 channels, r g b", 6: "6 channels, r g b 1-r 1-g 1-b"}[parts.encoding.in_channels]
+        raise UserError(f"model.in_chans={channels}: the encoding of this model's images gives {given}")
     if parts.trainer.sync_batchnorm and parts.trainer.world_size > 1:
         sync_batch_norm_(model)
     if parts.trainer.uses_channels_last:
