@@ -102,7 +102,7 @@ def test_logit_is_linear_in_the_input(model: Any) -> None:
         assert relative_error(result.logits, logits) < 1e-7
         linear, constant = (x * result.weights).sum((1, 2, 3)), constant_term(model, x, target)
         # Relative to the linear part itself, which can be much smaller than the bias of the logits.
-        difference = logits[torch.arange(2), result.target] - constant - linear
+        difference = result.logits[torch.arange(2), result.target] - constant - linear
         assert (difference.abs() <= 1e-8 * linear.abs() + 1e-14 * constant.abs()).all()
         assert (result.weights.abs().amax((1, 2, 3)) > 0).all()
 
