@@ -8,29 +8,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from states import assert_same, random_state, seeded
 
 from bcos_train import checkpoint, create_model
 from bcos_train.model.weights import save_weights
 from bcos_train.zoo.export import export
-
-State = dict[str, Tensor]
-
-
-def random_state(name: str, **options: Any) -> State:
-    torch.manual_seed(7)
-    return dict(create_model(name, **options).state_dict())
-
-
-def seeded(name: str, **options: Any) -> nn.Module:
-    torch.manual_seed(0)
-    return create_model(name, **options)
-
-
-def assert_same(a: State, b: State) -> None:
-    assert a.keys() == b.keys()
-    for key in a:
-        assert torch.equal(a[key], b[key]), key
 
 
 @pytest.fixture

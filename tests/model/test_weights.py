@@ -9,36 +9,19 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from states import State, assert_same, random_state, seeded
+from torch import nn
 
 from bcos_train import checkpoint, create_model, list_models
 from bcos_train.model import registry
 from bcos_train.model.weights import load_weights, read_weights, save_weights
 from bcos_train.nn import BcosConv2d
 
-State = dict[str, Tensor]
-
 
 class TinyNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.conv, self.head = BcosConv2d(6, 8, 3), BcosConv2d(8, 4, 1)
-
-
-def random_state(name: str, seed: int = 7, **options: Any) -> State:
-    torch.manual_seed(seed)
-    return dict(create_model(name, **options).state_dict())
-
-
-def seeded(name: str, **options: Any) -> nn.Module:
-    torch.manual_seed(0)
-    return create_model(name, **options)
-
-
-def assert_same(a: State, b: State) -> None:
-    assert a.keys() == b.keys()
-    for key in a:
-        assert torch.equal(a[key], b[key]), key
 
 
 def write_run(state: State, folder: Path) -> Path:

@@ -9,14 +9,15 @@ import timm
 import torch
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
-from torch import Tensor, nn
+from torch import nn
 
 from bcos_train import create_model, explanation_mode, list_models
 from bcos_train.model import model_signature
 from bcos_train.zoo import RECORDS, timm_models
 from bcos_train.zoo.timm_models import timm_name
 
-ALL = {own: name for name in list_models() if (own := timm_name(name)) is not None}
+from .timm_names import ALL, image, on_meta
+
 #: A small one of each family, and what comes to one position of the last feature map.
 FAMILIES = {
     "bcos_resnet18": 32,
@@ -35,15 +36,6 @@ FAMILIES = {
 LARGE = "bcos_vgg11"
 WITH_VALUES = [pytest.param(name, marks=pytest.mark.slow if name == LARGE else ()) for name in FAMILIES]
 CONVOLUTIONAL = [name for name, stride in FAMILIES.items() if stride is not None]
-
-
-def image(*shape: int, seed: int = 0) -> Tensor:
-    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def on_meta(name: str, **options: Any) -> Any:
-    with torch.device("meta"):
-        return timm.create_model(name, **options)
 
 
 # ---- the registry

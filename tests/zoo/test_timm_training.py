@@ -9,23 +9,10 @@ import timm
 import torch
 from timm.models import group_parameters
 from timm.optim import param_groups_layer_decay
-from torch import Tensor
 
-from bcos_train import list_models
 from bcos_train.model.recompute import Blocks
-from bcos_train.zoo.timm_models import timm_name
 
-ALL = {own: name for name in list_models() if (own := timm_name(name)) is not None}
-
-
-def image(*shape: int, seed: int = 0) -> Tensor:
-    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def on_meta(name: str, **options: Any) -> Any:
-    with torch.device("meta"):
-        return timm.create_model(name, **options)
-
+from .timm_names import ALL, image, on_meta
 
 # ---- the head
 
