@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from bcos_train.nn import (
     BcosConv2d,
     BcosLinear,
     NoBias,
+    PlainLinear,
     set_backend,
 )
 from bcos_train.nn.backend import Backend
@@ -113,19 +115,92 @@ def test_gradcheck(name: str) -> None:
     assert torch.autograd.gradcheck(call, (x, weight))
 
 
+PRECISIONS = [(torch.float64, (1e-13, 1e-11)), (torch.float32, (1e-5, 1e-4))]
+
+
+@pytest.mark.parametrize(("dtype", "tolerances"), PRECISIONS)
 @pytest.mark.parametrize("b", [2, 1.5])
 @pytest.mark.parametrize("max_out", [1, 2])
-@pytest.mark.parametrize("shape", [(3, 6), (2, 4, 6), (6,)], ids=str)
-def test_linear(shape: tuple[int, ...], max_out: int, b: float) -> None:
-    plain, fast = twins(BcosLinear(6, 5, b=b, max_out=max_out).double())
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+@pytest.mark.parametrize("shape", [(3, 6), (2, 4, 6), (6,), (0, 6)], ids=str)
+def test_linear(
+    shape: tuple[int, ...], max_out: int, b: float, dtype: torch.dtype, tolerances: tuple[float, float]
+) -> None:
+    plain, fast = twins(BcosLinear(6, 5, b=b, max_out=max_out).to(dtype))
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(4), dtype=dtype)
     if len(shape) > 1:
-        x[0] = 0
+        x[:1] = 0
     x.requires_grad_()
     (expected, expected_grads), (out, grads) = gradients(plain, x), gradients(fast, x)
-    assert_close(out, expected, 1e-13)
+    if not x.numel():
+        assert out.shape == expected.shape
+        return
+    assert_close(out, expected, tolerances[0])
     for ours, theirs in zip(grads, expected_grads, strict=True):
-        assert_close(ours, theirs, 1e-11)
+        assert_close(ours, theirs, tolerances[1])
+
+
+@pytest.mark.parametrize(("dtype", "tolerances"), PRECISIONS)
+@pytest.mark.parametrize("shape", [(3, 6), (2, 4, 6), (6,)], ids=str)
+def test_plain_linear(shape: tuple[int, ...], dtype: torch.dtype, tolerances: tuple[float, float]) -> None:
+    layer = PlainLinear(6, 5, bias=False).to(dtype)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(4), dtype=dtype).requires_grad_()
+    expected, expected_grads = gradients(layer, x)
+    reference = nn.Linear(6, 5, bias=False).to(dtype)
+    reference.load_state_dict(layer.state_dict())
+    out, grads = gradients(reference, x)
+    assert_close(out, expected, tolerances[0])
+    for ours, theirs in zip(grads, expected_grads, strict=True):
+        assert_close(ours, theirs, tolerances[1])
+
+
+def test_plain_linear_twice_differentiated() -> None:
+    layer = PlainLinear(6, 5, bias=False).double()
+    x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(layer, (x,))
+
+
+def test_plain_linear_with_bias_and_under_autocast() -> None:
+    x = torch.randn(4, 6)
+    layer = PlainLinear(6, 5)
+    assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert PlainLinear(6, 5, bias=False)(x).dtype == torch.bfloat16
+
+
+def test_operations_are_counted() -> None:
+    """What counts operations doesn't know of oneDNN's product."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        BcosLinear(6, 5)(torch.randn(4, 6))
+    assert counter.get_total_flops() == 2 * 4 * 6 * 5
+
+
+def test_layers_work_outside_inference_mode_after_it() -> None:
+    """Memory that is used again must not belong to inference mode."""
+    layer, x = BcosConv2d(6, 8, 3), torch.rand(2, 6, 9, 9)
+
+    def call() -> None:  # in a thread, which has no such memory yet
+        with torch.inference_mode():
+            layer(x)
+        layer(x).sum().backward()
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(call).result()
+    assert layer.linear.weight.grad is not None
+
+
+def test_many_samples_in_several_parts() -> None:
+    """What is done part by part to save memory."""
+    layer = BcosConv2d(3, 16, 3, padding=1)
+    plain, fast = twins(layer)
+    x = torch.rand(5, 3, 256, 256)
+    with torch.no_grad():
+        assert_close(fast(x), plain(x), 1e-5)
+        assert_close(fast(x.to(memory_format=torch.channels_last)), plain(x), 1e-5)
+    plain, fast = twins(BcosLinear(3000, 1000))
+    x = torch.rand(2, 3000).requires_grad_()
+    assert_close(gradients(fast, x)[1][1], gradients(plain, x)[1][1], 1e-4)
 
 
 @pytest.mark.parametrize("wrap", [NoBias, lambda make: lambda c: make(c, affine=False)], ids=["weight", "unaffine"])

@@ -16,6 +16,7 @@ from bcos_train.nn import (
     BcosConv2d,
     BcosLinear,
     NoBias,
+    PlainLinear,
     frozen_weights,
     live_weights,
     make_norm,
@@ -112,6 +113,27 @@ def test_dynamic_weights_are_a_linear_map_to_autograd(name: str) -> None:
     torch.testing.assert_close(back, out.detach(), rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.parametrize("options", [{}, {"max_out": 2}, {"b": 1.5, "max_out": 3}], ids=str)
+@pytest.mark.parametrize("shape", [(2, 6), (2, 3, 6)], ids=str)
+def test_linear_layers(shape: tuple[int, ...], options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(PlainLinear(6, 8, bias=False), BcosLinear(8, 4, **options)).double()
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    expected = model(x).detach()
+    with explanation_mode(model):
+        (expected_weights,) = torch.autograd.grad(model(x).select(-1, 2).sum(), x)
+        with frozen_weights(model):
+            out = model(x)
+            grad = torch.randn_like(out).requires_grad_()
+            (pulled,) = torch.autograd.grad(out, x, grad, create_graph=True)
+            (back,) = torch.autograd.grad(pulled, grad, x)
+            (weights,) = torch.autograd.grad(model(x).select(-1, 2).sum(), x)
+            assert not model(x.detach()).requires_grad
+    torch.testing.assert_close(out.detach(), expected, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(back, expected, rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(weights, expected_weights, rtol=1e-11, atol=1e-13)
+
+
 def test_the_reference_backend_folds_nothing() -> None:
     model = net()
     set_backend(model, "reference")
@@ -168,7 +190,7 @@ def test_changes_are_not_seen_inside() -> None:
 
 
 def test_no_gradient_reaches_the_weights() -> None:
-    model = nn.Sequential(BcosLinear(6, 4))
+    model = nn.Sequential(BcosLinear(6, 4), PlainLinear(4, 4, bias=False))
     with frozen_weights(model):
         assert not model(torch.ones(1, 6)).requires_grad
 

@@ -5,7 +5,7 @@ from bcos_train.nn.conv import BcosConv2d, NormedConv2d
 from bcos_train.nn.detachable import Detachable
 from bcos_train.nn.frozen import frozen_weights, live_weights
 from bcos_train.nn.layer import BcosLayer
-from bcos_train.nn.linear import BcosLinear, NormedLinear
+from bcos_train.nn.linear import BcosLinear, NormedLinear, PlainLinear
 from bcos_train.nn.logit import LogitLayer
 from bcos_train.nn.norm import (
     NORM_NAMES,
@@ -57,6 +57,7 @@ __all__ = [
     "NormFactory",
     "NormedConv2d",
     "NormedLinear",
+    "PlainLinear",
     "PositionNormUncentered2d",
     "RunningNorm2d",
     "Unaffine",

@@ -10,7 +10,7 @@ Axes: G groups, U units of a group, M candidates of a unit.
 import torch
 from torch import Tensor
 
-__all__ = ["arrange", "choose", "restore", "scatter_to_chosen"]
+__all__ = ["arrange", "choose", "greatest", "restore", "scatter_to_chosen"]
 
 
 def arrange(weight: Tensor, candidates: int, groups: int) -> Tensor:
@@ -27,8 +27,19 @@ def restore(weight: Tensor, candidates: int, groups: int) -> Tensor:
     return weight.unflatten(0, (groups, candidates, -1)).transpose(1, 2).flatten(0, 2)
 
 
+def greatest(out: Tensor, candidates: int, dim: int) -> Tensor:
+    """The greatest candidate of each unit, axis `dim` M * U -> U; of equals, the first gets the gradient."""
+    if candidates == 1:
+        return out
+    best, *others = out.unflatten(dim, (candidates, -1)).unbind(dim)
+    for other in others:
+        # `maximum`, which is faster, would split the gradient of equals.
+        best = torch.where(other > best, other, best) if out.requires_grad else torch.maximum(best, other)
+    return best
+
+
 def choose(out: Tensor, candidates: int, dim: int) -> tuple[Tensor, Tensor | None]:
-    """The greatest candidate of each unit, axis `dim` M * U -> U, and which one it was (the first of equals)."""
+    """`greatest` without a gradient, and which of the candidates it was, None for a single one."""
     if candidates == 1:
         return out, None
     best, *others = out.unflatten(dim, (candidates, -1)).unbind(dim)
@@ -36,13 +47,16 @@ def choose(out: Tensor, candidates: int, dim: int) -> tuple[Tensor, Tensor | Non
     for index, other in enumerate(others, start=1):
         is_greater = other > best
         # A bool is a byte of 0 or 1.
-        choice = is_greater.view(torch.uint8) if choice is None else torch.where(is_greater, index, choice)
-        best = torch.where(is_greater, other, best)  # `maximum` would split the gradient of equals
+        choice = is_greater.view(torch.uint8) if choice is None else choice.masked_fill_(is_greater, index)
+        best = torch.maximum(best, other)
     return best, choice
 
 
 def scatter_to_chosen(grad: Tensor, choice: Tensor, candidates: int, dim: int, into: Tensor) -> None:
     """The adjoint of `choose`, axis `dim` U -> M * U of `into`: the gradient to the chosen one, 0 to the others."""
-    for index, part in enumerate(into.unflatten(dim, (candidates, -1)).unbind(dim)):
-        is_chosen = choice.view(torch.bool) if candidates == 2 and index == 1 else choice == index
-        torch.mul(grad, is_chosen, out=part)
+    first, *others = into.unflatten(dim, (candidates, -1)).unbind(dim)
+    rest = grad
+    for index, part in enumerate(others, start=1):
+        torch.mul(grad, choice.view(torch.bool) if candidates == 2 else choice == index, out=part)
+        # What the others leave, exactly; a subtraction is faster than a product with a mask.
+        rest = torch.sub(rest, part, out=first)

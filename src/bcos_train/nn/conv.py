@@ -4,9 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from bcos_train.nn.backend import is_hooked
-from bcos_train.nn.candidates import arrange, choose
+from bcos_train.nn.candidates import arrange, greatest
 from bcos_train.nn.functional import PaddingMode, patch_norm
-from bcos_train.nn.fused import Convolution, bcos_conv2d, detached_bcos_conv2d
+from bcos_train.nn.fused import Convolution, bcos_conv2d, can_box, detached_bcos_conv2d
 from bcos_train.nn.kernels import Kernels
 from bcos_train.nn.layer import BcosLayer
 from bcos_train.nn.unit_weight import UnitWeight
@@ -101,18 +101,18 @@ class BcosConv2d(BcosLayer):
         if conv.groups > 1 or not self.in_blocks():
             return super().product(x)
         weight = arrange(conv.unit_weight(), self.max_out, 1)
-        return choose(conv._conv_forward(x, weight, None), self.max_out, 1)[0]
+        return greatest(conv._conv_forward(x, weight, None), self.max_out, 1)
 
     def fused(self, x: Tensor, b: float, kernels: Kernels) -> Tensor | None:
         geometry = self._geometry()
         if geometry is None:
             return None
-        if not self.detach:
-            return bcos_conv2d(x, self.linear.unit_weight(), geometry, b, self.max_out, kernels)
-        # Otherwise autograd alone knows whether the weight's gradient is wanted too.
-        if (unit := self.linear.frozen) is None or not x.requires_grad:
-            return None
-        return detached_bcos_conv2d(x, unit, geometry, b, self.max_out)
+        if self.detach:
+            if (unit := self.linear.frozen) is None:  # autograd alone knows whether the weight's gradient is wanted too
+                return None
+            if x.requires_grad:
+                return detached_bcos_conv2d(x, unit, geometry, b, self.max_out)
+        return bcos_conv2d(x, self.linear.unit_weight(), geometry, b, self.max_out, kernels)
 
     def is_homogeneous(self) -> bool:
         """Whether s times the output is what sign(s) sqrt(abs(s)) times the weight gives."""
@@ -125,7 +125,7 @@ class BcosConv2d(BcosLayer):
         conv = self.linear
         if conv.padding_mode != "zeros" or conv.dilation != (1, 1) or isinstance(conv.padding, str):
             return None
-        if any(2 * p > k for p, k in zip(conv.padding, conv.kernel_size, strict=True)):  # torch's box filter can't
+        if not can_box(conv.kernel_size, conv.padding):
             return None
         return Convolution(conv.kernel_size, conv.stride, conv.padding, conv.groups)
 

@@ -10,9 +10,8 @@ from torch._dynamo import OptimizedModule
 
 from bcos_train.nn.backend import is_hooked
 from bcos_train.nn.conv import BcosConv2d
-from bcos_train.nn.functional import normalise_weight
 from bcos_train.nn.norm import BatchNormUncentered2d
-from bcos_train.nn.unit_weight import FROZEN, UnitWeight
+from bcos_train.nn.unit_weight import FROZEN, Freezable
 
 __all__ = ["frozen_weights", "live_weights"]
 
@@ -35,13 +34,13 @@ def frozen_weights(model: nn.Module) -> Iterator[None]:
     A module tells which others it applies one after the other, with nothing else between them and no other use of
     what they give, in a method `chains() -> Iterable[Sequence[Module]]`; norms of other modules are left alone.
     """
-    layers = [module for module in model.modules() if isinstance(module, UnitWeight) and module.frozen is None]
+    layers = [module for module in model.modules() if isinstance(module, Freezable) and module.frozen is None]
     norms: list[BatchNormUncentered2d] = []
     try:
         # Tensors made in inference mode could not be used for explanations.
         with torch.inference_mode(False), torch.no_grad():
             for layer in layers:
-                FROZEN.weights[layer] = normalise_weight(layer.weight)
+                FROZEN.weights[layer] = layer.weight_in_use()
             for conv, norm in _foldable_pairs(model, layers):
                 FROZEN.weights[conv.linear] = _scaled(FROZEN.weights[conv.linear], norm.inference_scale())
                 FROZEN.norms.add(norm)
@@ -69,7 +68,7 @@ def _scaled(unit: Tensor, scale: Tensor) -> Tensor:
     return (unit * root.view(-1, 1, 1, 1)).to(unit.dtype)
 
 
-def _foldable_pairs(model: nn.Module, layers: Sequence[UnitWeight]) -> list[tuple[BcosConv2d, BatchNormUncentered2d]]:
+def _foldable_pairs(model: nn.Module, layers: Sequence[Freezable]) -> list[tuple[BcosConv2d, BatchNormUncentered2d]]:
     if any(isinstance(module, OptimizedModule) or module._compiled_call_impl is not None for module in model.modules()):
         # What is compiled uses the weights as they are, and of a pair only one may have been.
         return []

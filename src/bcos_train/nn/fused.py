@@ -14,7 +14,7 @@ Axes: N samples, C channels, G groups, O output units, U = O / G units of a grou
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,14 +33,29 @@ from bcos_train.nn.functional import (
     statistics_dtype,
 )
 from bcos_train.nn.kernels import Kernels
+from bcos_train.nn.product import product
 from bcos_train.nn.unit_weight import plain_backward
 
-__all__ = ["Convolution", "bcos_conv2d", "bcos_linear", "detached_bcos_conv2d", "uncentred_batch_norm"]
+__all__ = [
+    "Convolution",
+    "bcos_conv2d",
+    "bcos_linear",
+    "can_box",
+    "detached_bcos_conv2d",
+    "detached_bcos_linear",
+    "linear",
+    "uncentred_batch_norm",
+]
+
+
+def can_box(kernel_size: Sequence[int], padding: Sequence[int]) -> bool:
+    """Whether torch's box filter takes that padding."""
+    return all(2 * p <= k for p, k in zip(padding, kernel_size, strict=True))
 
 
 @dataclass(frozen=True)
 class Convolution:
-    """A convolution's geometry: zero padding, no dilation; pairs are (height, width)."""
+    """A convolution's geometry: zero padding that `can_box` allows, no dilation; pairs are (height, width)."""
 
     kernel_size: tuple[int, ...]
     stride: tuple[int, ...]
@@ -76,9 +91,10 @@ class Convolution:
 
     def box_adjoint(self, grad: Tensor, size: torch.Size) -> Tensor:
         """The adjoint of `box`, (N, G, P, Q) -> (N, G, H, W)."""
+        opposite = tuple(k - 1 - p for k, p in zip(self.kernel_size, self.padding, strict=True))
+        if self.stride == (1, 1) and can_box(self.kernel_size, opposite):  # a box filter too, of the same window
+            return replace(self, padding=opposite).box(grad)
         if self.kernel_size == (1, 1) and self.padding == (0, 0):
-            if self.stride == (1, 1):
-                return grad
             result = grad.new_zeros((*grad.shape[:2], *size))
             result[..., :: self.stride[0], :: self.stride[1]] = grad
             return result
@@ -108,10 +124,10 @@ class _BcosConv2d(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, conv: Convolution, b: float, candidates: int, kernels: Kernels
     ) -> Tensor:
-        groups, dim = conv.groups, _unit_dim(conv.groups)
+        groups = _viewed_groups(conv, len(weight))
         norm = conv.norm(x)
         out = conv(x, arrange(weight, candidates, groups))
-        best, choice = choose(_grouped(out, groups), candidates, dim)
+        best, choice = choose(_grouped(out, groups), candidates, _unit_dim(groups))
         y, kept = _scale(best, _grouped(norm, groups), b, kernels)
         ctx.save_for_backward(x, weight, norm, kept, choice)
         ctx.options = (conv, b, candidates, kernels)
@@ -124,9 +140,12 @@ class _BcosConv2d(torch.autograd.Function):
         if torch.is_grad_enabled():
             grads = plain_backward(lambda x, w: _plain_conv2d(x, w, conv, b, candidates), (x, weight), grad)
             return *grads, *[None] * 4
-        groups, dim = conv.groups, _unit_dim(conv.groups)
+        groups = _viewed_groups(conv, len(weight))
+        dim = _unit_dim(groups)
         norm = _grouped(norm, groups)
-        best, energy = _scale_backward(_grouped(grad, groups), kept, norm, b, dim, kernels)
+        # With a single unit in each group there is nothing to sum over.
+        summed = None if len(weight) == conv.groups else dim
+        best, energy = _scale_backward(_grouped(grad, groups), kept, norm, b, summed, kernels)
         if choice is None:
             large = _ungrouped(best, groups)
         else:
@@ -136,8 +155,9 @@ class _BcosConv2d(torch.autograd.Function):
         grad_x, grad_weight = conv.backward(large, x, arrange(weight, candidates, groups), ctx.needs_input_grad)
         if ctx.needs_input_grad[0]:
             s = conv.box_adjoint(_small(energy / norm.square(), groups).neg_(), x.shape[2:])
-            total = kernels.add_product(_grouped(grad_x, groups), _grouped(x, groups), _grouped(s, groups))
-            grad_x = _ungrouped(total, groups)
+            inputs = _viewed_groups(conv, x.shape[1])
+            total = kernels.add_product(_grouped(grad_x, inputs), _grouped(x, inputs), _grouped(s, inputs))
+            grad_x = _ungrouped(total, inputs)
         if ctx.needs_input_grad[1]:
             grad_weight = restore(grad_weight, candidates, groups)
         return grad_x, grad_weight, None, None, None, None
@@ -148,7 +168,7 @@ class _BcosLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, b: float, candidates: int, kernels: Kernels) -> Tensor:
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=statistics_dtype(x))
         norm = torch.where(norm == 0, 1, norm + FEATURE_EPS)
-        best, choice = choose(F.linear(x, arrange(weight, candidates, 1)), candidates, x.dim() - 1)
+        best, choice = choose(product(x, arrange(weight, candidates, 1)), candidates, x.dim() - 1)
         y, kept = _scale(best, norm, b, kernels)
         ctx.save_for_backward(x, weight, norm, kept, choice)
         ctx.options = (b, candidates, kernels)
@@ -167,12 +187,47 @@ class _BcosLinear(torch.autograd.Function):
             scatter_to_chosen(best, choice, candidates, x.dim() - 1, large)
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
-            product = large @ arrange(weight, candidates, 1)
-            grad_x = kernels.add_product(product, x, (energy / norm.square()).neg_())
+            grad_x = product(large, arrange(weight, candidates, 1).T)
+            grad_x = kernels.add_product(grad_x, x, (energy / norm.square()).neg_())
         if ctx.needs_input_grad[1]:
-            grad_weight = large.reshape(-1, large.shape[-1]).T @ x.reshape(-1, x.shape[-1])
-            grad_weight = restore(grad_weight, candidates, 1)
+            grad_weight = restore(_outer(large, x), candidates, 1)
         return grad_x, grad_weight, None, None, None
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return product(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return tuple(plain_backward(F.linear, (x, weight), grad))
+        grad_x = product(grad, weight.T) if ctx.needs_input_grad[0] else None
+        return grad_x, _outer(grad, x) if ctx.needs_input_grad[1] else None
+
+
+class _DetachedBcosLinear(torch.autograd.Function):
+    """The B-cos linear layer with a constant scale and a constant weight: linear in x. It keeps the scale alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, b: float, candidates: int) -> Tensor:
+        weight = arrange(weight, candidates, 1)
+        best, choice = choose(product(x, weight), candidates, x.dim() - 1)
+        scale = _detached_scale(best, feature_norm(x), b)
+        ctx.save_for_backward(weight, scale, choice)
+        ctx.candidates = candidates
+        return best.mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, scale, choice = ctx.saved_tensors
+        large = _to_chosen(grad * scale, choice, ctx.candidates, -1)
+        # This may be differentiated again.
+        grad_x = large @ weight if torch.is_grad_enabled() else product(large, weight.T)
+        return grad_x, None, None, None
 
 
 class _DetachedBcosConv2d(torch.autograd.Function):
@@ -180,12 +235,10 @@ class _DetachedBcosConv2d(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, conv: Convolution, b: float, candidates: int) -> Tensor:
-        groups = conv.groups
+        groups = _viewed_groups(conv, len(weight))
         weight = arrange(weight, candidates, groups)
         best, choice = choose(_grouped(conv(x, weight), groups), candidates, _unit_dim(groups))
-        scale = best.abs().div_(_grouped(conv.norm(x), groups))
-        if b != 2:
-            scale.add_(COSINE_EPS).pow_(b - 1)
+        scale = _detached_scale(best, _grouped(conv.norm(x), groups), b)
         ctx.save_for_backward(weight, scale, choice)
         ctx.options = (conv, candidates, x.shape, _memory_format(x))
         return _ungrouped(best.mul_(scale), groups)
@@ -194,16 +247,36 @@ class _DetachedBcosConv2d(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, scale, choice = ctx.saved_tensors
         conv, candidates, shape, layout = ctx.options
-        groups, dim = conv.groups, _unit_dim(conv.groups)
+        groups = _viewed_groups(conv, len(weight))
+        dim = _unit_dim(groups)
         # Plain operations throughout, since this may be differentiated again.
-        large = _grouped(grad, groups) * scale
-        if choice is not None:
-            parts = [large.where(choice == index, 0) for index in range(candidates)]
-            large = torch.cat(parts, dim)
+        large = _to_chosen(_grouped(grad, groups) * scale, choice, candidates, dim)
         # Only the shape and the layout of the input matter.
         blank = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=layout)
         grad_x, _ = conv.backward(_ungrouped(large, groups), blank, weight, (True, False))
         return grad_x, None, None, None, None
+
+
+def _detached_scale(best: Tensor, norm: Tensor, b: float) -> Tensor:
+    scale = best.abs().div_(norm)
+    return scale if b == 2 else scale.add_(COSINE_EPS).pow_(b - 1)
+
+
+def _to_chosen(grad: Tensor, choice: Tensor | None, candidates: int, dim: int) -> Tensor:
+    """`scatter_to_chosen` of operations that can be differentiated."""
+    if choice is None:
+        return grad
+    return torch.cat([grad.where(choice == index, 0) for index in range(candidates)], dim)
+
+
+def _outer(grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient of a weight: the sum over all leading axes of grad xᵀ, (*, O), (*, C) -> (O, C)."""
+    return product(grad.reshape(-1, grad.shape[-1]).T, x.reshape(-1, x.shape[-1]).T)
+
+
+def _viewed_groups(conv: Convolution, channels: int) -> int:
+    """How many groups `_grouped` is to make of them. With a single channel in each, the two are the same axis."""
+    return 1 if channels == conv.groups else conv.groups
 
 
 def _unit_dim(groups: int) -> int:
@@ -240,7 +313,7 @@ def _scale(out: Tensor, norm: Tensor, b: float, kernels: Kernels) -> tuple[Tenso
 
 
 def _scale_backward(
-    grad: Tensor, kept: Tensor, norm: Tensor, b: float, dim: int, kernels: Kernels
+    grad: Tensor, kept: Tensor, norm: Tensor, b: float, dim: int | None, kernels: Kernels
 ) -> tuple[Tensor, Tensor]:
     if b == 2:
         return kernels.square_backward(grad, kept, norm, dim)
@@ -288,6 +361,16 @@ def detached_bcos_conv2d(x: Tensor, unit: Tensor, conv: Convolution, b: float, c
 def bcos_linear(x: Tensor, unit: Tensor, b: float, candidates: int, kernels: Kernels) -> Tensor:
     """The B-cos linear layer of x, (*, C) -> (*, O), for B > 1; ŵ is (O * `candidates`, C)."""
     return _uncast(x, unit, lambda x, unit: _BcosLinear.apply(x, unit, b, candidates, kernels))
+
+
+def detached_bcos_linear(x: Tensor, unit: Tensor, b: float, candidates: int) -> Tensor:
+    """:func:`bcos_linear` in explanation mode with a weight that gets no gradient."""
+    return _uncast(x, unit, lambda x, unit: _DetachedBcosLinear.apply(x, unit, b, candidates))
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """`F.linear`, with the product of :mod:`bcos_train.nn.product`."""
+    return _uncast(x, weight, _Linear.apply)
 
 
 class _UncentredBatchNorm(torch.autograd.Function):

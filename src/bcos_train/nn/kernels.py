@@ -1,7 +1,7 @@
 """The elementwise passes of the fused operations: by hand for eager mode, or compiled.
 
 A B-cos layer costs more than an ordinary one not by its arithmetic but by the memory traffic around it, so each
-function reads and writes its large tensors as few times as it can. The eager ones work in place on what they have
+function reads and writes its large tensors as few times as it can. The eager ones work in place, on what they have
 made themselves: a fresh tensor costs more than a pass over an old one. The compiled ones take one pass each.
 
 Shapes: `out`, `y`, `grad` have the output units along axis `dim`; `norm`, ||x||, has 1 there and is in float32 or
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from bcos_train.nn.functional import COSINE_EPS
+from bcos_train.nn.scratch import parts
 
 __all__ = ["EAGER", "Kernels", "compiled_kernels"]
 
@@ -25,9 +26,9 @@ __all__ = ["EAGER", "Kernels", "compiled_kernels"]
 class Kernels:
     """
     Attributes:
-        square: (out, norm) -> y = out |out| / ||x||, the B-cos transform with B = 2.
-        square_backward: (grad, y, norm, dim) -> its gradients: d/d out, and -||x|| d/d||x|| summed over `dim`. The
-            output tells all, since |out| = sqrt(|y| ||x||).
+        square: (out, norm) -> y = out |out| / ||x||, the B-cos transform with B = 2; it may write into out.
+        square_backward: (grad, y, norm, dim) -> its gradients: d/d out, and -||x|| d/d||x|| summed over `dim` (None:
+            not at all). The output tells all, since |out| = sqrt(|y| ||x||).
         power: (out, norm, b) -> y = out (|out| / ||x|| + 1e-6)^(B-1).
         power_backward: (grad, out, norm, b, dim) -> as `square_backward`.
         add_product: (a, x, s) -> a + x s; it may write into a.
@@ -35,20 +36,27 @@ class Kernels:
     """
 
     square: Callable[[Tensor, Tensor], Tensor]
-    square_backward: Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
+    square_backward: Callable[[Tensor, Tensor, Tensor, int | None], tuple[Tensor, Tensor]]
     power: Callable[[Tensor, Tensor, float], Tensor]
-    power_backward: Callable[[Tensor, Tensor, Tensor, float, int], tuple[Tensor, Tensor]]
+    power_backward: Callable[[Tensor, Tensor, Tensor, float, int | None], tuple[Tensor, Tensor]]
     add_product: Callable[[Tensor, Tensor, Tensor], Tensor]
     combine: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
+def _sum(x: Tensor, dim: int | None, dtype: torch.dtype) -> Tensor:
+    """A tensor of its own in any case."""
+    return x.to(dtype, copy=True) if dim is None else x.sum(dim, keepdim=True, dtype=dtype)
+
+
 def _eager_square(out: Tensor, norm: Tensor) -> Tensor:
-    return out.abs().div_(norm).mul_(out)
+    for part, part_norm, scale in parts(out, norm):
+        part.mul_(torch.abs(part, out=scale).div_(part_norm))
+    return out
 
 
-def _eager_square_backward(grad: Tensor, y: Tensor, norm: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+def _eager_square_backward(grad: Tensor, y: Tensor, norm: Tensor, dim: int | None) -> tuple[Tensor, Tensor]:
     buffer = grad * y
-    energy = buffer.sum(dim, keepdim=True, dtype=norm.dtype)
+    energy = _sum(buffer, dim, norm.dtype)
     torch.abs(y, out=buffer)
     return buffer.div_(norm / 4).sqrt_().mul_(grad), energy
 
@@ -57,12 +65,12 @@ def _eager_power(out: Tensor, norm: Tensor, b: float) -> Tensor:
     return out.abs().div_(norm).add_(COSINE_EPS).pow_(b - 1).mul_(out)
 
 
-def _eager_power_backward(grad: Tensor, out: Tensor, norm: Tensor, b: float, dim: int) -> tuple[Tensor, Tensor]:
+def _eager_power_backward(grad: Tensor, out: Tensor, norm: Tensor, b: float, dim: int | None) -> tuple[Tensor, Tensor]:
     cosine = out.abs().div_(norm)
     slope = (cosine + COSINE_EPS).pow_(b - 2)
     scale = (cosine + COSINE_EPS).mul_(slope)
     slope.mul_(cosine).mul_(b - 1)
-    energy = cosine.copy_(grad).mul_(out).mul_(slope).sum(dim, keepdim=True, dtype=norm.dtype)
+    energy = _sum(cosine.copy_(grad).mul_(out).mul_(slope), dim, norm.dtype)
     return scale.add_(slope).mul_(grad), energy
 
 
@@ -85,24 +93,25 @@ EAGER = Kernels(
 
 
 def _square(out: Tensor, norm: Tensor) -> Tensor:
-    return (out * (out.abs() / norm)).to(out.dtype)
+    return out.mul_(out.abs() / norm)
 
 
-def _square_backward(grad: Tensor, y: Tensor, norm: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+def _square_backward(grad: Tensor, y: Tensor, norm: Tensor, dim: int | None) -> tuple[Tensor, Tensor]:
     wide = grad.to(norm.dtype)
-    return (2 * (y.abs() / norm).sqrt() * wide).to(grad.dtype), (wide * y).sum(dim, keepdim=True)
+    return (2 * (y.abs() / norm).sqrt() * wide).to(grad.dtype), _sum(wide * y, dim, norm.dtype)
 
 
 def _power(out: Tensor, norm: Tensor, b: float) -> Tensor:
     return (out * (out.abs() / norm + COSINE_EPS).pow(b - 1)).to(out.dtype)
 
 
-def _power_backward(grad: Tensor, out: Tensor, norm: Tensor, b: float, dim: int) -> tuple[Tensor, Tensor]:
+def _power_backward(grad: Tensor, out: Tensor, norm: Tensor, b: float, dim: int | None) -> tuple[Tensor, Tensor]:
     wide = grad.to(norm.dtype)
     cosine = out.abs() / norm
     power = (cosine + COSINE_EPS).pow(b - 2)
     slope = (b - 1) * cosine * power
-    return ((power * (cosine + COSINE_EPS) + slope) * wide).to(grad.dtype), (wide * out * slope).sum(dim, keepdim=True)
+    energy = _sum(wide * out * slope, dim, norm.dtype)
+    return ((power * (cosine + COSINE_EPS) + slope) * wide).to(grad.dtype), energy
 
 
 def _add_product(a: Tensor, x: Tensor, s: Tensor) -> Tensor:

@@ -4,14 +4,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bcos_train.nn.candidates import arrange, choose
+from bcos_train.nn.backend import Fusable
+from bcos_train.nn.candidates import arrange, greatest
 from bcos_train.nn.functional import feature_norm
-from bcos_train.nn.fused import bcos_linear
+from bcos_train.nn.fused import bcos_linear, detached_bcos_linear, linear
 from bcos_train.nn.kernels import Kernels
 from bcos_train.nn.layer import BcosLayer
-from bcos_train.nn.unit_weight import UnitWeight
+from bcos_train.nn.unit_weight import Freezable, UnitWeight
 
-__all__ = ["BcosLinear", "NormedLinear"]
+__all__ = ["BcosLinear", "NormedLinear", "PlainLinear"]
 
 
 class NormedLinear(UnitWeight, nn.Linear):
@@ -19,6 +20,19 @@ class NormedLinear(UnitWeight, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.unit_weight(), self.bias)
+
+
+class PlainLinear(Freezable, Fusable, nn.Linear):
+    """`nn.Linear`, faster on some processors; see :mod:`bcos_train.nn.product`."""
+
+    def weight_in_use(self) -> Tensor:
+        return self.weight.detach().clone()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.bias is not None or self.fused_kernels() is None:
+            return super().forward(x)
+        frozen = self.frozen
+        return linear(x, self.weight if frozen is None else frozen)
 
 
 class BcosLinear(BcosLayer):
@@ -65,9 +79,12 @@ class BcosLinear(BcosLayer):
         if not self.in_blocks():
             return super().product(x)
         out = F.linear(x, arrange(self.linear.unit_weight(), self.max_out, 1))
-        return choose(out, self.max_out, x.dim() - 1)[0]
+        return greatest(out, self.max_out, x.dim() - 1)
 
     def fused(self, x: Tensor, b: float, kernels: Kernels) -> Tensor | None:
         if self.detach:
-            return None
+            if (unit := self.linear.frozen) is None:  # autograd alone knows whether the weight's gradient is wanted too
+                return None
+            if x.requires_grad:
+                return detached_bcos_linear(x, unit, b, self.max_out)
         return bcos_linear(x, self.linear.unit_weight(), b, self.max_out, kernels)

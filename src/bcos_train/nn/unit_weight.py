@@ -1,6 +1,7 @@
 """Weights scaled to unit norm."""
 
 import threading
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -9,8 +10,9 @@ from torch import Tensor, nn
 
 from bcos_train.nn.backend import is_plain
 from bcos_train.nn.functional import normalise_weight, statistics_dtype
+from bcos_train.nn.scratch import inner_products
 
-__all__ = ["FROZEN", "UnitWeight", "plain_backward"]
+__all__ = ["FROZEN", "Freezable", "UnitWeight", "plain_backward"]
 
 
 class _Frozen(threading.local):
@@ -20,7 +22,7 @@ class _Frozen(threading.local):
     """
 
     def __init__(self) -> None:
-        #: Modules with what they are to use in the place of ŵ.
+        #: Modules with what they are to compute with.
         self.weights: dict[nn.Module, Tensor] = {}
         #: Norms that the layer before has taken over.
         self.norms: set[nn.Module] = set()
@@ -29,14 +31,14 @@ class _Frozen(threading.local):
 FROZEN = _Frozen()
 
 
-class UnitWeight(nn.Module):
-    """A module with a `weight` that is used only after scaling every output unit (the first axis) to unit norm."""
+class Freezable(nn.Module):
+    """A module with a `weight` that can be computed with as it is now, without a gradient."""
 
     weight: Tensor
 
     @property
     def frozen(self) -> Tensor | None:
-        """What takes the place of ŵ, if anything.
+        """What takes the place of the weight in use, if anything.
 
         Raises:
             RuntimeError: The module has been moved or cast since.
@@ -45,6 +47,17 @@ class UnitWeight(nn.Module):
         if found is not None and (found.dtype, found.device) != (self.weight.dtype, self.weight.device):
             raise RuntimeError("the model was moved or cast within frozen_weights(): do that before")
         return found
+
+    @abstractmethod
+    def weight_in_use(self) -> Tensor:
+        """What the module computes with."""
+
+
+class UnitWeight(Freezable):
+    """A module with a `weight` that is used only after scaling every output unit (the first axis) to unit norm."""
+
+    def weight_in_use(self) -> Tensor:
+        return normalise_weight(self.weight)
 
     def unit_weight(self) -> Tensor:
         """ŵ = w / ||w||, of the shape of the weight; the frozen one where there is one."""
@@ -59,8 +72,7 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor) -> Tensor:
-        flat = weight.flatten(1)
-        norm = torch.linalg.vector_norm(flat, dim=1, dtype=statistics_dtype(weight))
+        norm = torch.linalg.vector_norm(_rows(weight, weight), dim=1, dtype=statistics_dtype(weight))
         unit = (weight / norm.view(-1, *[1] * (weight.dim() - 1))).to(weight.dtype)
         ctx.save_for_backward(weight, unit, norm)
         return unit
@@ -71,8 +83,15 @@ class _Normalise(torch.autograd.Function):
         if torch.is_grad_enabled():
             return plain_backward(normalise_weight, (weight,), grad)[0]
         shape = (-1, *[1] * (weight.dim() - 1))
-        along = (grad * unit).flatten(1).sum(1, dtype=norm.dtype)
+        along = inner_products(_rows(grad, unit), _rows(unit, unit), norm.dtype)
         return torch.addcmul(grad, unit, -along.view(shape).to(grad.dtype)).div_(norm.view(shape))
+
+
+def _rows(x: Tensor, weight: Tensor) -> Tensor:
+    """(O, ...) -> (O, the rest), in the order in which the values of `weight` lie in memory: a view of that one."""
+    if weight.dim() == 4 and not weight.is_contiguous():
+        x = x.permute(0, 2, 3, 1)
+    return x.flatten(1)
 
 
 def plain_backward(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], grad: Tensor) -> list[Tensor | None]:

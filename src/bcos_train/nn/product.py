@@ -1,0 +1,30 @@
+"""The matrix product of linear layers.
+
+On a CPU torch computes it in float32 with MKL, which leaves half of the speed of processors that are not Intel's
+unused, where oneDNN, which torch computes its convolutions with, does not (AMD EPYC with AVX-512, ViT-S's layers: 2.2
+times as fast). There is no public function for this; the one that `torch.compile` uses takes tensors of any strides.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["product"]
+
+_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x weightᵀ, (*, C), (O, C) -> (*, O), as `F.linear`, but without a derivative."""
+    return _onednn_product(x, weight) if _suits_onednn(x, weight) else F.linear(x, weight)
+
+
+def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
+    is_watched = torch._C._len_torch_dispatch_stack() > 0  # by what counts operations, and knows the usual ones
+    is_float = x.dtype == weight.dtype == torch.float32
+    has_values = x.dim() > 1 and x.numel() > 0 and weight.numel() > 0
+    return _HAS_ONEDNN and x.device.type == "cpu" and is_float and has_values and not is_watched
+
+
+def _onednn_product(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
