@@ -52,11 +52,17 @@ def choose(out: Tensor, candidates: int, dim: int) -> tuple[Tensor, Tensor | Non
     return best, choice
 
 
-def scatter_to_chosen(grad: Tensor, choice: Tensor, candidates: int, dim: int, into: Tensor) -> None:
-    """The adjoint of `choose`, axis `dim` U -> M * U of `into`: the gradient to the chosen one, 0 to the others."""
+def scatter_to_chosen(grad: Tensor, choice: Tensor, candidates: int, dim: int) -> Tensor:
+    """The adjoint of `choose`, axis `dim` U -> M * U: the gradient to the chosen one, 0 to the others."""
+    shape = list(grad.shape)
+    shape[dim] *= candidates
+    # The layout of `grad`, with the larger axis in the same place.
+    order = sorted(range(grad.dim()), key=grad.stride, reverse=True)
+    into = grad.new_empty([shape[axis] for axis in order]).permute([order.index(axis) for axis in range(grad.dim())])
     first, *others = into.unflatten(dim, (candidates, -1)).unbind(dim)
     rest = grad
     for index, part in enumerate(others, start=1):
         torch.mul(grad, choice.view(torch.bool) if candidates == 2 else choice == index, out=part)
         # What the others leave, exactly; a subtraction is faster than a product with a mask.
         rest = torch.sub(rest, part, out=first)
+    return into

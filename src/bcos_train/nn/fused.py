@@ -146,12 +146,8 @@ class _BcosConv2d(torch.autograd.Function):
         # With a single unit in each group there is nothing to sum over.
         summed = None if len(weight) == conv.groups else dim
         best, energy = _scale_backward(_grouped(grad, groups), kept, norm, b, summed, kernels)
-        if choice is None:
-            large = _ungrouped(best, groups)
-        else:
-            shape = (len(x), len(weight), *grad.shape[2:])
-            large = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_memory_format(x))
-            scatter_to_chosen(best, choice, candidates, dim, _grouped(large, groups))
+        large = best if choice is None else scatter_to_chosen(best, choice, candidates, dim)
+        large = _ungrouped(large, groups)
         grad_x, grad_weight = conv.backward(large, x, arrange(weight, candidates, groups), ctx.needs_input_grad)
         if ctx.needs_input_grad[0]:
             s = conv.box_adjoint(_small(energy / norm.square(), groups).neg_(), x.shape[2:])
@@ -183,8 +179,7 @@ class _BcosLinear(torch.autograd.Function):
             return *grads, *[None] * 3
         large, energy = _scale_backward(grad, kept, norm, b, -1, kernels)
         if choice is not None:
-            best, large = large, x.new_empty((*x.shape[:-1], len(weight)))
-            scatter_to_chosen(best, choice, candidates, x.dim() - 1, large)
+            large = scatter_to_chosen(large, choice, candidates, x.dim() - 1)
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
             grad_x = product(large, arrange(weight, candidates, 1).T)
@@ -224,7 +219,7 @@ class _DetachedBcosLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, scale, choice = ctx.saved_tensors
-        large = _to_chosen(grad * scale, choice, ctx.candidates, -1)
+        large = _to_chosen(grad * scale, choice, ctx.candidates, grad.dim() - 1)
         # This may be differentiated again.
         grad_x = large @ weight if torch.is_grad_enabled() else product(large, weight.T)
         return grad_x, None, None, None
@@ -263,10 +258,12 @@ def _detached_scale(best: Tensor, norm: Tensor, b: float) -> Tensor:
 
 
 def _to_chosen(grad: Tensor, choice: Tensor | None, candidates: int, dim: int) -> Tensor:
-    """`scatter_to_chosen` of operations that can be differentiated."""
+    """The gradient of all candidates; it can be differentiated again."""
     if choice is None:
         return grad
-    return torch.cat([grad.where(choice == index, 0) for index in range(candidates)], dim)
+    if torch.is_grad_enabled():
+        return torch.cat([grad.where(choice == index, 0) for index in range(candidates)], dim)
+    return scatter_to_chosen(grad, choice, candidates, dim)
 
 
 def _outer(grad: Tensor, x: Tensor) -> Tensor:
