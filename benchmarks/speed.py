@@ -9,7 +9,8 @@ versions and the commit, and prints a table.
 
 Variants: `standard` (torchvision's network, or the standard twin of the vision transformers), `official` (PyPI `bcos`
 0.1.3 as it ships, in the contiguous format), `official channels_last`, and this package's backends `reference`, `fused`
-and `compiled`. All but `official` run in channels_last where the network is convolutional.
+and `compiled`. All but `official` run in channels_last where the network is convolutional. To be asked for:
+`fused contiguous`, in the contiguous format, and `whole`, the whole network compiled as `trainer.compile=true` does.
 """
 
 import argparse
@@ -44,6 +45,8 @@ MODELS = (
 )
 TASKS = ("train", "inference", "explain")
 OFFICIAL = ("official", "official channels_last")
+CONTIGUOUS = ("official", "fused contiguous")
+USUAL = ("standard", *OFFICIAL, *BACKENDS)
 
 
 @dataclass(frozen=True)
@@ -70,10 +73,18 @@ def build(variant: str, setting: Setting) -> nn.Module:
     elif variant in OFFICIAL:
         network = official_twin(setting.model)
     else:
-        network = create_model(setting.model, backend=variant)  # type: ignore[arg-type]
+        backend = variant if variant in BACKENDS else "fused"
+        network = create_model(setting.model, backend=backend)  # type: ignore[arg-type]
     network = network.to(setting.device)
-    is_cnn = "vit" not in setting.model
-    return network.to(memory_format=torch.channels_last) if is_cnn and variant != "official" else network
+    if is_channels_last(variant, setting):
+        network = network.to(memory_format=torch.channels_last)
+    if variant == "whole":
+        network.compile()
+    return network
+
+
+def is_channels_last(variant: str, setting: Setting) -> bool:
+    return "vit" not in setting.model and variant not in CONTIGUOUS
 
 
 def standard_twin(name: str) -> nn.Module:
@@ -100,8 +111,7 @@ def images(variant: str, setting: Setting) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(setting.batch_size, 3, setting.size, setting.size, generator=generator).to(setting.device)
     x = x if variant == "standard" else torch.cat([x, 1 - x], dim=1)
-    is_cnn = "vit" not in setting.model
-    return x.contiguous(memory_format=torch.channels_last) if is_cnn and variant != "official" else x
+    return x.contiguous(memory_format=torch.channels_last) if is_channels_last(variant, setting) else x
 
 
 def task(name: str, network: nn.Module, x: Tensor, variant: str, setting: Setting) -> Callable[[], None]:
@@ -157,7 +167,7 @@ def measure(setting: Setting, variants: list[str], tasks: list[str], repeats: in
     inputs = {variant: images(variant, setting) for variant in variants}
     for name in tasks:
         steps = {v: task(name, networks[v], inputs[v], v, setting) for v in variants}
-        frozen = [frozen_weights(networks[v]) for v in variants if v in BACKENDS and name != "train"]
+        frozen = [frozen_weights(networks[v]) for v in variants if v not in ("standard", *OFFICIAL) and name != "train"]
         for context in frozen:
             context.__enter__()
         result[name] = medians(steps, repeats, setting.device)
@@ -218,9 +228,9 @@ def table(results: list[dict[str, Any]], tasks: list[str]) -> str:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    variants = ["standard", *OFFICIAL, *BACKENDS]
+    variants = [*USUAL, "fused contiguous", "whole"]
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
-    parser.add_argument("--variants", nargs="+", default=variants, choices=variants)
+    parser.add_argument("--variants", nargs="+", default=list(USUAL), choices=variants)
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     parser.add_argument("--batch-size", type=int, help="default: 8, for resnet20 64")
     parser.add_argument("--size", type=int, help="of the images in pixels; default: 224, for resnet20 32")

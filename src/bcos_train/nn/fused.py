@@ -422,24 +422,20 @@ def _as_map(values: Tensor) -> Tensor:
     return values.view(1, -1, 1, 1)
 
 
-def _is_native(x: Tensor) -> bool:
-    """Whether torch's own batch-norm kernels on the CPU take the tensor: they are the fastest there."""
-    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
-
-
 def _channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of every channel, (C,)."""
-    if _is_native(x):
-        mean, var = torch.batch_norm_update_stats(x, None, None, 0.0)
+    values = x.to(statistics_dtype(x))
+    if x.device.type == "cpu":  # torch's own batch norm is the fastest there
+        mean, var = torch.batch_norm_update_stats(values, None, None, 0.0)
         return mean, var
-    var, mean = torch.var_mean(x.to(statistics_dtype(x)), (0, 2, 3), correction=0)
+    var, mean = torch.var_mean(values, (0, 2, 3), correction=0)
     return mean, var
 
 
 def _channel_product(grad: Tensor, x: Tensor, mean: Tensor, inverse: Tensor) -> Tensor:
     """Sum of grad * x of every channel, (C,)."""
-    if _is_native(x):
-        mask = (False, True, True)
-        grads = torch.ops.aten.native_batch_norm_backward(grad, x, None, None, None, mean, inverse, True, 0.0, mask)
+    if x.device.type == "cpu":
+        values, statistics, mask = (grad.to(mean.dtype), x.to(mean.dtype)), (mean, inverse), (False, True, True)
+        grads = torch.ops.aten.native_batch_norm_backward(*values, None, None, None, *statistics, True, 0.0, mask)
         return grads[1] / inverse + mean * grads[2]
     return (grad.to(mean.dtype) * x).sum((0, 2, 3))

@@ -48,8 +48,13 @@ def _sum(x: Tensor, dim: int | None, dtype: torch.dtype) -> Tensor:
     return x.to(dtype, copy=True) if dim is None else x.sum(dim, keepdim=True, dtype=dtype)
 
 
+def _suited(norm: Tensor, x: Tensor) -> Tensor:
+    """The norm in the dtype of `x` on a CPU, where operations on two dtypes are many times as slow."""
+    return norm.to(x.dtype) if x.device.type == "cpu" else norm
+
+
 def _eager_square(out: Tensor, norm: Tensor) -> Tensor:
-    for part, part_norm, scale in parts(out, norm):
+    for part, part_norm, scale in parts(out, _suited(norm, out)):
         part.mul_(torch.abs(part, out=scale).div_(part_norm))
     return out
 
@@ -58,15 +63,15 @@ def _eager_square_backward(grad: Tensor, y: Tensor, norm: Tensor, dim: int | Non
     buffer = grad * y
     energy = _sum(buffer, dim, norm.dtype)
     torch.abs(y, out=buffer)
-    return buffer.div_(norm / 4).sqrt_().mul_(grad), energy
+    return buffer.div_(_suited(norm / 4, y)).sqrt_().mul_(grad), energy
 
 
 def _eager_power(out: Tensor, norm: Tensor, b: float) -> Tensor:
-    return out.abs().div_(norm).add_(COSINE_EPS).pow_(b - 1).mul_(out)
+    return out.abs().div_(_suited(norm, out)).add_(COSINE_EPS).pow_(b - 1).mul_(out)
 
 
 def _eager_power_backward(grad: Tensor, out: Tensor, norm: Tensor, b: float, dim: int | None) -> tuple[Tensor, Tensor]:
-    cosine = out.abs().div_(norm)
+    cosine = out.abs().div_(_suited(norm, out))
     slope = (cosine + COSINE_EPS).pow_(b - 2)
     scale = (cosine + COSINE_EPS).mul_(slope)
     slope.mul_(cosine).mul_(b - 1)

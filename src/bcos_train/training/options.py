@@ -22,7 +22,8 @@ class TrainerOptions:
         gradient_clip_val: Bound of the clipping; ``None``: none.
         gradient_clip_algorithm: ``"agc"`` (adaptive, unit by unit, arXiv 2102.06171), ``"norm"`` or ``"value"``.
         max_batch_per_device: Largest batch that fits on a device; gradients are accumulated over what is left.
-        channels_last: Memory format of images and weights; ``None``: on for CUDA.
+        channels_last: Memory format of images and weights, in which convolutions are faster; ``None``: on but for Apple's
+            GPUs.
         compile: Compile the training step's model with ``torch.compile``: slower to begin, faster from then on. Needs a
             C++ compiler, on CUDA Triton. What was compiled is kept in ``TORCHINDUCTOR_CACHE_DIR``, by default a folder
             in ``~/.cache/bcos-train``, for the next start.
@@ -66,6 +67,10 @@ class TrainerOptions:
         return self.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
 
     @property
+    def uses_mps(self) -> bool:
+        return self.accelerator in ("auto", "gpu", "mps") and torch.backends.mps.is_available()
+
+    @property
     def processes_per_node(self) -> int:
         if isinstance(self.devices, int):
             return self.devices
@@ -75,7 +80,7 @@ class TrainerOptions:
 
     @property
     def uses_channels_last(self) -> bool:
-        return self.uses_cuda if self.channels_last is None else self.channels_last
+        return not self.uses_mps if self.channels_last is None else self.channels_last
 
     @property
     def world_size(self) -> int:
