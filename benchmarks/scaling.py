@@ -3,8 +3,8 @@
     python benchmarks/scaling.py
     python benchmarks/scaling.py --batch-sizes 32 64 128 256 --device cuda --dtype bfloat16
 
-Each is varied by itself, from a ResNet-50 with 8 images of 224 px; `benchmarks/speed.py` says how it is measured. Writes
-JSON with the machine, the versions and the commit, and prints a table: milliseconds a step and MiB at its peak.
+Each is varied by itself, from a ResNet-50 with 8 images of 224 px; `benchmarks/speed.py` says how it is measured.
+Writes JSON with the machine, the versions and the commit, and prints a table: milliseconds a step, MiB at its peak.
 """
 
 import argparse

@@ -14,6 +14,7 @@ and `compiled`. All but `official` run in channels_last where the network is con
 """
 
 import argparse
+import ctypes
 import json
 import os
 import statistics
@@ -200,6 +201,8 @@ def peak_memory(variant: str, setting: Setting) -> float:
     # A first small step loads and compiles what there is to load and to compile.
     small = Setting(setting.model, 2, setting.size, setting.device, setting.dtype)
     task("train", network, images(variant, small), variant, small)()
+    if hasattr(library := ctypes.CDLL(None), "malloc_trim"):
+        library.malloc_trim(0)  # what that step has freed would not count in the next
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     step()

@@ -22,8 +22,8 @@ class TrainerOptions:
         gradient_clip_val: Bound of the clipping; ``None``: none.
         gradient_clip_algorithm: ``"agc"`` (adaptive, unit by unit, arXiv 2102.06171), ``"norm"`` or ``"value"``.
         max_batch_per_device: Largest batch that fits on a device; gradients are accumulated over what is left.
-        channels_last: Memory format of images and weights, in which convolutions are faster; ``None``: on but for Apple's
-            GPUs.
+        channels_last: Memory format of images and weights, in which convolutions are faster; ``None``: on, but for
+            Apple's GPUs.
         compile: Compile the training step's model with ``torch.compile``: slower to begin, faster from then on. Needs a
             C++ compiler, on CUDA Triton. What was compiled is kept in ``TORCHINDUCTOR_CACHE_DIR``, by default a folder
             in ``~/.cache/bcos-train``, for the next start.
