@@ -229,6 +229,30 @@ def table(results: list[dict[str, Any]], tasks: list[str]) -> str:
     return "\n".join(lines)
 
 
+def summary(results: list[dict[str, Any]]) -> str:
+    """Markdown: one row a model, what the default backend costs beside the standard network and the official ones."""
+    lines = [
+        "| model | training step | x standard | x official | x official as it ships | peak memory | x standard "
+        "| x official | inference, x standard | explanation, x inference of standard |",
+        "| --- " + "| ---: " * 9 + "|",
+    ]
+    for result in results:
+        official = OFFICIAL[1] if OFFICIAL[1] in result["train"] else OFFICIAL[0]
+        columns = [
+            ("train", ("standard", official, OFFICIAL[0]), lambda value: f"{value * 1e3:.0f} ms"),
+            ("memory", ("standard", official), lambda value: f"{value:.0f} MiB"),
+            ("inference", ("standard",), None),
+            ("explain", ("standard",), None),
+        ]
+        cells = [f"`{result['model']}`, {result['batch_size']} x {result['size']} px"]
+        for name, others, show in columns:
+            ours = result[name]["fused"]
+            cells += [show(ours)] if show else []
+            cells += [f"{ours / result[name][other]:.2f}" for other in others]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     variants = [*USUAL, "fused contiguous", "whole"]
@@ -264,7 +288,10 @@ def main() -> None:
     content = {"surroundings": surroundings(arguments.device), "dtype": arguments.dtype, "results": results}
     output = arguments.output or ROOT / f"benchmarks/results/speed-{arguments.device}-{arguments.dtype}.json"
     write(output, content)
-    print(f"\n{table(results, arguments.tasks)}\n\nwritten: {os.path.relpath(output)}")
+    print(f"\n{table(results, arguments.tasks)}")
+    if {*USUAL} <= {*arguments.variants} and {*TASKS} <= {*arguments.tasks} and not arguments.no_memory:
+        print(f"\n{summary(results)}")
+    print(f"\nwritten: {os.path.relpath(output)}")
 
 
 if __name__ == "__main__":

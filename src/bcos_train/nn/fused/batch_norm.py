@@ -1,0 +1,86 @@
+"""The fused uncentred batch norm.
+
+Axes: N samples, C channels, H W size.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bcos_train.nn.functional import statistics_dtype
+from bcos_train.nn.kernels import Kernels
+from bcos_train.nn.unit_weight import plain_backward
+
+__all__ = ["uncentred_batch_norm"]
+
+
+class _UncentredBatchNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, eps: float, kernels: Kernels
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        mean, var = _channel_moments(x)
+        inverse = torch.rsqrt(var + eps)
+        ctx.save_for_backward(x, weight, mean, inverse)
+        ctx.options = (eps, kernels)
+        ctx.mark_non_differentiable(mean, var)
+        scale = inverse if weight is None else inverse * weight
+        return (x * _as_map(scale)).to(x.dtype), mean, var
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, inverse = ctx.saved_tensors
+        eps, kernels = ctx.options
+        if torch.is_grad_enabled():
+            inputs = (x,) if weight is None else (x, weight)
+            grads = plain_backward(lambda x, *w: _plain_batch_norm(x, w[0] if w else None, eps), inputs, grad)
+            return *grads, *[None] * (4 - len(grads))
+        product = _channel_product(grad, x, mean, inverse)
+        grad_weight = product * inverse if weight is not None and ctx.needs_input_grad[1] else None
+        if not ctx.needs_input_grad[0]:
+            return None, grad_weight, None, None
+        scale = inverse if weight is None else inverse * weight
+        # The standard deviation's part: what every value of a channel adds to it is proportional to x - mean.
+        slope = scale * inverse.square() * product / (-x.numel() / x.shape[1])
+        coefficients = [_as_map(c.to(x.dtype)) for c in (scale, slope, -slope * mean)]
+        return kernels.combine(grad, coefficients[0], x, *coefficients[1:]), grad_weight, None, None
+
+
+def uncentred_batch_norm(
+    x: Tensor, weight: Tensor | None, eps: float, kernels: Kernels
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x / sqrt(var + eps) * weight with the statistics of the batch.
+
+    Returns:
+        The output (N, C, H, W), and the mean and the biased variance, (C,) each.
+    """
+    return _UncentredBatchNorm.apply(x, weight, eps, kernels)
+
+
+def _plain_batch_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    scale = torch.rsqrt(x.var((0, 2, 3), correction=0) + eps)
+    return x * _as_map(scale if weight is None else scale * weight)
+
+
+def _as_map(values: Tensor) -> Tensor:
+    return values.view(1, -1, 1, 1)
+
+
+def _channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of every channel, (C,)."""
+    values = x.to(statistics_dtype(x))
+    if x.device.type == "cpu":  # torch's own batch norm is the fastest there
+        mean, var = torch.batch_norm_update_stats(values, None, None, 0.0)
+        return mean, var
+    var, mean = torch.var_mean(values, (0, 2, 3), correction=0)
+    return mean, var
+
+
+def _channel_product(grad: Tensor, x: Tensor, mean: Tensor, inverse: Tensor) -> Tensor:
+    """Sum of grad * x of every channel, (C,)."""
+    if x.device.type == "cpu":
+        values, statistics, mask = (grad.to(mean.dtype), x.to(mean.dtype)), (mean, inverse), (False, True, True)
+        grads = torch.ops.aten.native_batch_norm_backward(*values, None, None, None, *statistics, True, 0.0, mask)
+        return grads[1] / inverse + mean * grads[2]
+    return (grad.to(mean.dtype) * x).sum((0, 2, 3))
