@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
 from bcos_train.config.errors import UserError
+from bcos_train.replacing import replacing
 
 __all__ = ["join", "load", "overlay", "save", "to_plain"]
 
@@ -58,10 +59,8 @@ def overlay(base: Mapping[str, Any], config: Mapping[str, Any], keys: Iterable[s
 
 def save(config: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     """Write a resolved config as YAML; the file appears complete or not at all."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(OmegaConf.to_yaml(OmegaConf.create(to_plain(config))), encoding="utf-8")
-    temporary.replace(path)
+    with replacing(Path(path)) as temporary:
+        temporary.write_text(OmegaConf.to_yaml(OmegaConf.create(to_plain(config))), encoding="utf-8")
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import os
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from bcos_train.replacing import replacing
 
 __all__ = ["ScoreStore", "fingerprint", "replace_file", "write_json"]
 
@@ -60,15 +61,8 @@ class ScoreStore:
 
 def replace_file(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Write an npz file that appears complete or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            np.savez(file, **dict(arrays))  # type: ignore[arg-type]
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **dict(arrays))  # type: ignore[arg-type]
 
 
 def write_json(path: Path, content: Mapping[str, Any] | Sequence[Any]) -> None:
@@ -76,12 +70,8 @@ def write_json(path: Path, content: Mapping[str, Any] | Sequence[Any]) -> None:
 
     Numbers that are not finite, which JSON doesn't have, become null: the score of a metric that couldn't be measured.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         temporary.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _finite(value: Any) -> Any:

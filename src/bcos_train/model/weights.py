@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from bcos_train import checkpoint as files
 from bcos_train.checkpoint import file_sha256
+from bcos_train.replacing import replacing
 from bcos_train.suggest import suggest
 
 __all__ = [
@@ -39,9 +40,8 @@ def save_weights(model: nn.Module, path: Path) -> None:
 
     # Weights in channels_last are stored in the order that every reader expects.
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(save(state))  # safetensors' own writer makes files that nobody else may read
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        temporary.write_bytes(save(state))  # safetensors' own writer makes files that nobody else may read
 
 
 def read_weights(path: Path, use_ema: bool | None = None) -> tuple[dict[str, Tensor], bool]:

@@ -11,6 +11,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from bcos_train.replacing import replacing
+
 #: Where rank 0 tells the process that started it its pid and, at the end, its exit code.
 REPORT = "BCOS_TRAIN_REPORT"
 
@@ -100,7 +102,5 @@ def exit_with(code: int) -> int:
 
 
 def _write(text: str) -> None:
-    path = Path(os.environ[REPORT])
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    with replacing(Path(os.environ[REPORT])) as temporary:
+        temporary.write_text(text)

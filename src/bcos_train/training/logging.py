@@ -14,6 +14,8 @@ import pytorch_lightning as pl
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities import rank_zero_only
 
+from bcos_train.replacing import replacing
+
 METRICS = "metrics.csv"
 
 
@@ -88,14 +90,10 @@ class CsvLogger(Logger):
 
     def _rewrite(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".csv.tmp")
-        with temporary.open("w", newline="") as file:
+        with replacing(self.path) as temporary, temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, self._columns, lineterminator="\n")
             writer.writeheader()
             writer.writerows(self._rows)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.path)
 
     def _drop_half_a_line(self) -> None:
         """A line without its end was being written when the machine died."""

@@ -15,6 +15,7 @@ import torch
 from bcos_train.model import create_model
 from bcos_train.model.source import RUN_CONFIG, describe
 from bcos_train.model.weights import file_sha256, save_weights
+from bcos_train.replacing import replacing
 from bcos_train.zoo.records import RECORDS
 from bcos_train.zoo.table import N_VAL, Row, listed, size, to_csv, to_json, to_markdown
 from bcos_train.zoo.weights import WeightsError, official_file
@@ -295,9 +296,8 @@ def write_table(rows: Sequence[Row], settings: Settings, folder: Path) -> None:
 
 def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def problems(rows: Sequence[Row]) -> list[str]:
