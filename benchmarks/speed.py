@@ -9,8 +9,8 @@ versions and the commit, and prints a table.
 
 Variants: `standard` (torchvision's network, or the standard twin of the vision transformers), `official` (PyPI `bcos`
 0.1.3 as it ships, in the contiguous format), `official channels_last`, and this package's backends `reference`, `fused`
-and `compiled`. All but `official` run in channels_last. To be asked for: `fused contiguous`, in the contiguous format, and
-`whole`, the whole network compiled as `trainer.compile=true` does.
+and `compiled`. All but `official` run in channels_last. To be asked for: `fused contiguous`, in the contiguous format,
+and `whole`, the whole network compiled as `trainer.compile=true` does.
 """
 
 import argparse
@@ -277,7 +277,9 @@ def main() -> None:
         batch_size = arguments.batch_size or (64 if is_small else 8)
         size = arguments.size or (32 if is_small else 224)
         setting = Setting(model, batch_size, size, arguments.device, arguments.dtype)
-        results.append(measure(setting, arguments.variants, arguments.tasks, arguments.repeats, not arguments.no_memory))
+        results.append(
+            measure(setting, arguments.variants, arguments.tasks, arguments.repeats, not arguments.no_memory)
+        )
         print(table(results[-1:], arguments.tasks), flush=True)
     content = {"surroundings": surroundings(arguments.device), "dtype": arguments.dtype, "results": results}
     output = arguments.output or ROOT / f"benchmarks/results/speed-{arguments.device}-{arguments.dtype}.json"
