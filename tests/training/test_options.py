@@ -104,15 +104,27 @@ def test_options_are_checked(option: str, value: Any, message: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("accelerator", "channels_last", "expected"),
+    [("auto", None, False), ("mps", None, False), ("cpu", None, True), ("mps", True, True)],
+)
+def test_apples_gpus_keep_the_contiguous_format(
+    accelerator: Any, channels_last: bool | None, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    given = TrainerOptions(max_epochs=1, accelerator=accelerator, channels_last=channels_last)
+    assert given.uses_channels_last == expected
+
+
+@pytest.mark.parametrize(
     ("gpus", "options", "processes", "channels_last"),
     [
-        pytest.param(0, {}, 1, False, id="no GPU"),
+        pytest.param(0, {}, 1, True, id="no GPU"),
         pytest.param(4, {}, 4, True, id="all GPUs"),
         pytest.param(4, {"devices": 2}, 2, True, id="some"),
-        pytest.param(4, {"accelerator": "cpu"}, 1, False, id="CPU beside GPUs"),
-        pytest.param(4, {"accelerator": "cpu", "devices": 3}, 3, False, id="processes on the CPU"),
+        pytest.param(4, {"accelerator": "cpu"}, 1, True, id="CPU beside GPUs"),
+        pytest.param(4, {"accelerator": "cpu", "devices": 3}, 3, True, id="processes on the CPU"),
         pytest.param(4, {"channels_last": False}, 4, False, id="memory format as given"),
-        pytest.param(0, {"channels_last": True}, 1, True, id="memory format as given, CPU"),
+        pytest.param(0, {"channels_last": False}, 1, False, id="memory format as given, CPU"),
     ],
 )
 def test_devices(
