@@ -237,6 +237,7 @@ def test_uncentred_batch_norm_twice_differentiated() -> None:
 @pytest.mark.parametrize("make", [lambda: conv(CONVOLUTIONS["MaxOut"]), lambda: conv(CONVOLUTIONS["b=1.25"])])
 def test_only_what_is_needed_is_differentiated(make: Callable[[], BcosConv2d]) -> None:
     layer, x = make(), image()
+    set_backend(layer, "fused")
     (grad_x,) = torch.autograd.grad(layer(x).sum(), x)
     (grad_weight,) = torch.autograd.grad(layer(x.detach()).sum(), layer.linear.weight)
     both = torch.autograd.grad(layer(x).sum(), [x, layer.linear.weight])
@@ -266,6 +267,7 @@ def kept_elements(layer: nn.Module, x: Tensor) -> int:
 def test_a_convolution_keeps_input_and_output_alone() -> None:
     x = torch.randn(2, 8, 16, 16, requires_grad=True)
     layer = BcosConv2d(8, 32, 3, padding=1)
+    set_backend(layer, "fused")
     weights, norms = 2 * layer.linear.weight.numel() + 32, 2 * 16 * 16
     assert kept_elements(layer, x) <= x.numel() + 2 * 32 * 16 * 16 + norms + weights
     set_backend(layer, "reference")

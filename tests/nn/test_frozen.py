@@ -22,6 +22,13 @@ from bcos_train.nn import (
     make_norm,
     set_backend,
 )
+from bcos_train.nn.backend import Backend, Fusable
+
+
+@pytest.fixture(autouse=True)
+def fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms are folded by the fused operations alone."""
+    monkeypatch.setattr(Fusable, "backend", "fused")
 
 
 class Chain(nn.Sequential):
@@ -189,8 +196,10 @@ def test_changes_are_not_seen_inside() -> None:
     assert not torch.allclose(model(x), expected)
 
 
-def test_no_gradient_reaches_the_weights() -> None:
+@pytest.mark.parametrize("backend", ["fused", "reference"])
+def test_no_gradient_reaches_the_weights(backend: Backend) -> None:
     model = nn.Sequential(BcosLinear(6, 4), PlainLinear(4, 4, bias=False))
+    set_backend(model, backend)
     with frozen_weights(model):
         assert not model(torch.ones(1, 6)).requires_grad
 
