@@ -1,7 +1,7 @@
 """The elementwise passes of the fused operations: by hand for eager mode, or compiled.
 
 A B-cos layer costs more than an ordinary one not by its arithmetic but by the memory traffic around it, so each
-function reads and writes its large tensors as few times as it can. The eager ones work in place, on what they have
+function reads and writes its large tensors as few times as it can. The eager ones work in place on what they have
 made themselves: a fresh tensor costs more than a pass over an old one. The compiled ones take one pass each.
 
 Shapes: `out`, `y`, `grad` have the output units along axis `dim`; `norm`, ||x||, has 1 there and is in float32 or

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bcos_train.nn.candidates import arrange, choose, restore, scatter_to_chosen
+from bcos_train.nn.candidates import arrange, choose, restore
 from bcos_train.nn.functional import bcos_scale, max_out, patch_norm
 from bcos_train.nn.fused.geometry import Convolution
 from bcos_train.nn.fused.transform import detached_scale, scale_backward, scale_output, to_chosen, uncast
@@ -45,8 +45,7 @@ class _BcosConv2d(torch.autograd.Function):
         # With a single unit in each group there is nothing to sum over.
         summed = None if len(weight) == conv.groups else dim
         best, energy = scale_backward(_grouped(grad, groups), kept, norm, b, summed, kernels)
-        large = best if choice is None else scatter_to_chosen(best, choice, candidates, dim)
-        large = _ungrouped(large, groups)
+        large = _ungrouped(to_chosen(best, choice, candidates, dim), groups)
         grad_x, grad_weight = conv.backward(large, x, arrange(weight, candidates, groups), ctx.needs_input_grad)
         if ctx.needs_input_grad[0]:
             s = conv.box_adjoint(_small(energy / norm.square(), groups).neg_(), x.shape[2:])

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bcos_train.nn.candidates import arrange, choose, restore, scatter_to_chosen
+from bcos_train.nn.candidates import arrange, choose, restore
 from bcos_train.nn.functional import FEATURE_EPS, bcos_scale, feature_norm, max_out, statistics_dtype
 from bcos_train.nn.fused.transform import detached_scale, scale_backward, scale_output, to_chosen, uncast
 from bcos_train.nn.kernels import Kernels
@@ -34,9 +34,8 @@ class _BcosLinear(torch.autograd.Function):
         if torch.is_grad_enabled():
             grads = plain_backward(lambda x, w: _plain_linear(x, w, b, candidates), (x, weight), grad)
             return *grads, *[None] * 3
-        large, energy = scale_backward(grad, kept, norm, b, -1, kernels)
-        if choice is not None:
-            large = scatter_to_chosen(large, choice, candidates, x.dim() - 1)
+        best, energy = scale_backward(grad, kept, norm, b, -1, kernels)
+        large = to_chosen(best, choice, candidates, x.dim() - 1)
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
             grad_x = product(large, arrange(weight, candidates, 1).T)
