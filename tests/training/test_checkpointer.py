@@ -318,7 +318,13 @@ def test_find_checkpoint(tmp_path: Path) -> None:
 
 def test_killed_run_goes_on_to_the_same_end(tmp_path: Path) -> None:
     """kill -9 of the real command at some step; the same command again, and nothing shows."""
-    overrides = (*SMALL, "limit_train=40", "checkpointing.every_n_steps=1", "trainer.max_epochs=200")
+    overrides = (
+        *SMALL,
+        "limit_train=40",
+        "checkpointing.every_n_steps=1",
+        "trainer.max_epochs=200",
+        "model.backend=fused",
+    )
     command = [sys.executable, "train.py", *overrides, f"runs={tmp_path / 'killed'}"]
     environment = {**os.environ, "PYTHONPATH": "src", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)

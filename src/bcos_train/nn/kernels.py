@@ -11,10 +11,10 @@ float64.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from bcos_train.nn.functional import COSINE_EPS
 from bcos_train.nn.scratch import parts
@@ -53,24 +53,38 @@ def _suited(norm: Tensor, x: Tensor) -> Tensor:
     return norm.to(x.dtype) if x.device.type == "cpu" else norm
 
 
-def _eager_square(out: Tensor, norm: Tensor) -> Tensor:
+def _square(out: Tensor, norm: Tensor) -> Tensor:
+    if is_compiling():
+        return out.mul_(out.abs() / norm)
     for part, part_norm, scale in parts(out, _suited(norm, out)):
         part.mul_(torch.abs(part, out=scale).div_(part_norm))
     return out
 
 
-def _eager_square_backward(grad: Tensor, y: Tensor, norm: Tensor, dim: int | None) -> tuple[Tensor, Tensor]:
+def _square_backward(grad: Tensor, y: Tensor, norm: Tensor, dim: int | None) -> tuple[Tensor, Tensor]:
+    if is_compiling():
+        wide = grad.to(norm.dtype)
+        return (2 * (y.abs() / norm).sqrt() * wide).to(grad.dtype), _sum(wide * y, dim, norm.dtype)
     buffer = grad * y
     energy = _sum(buffer, dim, norm.dtype)
     torch.abs(y, out=buffer)
     return buffer.div_(_suited(norm / 4, y)).sqrt_().mul_(grad), energy
 
 
-def _eager_power(out: Tensor, norm: Tensor, b: float) -> Tensor:
+def _power(out: Tensor, norm: Tensor, b: float) -> Tensor:
+    if is_compiling():
+        return (out * (out.abs() / norm + COSINE_EPS).pow(b - 1)).to(out.dtype)
     return out.abs().div_(_suited(norm, out)).add_(COSINE_EPS).pow_(b - 1).mul_(out)
 
 
-def _eager_power_backward(grad: Tensor, out: Tensor, norm: Tensor, b: float, dim: int | None) -> tuple[Tensor, Tensor]:
+def _power_backward(grad: Tensor, out: Tensor, norm: Tensor, b: float, dim: int | None) -> tuple[Tensor, Tensor]:
+    if is_compiling():
+        wide = grad.to(norm.dtype)
+        cosine = out.abs() / norm
+        power = (cosine + COSINE_EPS).pow(b - 2)
+        slope = (b - 1) * cosine * power
+        energy = _sum(wide * out * slope, dim, norm.dtype)
+        return ((power * (cosine + COSINE_EPS) + slope) * wide).to(grad.dtype), energy
     cosine = out.abs().div_(_suited(norm, out))
     slope = (cosine + COSINE_EPS).pow_(b - 2)
     scale = (cosine + COSINE_EPS).mul_(slope)
@@ -79,66 +93,33 @@ def _eager_power_backward(grad: Tensor, out: Tensor, norm: Tensor, b: float, dim
     return scale.add_(slope).mul_(grad), energy
 
 
-def _eager_add_product(a: Tensor, x: Tensor, s: Tensor) -> Tensor:
+def _add_product(a: Tensor, x: Tensor, s: Tensor) -> Tensor:
+    if is_compiling():
+        return (a + x * s).to(a.dtype)
     return a.addcmul_(x, s.to(x.dtype))
 
 
-def _eager_combine(grad: Tensor, a: Tensor, x: Tensor, b: Tensor, c: Tensor) -> Tensor:
+def _combine(grad: Tensor, a: Tensor, x: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    if is_compiling():
+        return (grad * a + x * b + c).to(grad.dtype)
     return (grad * a).addcmul_(x, b).add_(c)
 
 
 EAGER = Kernels(
-    square=_eager_square,
-    square_backward=_eager_square_backward,
-    power=_eager_power,
-    power_backward=_eager_power_backward,
-    add_product=_eager_add_product,
-    combine=_eager_combine,
+    square=_square,
+    square_backward=_square_backward,
+    power=_power,
+    power_backward=_power_backward,
+    add_product=_add_product,
+    combine=_combine,
 )
-
-
-def _square(out: Tensor, norm: Tensor) -> Tensor:
-    return out.mul_(out.abs() / norm)
-
-
-def _square_backward(grad: Tensor, y: Tensor, norm: Tensor, dim: int | None) -> tuple[Tensor, Tensor]:
-    wide = grad.to(norm.dtype)
-    return (2 * (y.abs() / norm).sqrt() * wide).to(grad.dtype), _sum(wide * y, dim, norm.dtype)
-
-
-def _power(out: Tensor, norm: Tensor, b: float) -> Tensor:
-    return (out * (out.abs() / norm + COSINE_EPS).pow(b - 1)).to(out.dtype)
-
-
-def _power_backward(grad: Tensor, out: Tensor, norm: Tensor, b: float, dim: int | None) -> tuple[Tensor, Tensor]:
-    wide = grad.to(norm.dtype)
-    cosine = out.abs() / norm
-    power = (cosine + COSINE_EPS).pow(b - 2)
-    slope = (b - 1) * cosine * power
-    energy = _sum(wide * out * slope, dim, norm.dtype)
-    return ((power * (cosine + COSINE_EPS) + slope) * wide).to(grad.dtype), energy
-
-
-def _add_product(a: Tensor, x: Tensor, s: Tensor) -> Tensor:
-    return (a + x * s).to(a.dtype)
-
-
-def _combine(grad: Tensor, a: Tensor, x: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    return (grad * a + x * b + c).to(grad.dtype)
 
 
 @cache
 def compiled_kernels() -> Kernels:
-    """The same through `torch.compile`: C++ on a CPU, Triton on a GPU. They are compiled at their first call."""
+    """The same through `torch.compile`: C++ on a CPU, Triton on a GPU.
 
-    def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-        return torch.compile(function, dynamic=True, fullgraph=True)
-
-    return Kernels(
-        square=compiled(_square),
-        square_backward=compiled(_square_backward),
-        power=compiled(_power),
-        power_backward=compiled(_power_backward),
-        add_product=compiled(_add_product),
-        combine=compiled(_combine),
-    )
+    They are compiled at their first call. What torch doesn't compile (the ninth combination of dtype and layout in one
+    process; what some dispatch mode watches) runs eagerly.
+    """
+    return Kernels(**{name: torch.compile(kernel, dynamic=True) for name, kernel in vars(EAGER).items()})
