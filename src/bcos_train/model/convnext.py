@@ -29,6 +29,7 @@ from bcos_train.model.conv_net import (
 from bcos_train.model.recompute import Blocks
 from bcos_train.model.registry import register_model
 from bcos_train.nn import make_norm
+from bcos_train.nn.residual import add_shortcut
 
 
 class ConvNeXtBlock(nn.Module):
@@ -48,7 +49,8 @@ class ConvNeXtBlock(nn.Module):
         self.stochastic_depth = StochasticDepth(stochastic_depth_prob, "row")
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.stochastic_depth(self.layer_scale * self.block(x))
+        branch = self.stochastic_depth(self.layer_scale * self.block(x))
+        return add_shortcut(branch, x, self.stochastic_depth)
 
 
 class BcosConvNeXt(BcosConvNet):

@@ -30,6 +30,7 @@ from bcos_train.model.conv_net import (
 )
 from bcos_train.model.recompute import Blocks
 from bcos_train.model.registry import register_model
+from bcos_train.nn.residual import add_shortcut
 
 
 class ResidualBlock(nn.Module):
@@ -47,16 +48,19 @@ class ResidualBlock(nn.Module):
         self.stochastic_depth = StochasticDepth(stochastic_depth_prob, "row") if stochastic_depth_prob else None
 
     def forward(self, x: Tensor) -> Tensor:
+        branch = self._branch()
         out = x
-        for name in self.branch:
-            out = getattr(self, name)(out)
-        if self.stochastic_depth is not None:
-            out = self.stochastic_depth(out)
-        return out + (x if self.downsample is None else self.downsample(x))
+        for module in branch:
+            out = module(out)
+        return add_shortcut(out, x if self.downsample is None else self.downsample(x), *branch[-3:])
+
+    def _branch(self) -> list[nn.Module]:
+        modules = [getattr(self, name) for name in self.branch]
+        return modules if self.stochastic_depth is None else [*modules, self.stochastic_depth]
 
     def chains(self) -> Iterator[Sequence[nn.Module]]:
         """For :func:`~bcos_train.nn.frozen_weights`."""
-        yield [getattr(self, name) for name in self.branch]
+        yield self._branch()
         if isinstance(self.downsample, nn.Sequential):
             yield list(self.downsample)
 

@@ -42,7 +42,10 @@ def parts(x: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
     if x.device.type != "cpu" or x.dim() < 2:
         yield x, *others, torch.empty_like(x)
         return
-    rows = max(1, PART * len(x) // max(1, x.numel()))
+    if x.numel() <= PART:
+        yield x, *others, _MEMORY.like(x)
+        return
+    rows = max(1, PART * len(x) // x.numel())
     for part, *rest in zip(x.split(rows), *(other.split(rows) for other in others), strict=True):
         yield part, *rest, _MEMORY.like(part)
 

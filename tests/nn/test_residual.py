@@ -1,0 +1,98 @@
+"""The sum of a residual block: always that of `+`, and in place only where nobody notices."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision.ops import StochasticDepth
+
+from bcos_train.nn import BatchNormUncentered2d, BcosConv2d, frozen_weights, make_norm, set_backend
+from bcos_train.nn.residual import add_shortcut
+
+
+class Branch(nn.Module):
+    def __init__(self, norm: str, stochastic_depth: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = BcosConv2d(4, 4, 3, padding=1)
+        self.norm = make_norm(norm)(4)
+        self.modules_in_order: list[nn.Module] = [self.conv, self.norm]
+        if stochastic_depth:
+            self.modules_in_order.append(StochasticDepth(0.5, "row"))
+        self.double()
+
+    def chains(self):
+        yield self.modules_in_order
+
+    def forward(self, x: Tensor) -> Tensor:
+        for module in self.modules_in_order:
+            x = module(x)
+        return x
+
+
+def image() -> Tensor:
+    return torch.randn(2, 4, 5, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("norm", ["none", "bnu-linear", "bn", "pn", "anu"])
+@pytest.mark.parametrize("stochastic_depth", [False, True], ids=["", "stochastic depth"])
+def test_gradients_are_those_of_the_sum(norm, training, stochastic_depth):
+    branch = Branch(norm, stochastic_depth).train(training)
+    results = []
+    for add in (lambda a, b, *_: a + b, add_shortcut):
+        torch.manual_seed(2)
+        x = image().requires_grad_()
+        out = add(branch(x), x, *branch.modules_in_order)
+        grads = torch.autograd.grad(out.pow(3).sum(), (x, branch.conv.linear.weight))
+        results.append((out.detach(), *grads))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("norm", ["none", "bnu-linear"])
+@torch.no_grad()
+def test_in_place_without_gradients(norm):
+    branch, x = Branch(norm).eval(), image()
+    out = branch(x)
+    expected = out + x
+    total = add_shortcut(out, x, *branch.modules_in_order)
+    assert total is out
+    assert torch.equal(total, expected)
+
+
+def test_in_place_after_a_norm_in_training():
+    branch, x = Branch("bnu-linear"), image().requires_grad_()
+    out = branch(x)
+    assert add_shortcut(out, x, *branch.modules_in_order) is out
+
+
+@pytest.mark.parametrize("backend", ["fused", "reference"])
+def test_explanation_of_folded_norms(backend):
+    branch, x = Branch("bnu-linear").eval(), image().requires_grad_()
+    set_backend(branch, backend)
+    for part in (branch.conv, branch.norm):
+        part.set_explanation_mode()
+    (expected,) = torch.autograd.grad((branch(x) + x).sum(), x)
+    with frozen_weights(branch):
+        assert isinstance(branch.norm, BatchNormUncentered2d)
+        assert branch.norm.is_folded == (backend == "fused")
+        (found,) = torch.autograd.grad(add_shortcut(branch(x), x, *branch.modules_in_order).sum(), x)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("place", ["conv", "conv.linear", "norm"])
+@torch.no_grad()
+def test_what_a_hook_has_taken_stays(place):
+    branch, x, taken = Branch("none").eval(), image(), []
+    branch.get_submodule(place).register_forward_hook(lambda module, inputs, out: taken.append(out))
+    out = branch(x)
+    before = taken[0].clone()
+    add_shortcut(out, x, *branch.modules_in_order)
+    assert torch.equal(taken[0], before)
+
+
+@torch.no_grad()
+def test_of_two_dtypes_the_wider():
+    branch, x = Branch("none"), image()
+    out = branch(x).float()
+    assert add_shortcut(out, x, *branch.modules_in_order).dtype == torch.float64
