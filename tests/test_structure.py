@@ -33,7 +33,7 @@ ALLOWED = {
     "dataset": set(),
     "config": set(),
 }
-FOR_ALL = {"bcos_train.replacing", "bcos_train.suggest"}
+FOR_ALL = {"bcos_train.compiling", "bcos_train.replacing", "bcos_train.suggest"}
 #: Modules that a package may import although the rest of their package is out of reach for it.
 ALLOWED_MODULES = {"model": ("bcos_train.augmentation", "bcos_train.dataset.encoding", "bcos_train.checkpoint")}
 #: Packages that never see Lightning, Hydra or OmegaConf.

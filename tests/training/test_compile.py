@@ -1,6 +1,5 @@
 """Compiled training steps."""
 
-import os
 import shutil
 from pathlib import Path
 
@@ -38,25 +37,10 @@ def test_same_steps(tmp_path: Path) -> None:
         assert torch.allclose(states[1][key], value, rtol=1e-3, atol=1e-4), key
 
 
-@needs_compiler
-def test_cache_outlives_temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bcos_train.training import TrainerOptions
-    from bcos_train.training.build import build_trainer
-
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # so that what was there comes back
-    for given, expected in ((None, str(tmp_path / "bcos-train" / "inductor")), ("/elsewhere", "/elsewhere")):
-        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
-        if given is not None:
-            monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", given)
-        build_trainer(TrainerOptions(max_epochs=1, accelerator="cpu", compile=True))
-        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == expected
-
-
-def test_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("override", ["trainer.compile=true", "model.backend=compiled"])
+def test_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, override: str) -> None:
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))
     monkeypatch.delenv("CXX", raising=False)
-    with pytest.raises(
-        UserError, match=r"trainer\.compile=true needs a C\+\+ compiler, and there is no g\+\+ or clang\+\+"
-    ):
-        train(compose(tmp_path / "runs", *TINY, "trainer.compile=true"))
+    what = override.split(".")[1].split("=")[0]
+    with pytest.raises(UserError, match=rf"{what}=.* needs a C\+\+ compiler, and there is no g\+\+ or clang\+\+"):
+        train(compose(tmp_path / "runs", *TINY, override))

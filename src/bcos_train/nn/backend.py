@@ -5,6 +5,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
+from bcos_train.compiling import prepare_to_compile
 from bcos_train.nn.kernels import EAGER, Kernels, compiled_kernels
 from bcos_train.suggest import suggest
 
@@ -39,10 +40,12 @@ def set_backend(model: nn.Module, backend: Backend) -> None:
             compiled by `torch.compile`, at the first steps), or "reference" (plain operations).
 
     Raises:
-        ValueError: another name.
+        ValueError: another name, or no compiler for "compiled".
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r}{suggest(str(backend), BACKENDS)}: one of {', '.join(BACKENDS)}")
+    if backend == "compiled":
+        prepare_to_compile('backend="compiled"')
     for module in model.modules():
         if isinstance(module, Fusable):
             module.backend = backend

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bcos_train.nn.backend import Fusable, is_plain
+from bcos_train.nn.backend import Fusable
 from bcos_train.nn.candidates import arrange, greatest
 from bcos_train.nn.functional import feature_norm
 from bcos_train.nn.fused import bcos_linear, detached_bcos_linear, linear
@@ -29,8 +29,7 @@ class PlainLinear(Freezable, Fusable, nn.Linear):
         return self.weight.detach().clone()
 
     def forward(self, x: Tensor) -> Tensor:
-        frozen = None if is_plain() else self.frozen
-        weight = self.weight if frozen is None else frozen
+        weight = self.weight if self.frozen is None else self.frozen
         if self.bias is not None or self.fused_kernels() is None:
             return F.linear(x, weight, self.bias)
         return linear(x, weight)

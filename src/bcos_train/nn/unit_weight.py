@@ -38,12 +38,12 @@ class Freezable(nn.Module):
 
     @property
     def frozen(self) -> Tensor | None:
-        """What takes the place of the weight in use, if anything.
+        """What takes the place of the weight in use, if anything; never where only plain operations will do.
 
         Raises:
             RuntimeError: The module has been moved or cast since.
         """
-        found = FROZEN.weights.get(self)
+        found = None if is_plain() else FROZEN.weights.get(self)
         if found is not None and (found.dtype, found.device) != (self.weight.dtype, self.weight.device):
             raise RuntimeError("the model was moved or cast within frozen_weights(): do that before")
         return found
@@ -61,10 +61,9 @@ class UnitWeight(Freezable):
 
     def unit_weight(self) -> Tensor:
         """ŵ = w / ||w||, of the shape of the weight; the frozen one where there is one."""
-        if is_plain():
-            return normalise_weight(self.weight)
-        found = self.frozen
-        return _Normalise.apply(self.weight) if found is None else found
+        if (found := self.frozen) is not None:
+            return found
+        return normalise_weight(self.weight) if is_plain() else _Normalise.apply(self.weight)
 
 
 class _Normalise(torch.autograd.Function):

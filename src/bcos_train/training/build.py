@@ -2,9 +2,7 @@
 
 import inspect
 import os
-import shutil
 import warnings
-from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -16,6 +14,7 @@ from rich.console import Console
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from bcos_train.compiling import prepare_to_compile
 from bcos_train.config import UserError, blame
 from bcos_train.dataset.data_module import DataModule
 from bcos_train.nn import RunningNorm2d, sync_batch_norm_
@@ -40,7 +39,7 @@ def build_trainer(options: TrainerOptions, accumulate: int = 1) -> pl.Trainer:
             to compile with.
     """
     if options.compile:
-        _prepare_to_compile()
+        prepare_to_compile("trainer.compile=true")
     strategy: str | Strategy = "auto"
     if options.world_size > 1:
         # Buffers are broadcast before a validation instead (see training.distributed.broadcast_buffers).
@@ -61,15 +60,6 @@ def build_trainer(options: TrainerOptions, accumulate: int = 1) -> pl.Trainer:
         # Lightning takes another one with no more than a warning.
         raise ValueError(f"trainer.precision={options.precision} needs a GPU: take bf16 or 32")
     return trainer
-
-
-def _prepare_to_compile() -> None:
-    """See that there is a compiler, and that what it makes outlives this machine's temporary files."""
-    compilers = [name for name in (os.environ.get("CXX"), "g++", "clang++") if name]
-    if not any(shutil.which(name) for name in compilers):
-        raise ValueError(f"trainer.compile=true needs a C++ compiler, and there is no {' or '.join(compilers)}")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bcos-train" / "inductor"
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
 
 
 def _make_trainer(

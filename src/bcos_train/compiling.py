@@ -1,0 +1,29 @@
+"""What `torch.compile` needs of the machine."""
+
+import os
+import shutil
+from pathlib import Path
+
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+__all__ = ["prepare_to_compile"]
+
+
+def prepare_to_compile(what: str) -> None:
+    """See that there is a compiler, and that what it makes outlives this machine's temporary files.
+
+    It is kept in ``~/.cache/bcos-train`` (``$XDG_CACHE_HOME``), unless ``TORCHINDUCTOR_CACHE_DIR`` names a folder.
+
+    Args:
+        what: The option that asks for it, for the message.
+
+    Raises:
+        ValueError: There is none.
+    """
+    compilers = [name for name in (os.environ.get("CXX"), "g++", "clang++") if name]
+    if not any(shutil.which(name) for name in compilers):
+        raise ValueError(f"{what} needs a C++ compiler, and there is no {' or '.join(compilers)}")
+    # Parts of torch, when imported, set the variable to their default, a temporary folder.
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (None, default_cache_dir()):
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache / "bcos-train" / "inductor")
