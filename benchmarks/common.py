@@ -1,5 +1,6 @@
 """What the benchmarks share: the package of this checkout, the official networks, and where they ran."""
 
+import argparse
 import json
 import platform
 import subprocess
@@ -28,6 +29,16 @@ def official_twin(name: str) -> nn.Module:
         from bcos.models import pretrained
 
         return getattr(pretrained, name)()
+
+
+def parser_for(name: str, description: str, repeats: int) -> argparse.ArgumentParser:
+    """How often, where and in which precision to measure, and where to write it."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--repeats", type=int, default=repeats)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="bfloat16: by autocast")
+    parser.add_argument("--output", type=Path, help=f"JSON; default: benchmarks/results/{name}-<device>-<dtype>.json")
+    return parser
 
 
 def surroundings(device: str) -> dict[str, Any]:

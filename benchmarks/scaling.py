@@ -9,11 +9,9 @@ Writes JSON with the machine, the versions and the commit, and prints a table: m
 
 import argparse
 import os
-from pathlib import Path
 from typing import Any
 
-import torch
-from common import ROOT, surroundings, write
+from common import ROOT, parser_for, surroundings, write
 from speed import Setting, measure
 
 VARIANTS = ("standard", "official channels_last", "fused")
@@ -45,15 +43,11 @@ def table(results: list[dict[str, Any]], variants: list[str]) -> str:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_for("scaling", __doc__.splitlines()[0], repeats=5)
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[2, 4, 8, 16, 32])
     parser.add_argument("--sizes", nargs="+", type=int, default=[112, 160, 224, 320, 448], help="in pixels")
     parser.add_argument("--models", nargs="+", default=list(DEPTHS), choices=DEPTHS)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="bfloat16: by autocast")
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/scaling-<device>-<dtype>.json")
     return parser.parse_args()
 
 

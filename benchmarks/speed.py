@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import ROOT, official_twin, surroundings, write
+from common import ROOT, official_twin, parser_for, surroundings, write
 from torch import Tensor, nn
 
 from bcos_train import create_model, explain
@@ -47,6 +47,7 @@ MODELS = (
 TASKS = ("train", "inference", "explain")
 OFFICIAL = ("official", "official channels_last")
 CONTIGUOUS = ("official", "fused contiguous")
+OURS = (*BACKENDS, "fused contiguous")
 USUAL = ("standard", *OFFICIAL, *BACKENDS)
 
 
@@ -164,7 +165,7 @@ def measure(setting: Setting, variants: list[str], tasks: list[str], repeats: in
     inputs = {variant: images(variant, setting) for variant in variants}
     for name in tasks:
         steps = {v: task(name, networks[v], inputs[v], v, setting) for v in variants}
-        frozen = [frozen_weights(networks[v]) for v in variants if v not in ("standard", *OFFICIAL) and name != "train"]
+        frozen = [frozen_weights(networks[v]) for v in variants if v in OURS and name != "train"]
         for context in frozen:
             context.__enter__()
         result[name] = medians(steps, repeats, setting.device)
@@ -249,18 +250,14 @@ def summary(results: list[dict[str, Any]]) -> str:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_for("speed", __doc__.splitlines()[0], repeats=7)
     variants = [*USUAL, "fused contiguous", "whole"]
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--variants", nargs="+", default=list(USUAL), choices=variants)
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     parser.add_argument("--batch-size", type=int, help="default: 8, for resnet20 64")
     parser.add_argument("--size", type=int, help="of the images in pixels; default: 224, for resnet20 32")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="bfloat16: by autocast")
     parser.add_argument("--no-memory", action="store_true", help="leave out the peak memory")
-    parser.add_argument("--output", type=Path, help="JSON; default: benchmarks/results/speed-<device>-<dtype>.json")
     parser.add_argument("--peak-memory-of", help=argparse.SUPPRESS)
     return parser.parse_args()
 
