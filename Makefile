@@ -4,12 +4,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: train test test-all lint clean help
+.PHONY: train test test-all test-backends lint clean help
 
 help:
-	@echo "make train     create $(VENV), install, train with the defaults"
-	@echo "make test      the same set-up, then lint, types and tests"
-	@echo "make test-all  the same with the slow tests"
+	@echo "make train          create $(VENV), install, train with the defaults"
+	@echo "make test           the same set-up, then lint, types and tests"
+	@echo "make test-all       the same with the slow tests"
+	@echo "make test-backends  the tests with model.backend=reference and compiled"
 
 $(STAMP): pyproject.toml requirements-train.txt
 	$(PYTHON) -c "import sys; assert (3, 11) <= sys.version_info < (3, 14), f'Python 3.11-3.13 is needed, this is {sys.version.split()[0]}: make PYTHON=python3.12 ...'"
@@ -31,6 +32,10 @@ test: lint
 
 test-all: lint
 	$(BIN)/python -m pytest -n auto -m ""
+
+test-backends: $(STAMP)
+	$(BIN)/python -m pytest -n auto --backend=reference
+	$(BIN)/python -m pytest -n auto --backend=compiled
 
 clean:
 	rm -rf $(VENV)
