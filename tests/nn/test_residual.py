@@ -66,17 +66,21 @@ def test_in_place_after_a_norm_in_training():
     assert add_shortcut(out, x, *branch.modules_in_order) is out
 
 
+@pytest.mark.parametrize("explained", [(), ("conv",), ("norm",), ("conv", "norm")], ids=str)
 @pytest.mark.parametrize("backend", ["fused", "reference"])
-def test_explanation_of_folded_norms(backend):
+def test_folded_norms(backend, explained):
     branch, x = Branch("bnu-linear").eval(), image().requires_grad_()
     set_backend(branch, backend)
-    for part in (branch.conv, branch.norm):
-        part.set_explanation_mode()
+    for name in explained:
+        branch.get_submodule(name).set_explanation_mode()
     (expected,) = torch.autograd.grad((branch(x) + x).sum(), x)
     with frozen_weights(branch):
         assert isinstance(branch.norm, BatchNormUncentered2d)
         assert branch.norm.is_folded == (backend == "fused")
-        (found,) = torch.autograd.grad(add_shortcut(branch(x), x, *branch.modules_in_order).sum(), x)
+        out = branch(x)
+        total = add_shortcut(out, x, *branch.modules_in_order)
+        assert (total is out) == (backend == "reference" or explained == ("conv", "norm"))
+        (found,) = torch.autograd.grad(total.sum(), x)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from bcos_train.nn.backend import is_hooked, is_plain
+from bcos_train.nn.detachable import Detachable
 from bcos_train.nn.norm import BatchNormUncentered2d, Norm2d
 
 __all__ = ["add_shortcut"]
@@ -30,5 +31,7 @@ def _is_free(out: Tensor, last: tuple[nn.Module, ...]) -> bool:
     if not (torch.is_grad_enabled() and out.requires_grad):
         return True
     norm = last[-1]
-    # No norm keeps its output. But a folded one passes on that of a B-cos layer, which may.
-    return isinstance(norm, Norm2d) and not (isinstance(norm, BatchNormUncentered2d) and norm.is_folded)
+    if isinstance(norm, BatchNormUncentered2d) and norm.is_folded:
+        # It passes on the output of a B-cos layer, which in explanation mode keeps its scale alone.
+        return all(part.detach for part in last if isinstance(part, Detachable))
+    return isinstance(norm, Norm2d)  # none of them keeps its output
