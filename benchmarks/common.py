@@ -31,10 +31,17 @@ def official_twin(name: str) -> nn.Module:
         return getattr(pretrained, name)()
 
 
+def positive(text: str) -> int:
+    """For argparse."""
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{value}: expected 1 or more")
+    return value
+
+
 def parser_for(name: str, description: str, repeats: int) -> argparse.ArgumentParser:
     """How often, where and in which precision to measure, and where to write it."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--repeats", type=int, default=repeats)
+    parser.add_argument("--repeats", type=positive, default=repeats)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="bfloat16: by autocast")
     parser.add_argument("--output", type=Path, help=f"JSON; default: benchmarks/results/{name}-<device>-<dtype>.json")
@@ -44,6 +51,7 @@ def parser_for(name: str, description: str, repeats: int) -> argparse.ArgumentPa
 def surroundings(device: str) -> dict[str, Any]:
     """Machine, versions and commit."""
     from importlib.metadata import version
+    from importlib.util import find_spec
 
     processor = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
@@ -54,7 +62,7 @@ def surroundings(device: str) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if device == "cuda" else processor,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "torchvision", "bcos")},
+        **{name: version(name) for name in ("torch", "torchvision", "bcos") if find_spec(name)},
         "commit": commit.stdout.strip(),
     }
 

@@ -11,7 +11,7 @@ import argparse
 import os
 from typing import Any
 
-from common import ROOT, parser_for, surroundings, write
+from common import ROOT, parser_for, positive, surroundings, write
 from speed import Setting, measure
 
 VARIANTS = ("standard", "official channels_last", "fused")
@@ -44,8 +44,8 @@ def table(results: list[dict[str, Any]], variants: list[str]) -> str:
 
 def parse() -> argparse.Namespace:
     parser = parser_for("scaling", __doc__.splitlines()[0], repeats=5)
-    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[2, 4, 8, 16, 32])
-    parser.add_argument("--sizes", nargs="+", type=int, default=[112, 160, 224, 320, 448], help="in pixels")
+    parser.add_argument("--batch-sizes", nargs="+", type=positive, default=[2, 4, 8, 16, 32])
+    parser.add_argument("--sizes", nargs="+", type=positive, default=[112, 160, 224, 320, 448], help="in pixels")
     parser.add_argument("--models", nargs="+", default=list(DEPTHS), choices=DEPTHS)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     return parser.parse_args()

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import ROOT, official_twin, parser_for, surroundings, write
+from common import ROOT, official_twin, parser_for, positive, surroundings, write
 from torch import Tensor, nn
 
 from bcos_train import create_model, explain
@@ -160,6 +160,7 @@ def medians(steps: Mapping[str, Callable[[], None]], repeats: int, device: str) 
 
 def measure(setting: Setting, variants: list[str], tasks: list[str], repeats: int, memory: bool) -> dict[str, Any]:
     """Time of every task and peak memory of a training step, of every variant of a model."""
+    torch._dynamo.reset()  # it compiles a function for eight combinations of shapes at most in a process
     result: dict[str, Any] = {"model": setting.model, "batch_size": setting.batch_size, "size": setting.size}
     networks = {variant: build(variant, setting) for variant in variants}
     inputs = {variant: images(variant, setting) for variant in variants}
@@ -255,8 +256,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--variants", nargs="+", default=list(USUAL), choices=variants)
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
-    parser.add_argument("--batch-size", type=int, help="default: 8, for resnet20 64")
-    parser.add_argument("--size", type=int, help="of the images in pixels; default: 224, for resnet20 32")
+    parser.add_argument("--batch-size", type=positive, help="default: 8, for resnet20 64")
+    parser.add_argument("--size", type=positive, help="of the images in pixels; default: 224, for resnet20 32")
     parser.add_argument("--no-memory", action="store_true", help="leave out the peak memory")
     parser.add_argument("--peak-memory-of", help=argparse.SUPPRESS)
     return parser.parse_args()

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from pathlib import Path
 
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
@@ -20,9 +21,10 @@ def prepare_to_compile(what: str) -> None:
     Raises:
         ValueError: There is none.
     """
-    compilers = [name for name in (os.environ.get("CXX"), "g++", "clang++") if name]
-    if not any(shutil.which(name) for name in compilers):
-        raise ValueError(f"{what} needs a C++ compiler, and there is no {' or '.join(compilers)}")
+    # What torch takes, and no other.
+    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    if not shutil.which(compiler):
+        raise ValueError(f"{what} needs a C++ compiler, and there is no {compiler}; the variable CXX can name another")
     # Parts of torch, when imported, set the variable to their default, a temporary folder.
     if os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (None, default_cache_dir()):
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

@@ -1,5 +1,6 @@
 """The fused operations against the plain ones that define them."""
 
+import contextlib
 import copy
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -8,8 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 
 from bcos_train.nn import (
+    BACKENDS,
     BatchNormUncentered2d,
     BcosConv2d,
     BcosLinear,
@@ -367,3 +371,43 @@ def test_learnable_b() -> None:
 def test_unknown_backend() -> None:
     with pytest.raises(ValueError, match=r"backend='fusde'; did you mean fused\?: one of fused, compiled, reference"):
         set_backend(small_net(), "fusde")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("context", [FakeTensorMode, lambda: torch.device("meta")], ids=["fake tensors", "meta device"])
+def test_nothing_outlives_a_mode(context: Any) -> None:
+    """In a thread of its own, which has nothing yet that layers keep between calls."""
+    layer, x = BcosConv2d(3, 4, 3), torch.randn(2, 3, 5, 5)
+
+    def outputs() -> tuple[Tensor, Tensor]:
+        for make in (lambda: layer, lambda: BcosConv2d(3, 4, 3)):  # one of them fits, the other is from elsewhere
+            with context(), contextlib.suppress(AssertionError, RuntimeError):
+                make()(torch.rand(2, 3, 5, 5, device="cpu"))
+        with torch.no_grad():
+            return layer(x), BcosConv2d(3, 4, 3)(x)
+
+    with ThreadPoolExecutor(1) as pool:
+        found, _ = pool.submit(outputs).result()
+    torch.testing.assert_close(found, layer(x).detach())
+
+
+def test_forward_mode_differentiation() -> None:
+    layer, x, tangent = BcosConv2d(3, 4, 3).double(), *torch.randn(2, 2, 3, 5, 5, dtype=torch.float64)
+    with forward_ad.dual_level():
+        found = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, tangent))).tangent
+    expected = torch.func.jvp(layer, (x,), (tangent,))[1]
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_small_values_in_float16(backend: Backend) -> None:
+    """Outputs of 1e-5 and less, of which float16 knows few digits or none."""
+    torch.manual_seed(0)
+    layer = BcosConv2d(16, 16, 3, padding=1)
+    set_backend(layer, backend)
+    x, grad = 1e-4 * torch.randn(2, 16, 8, 8), torch.randn(2, 16, 8, 8)
+    inputs = (x.requires_grad_(), layer.linear.weight)
+    expected = torch.autograd.grad(layer(x), inputs, grad)
+    with torch.autocast("cpu", dtype=torch.float16):
+        out = layer(x)
+    for ours, theirs in zip(torch.autograd.grad(out.float(), inputs, grad), expected, strict=True):
+        assert (ours - theirs).norm() <= 5e-3 * theirs.norm()

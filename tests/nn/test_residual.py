@@ -95,6 +95,72 @@ def test_what_a_hook_has_taken_stays(place):
     assert torch.equal(taken[0], before)
 
 
+@pytest.mark.parametrize("norm", ["none", "bnu-linear"])
+def test_global_hooks(norm):
+    """Those for the modules of all networks; one of the backward pass forbids changes in place."""
+    branch, x, taken = Branch(norm).eval(), image().requires_grad_(), []
+    everywhere = torch.nn.modules.module
+    handles = [
+        everywhere.register_module_forward_hook(lambda module, inputs, out: taken.append((out, out.detach().clone()))),
+        everywhere.register_module_full_backward_hook(lambda *_: None),
+    ]
+    try:
+        for context in (torch.enable_grad(), torch.no_grad()):
+            with context:
+                add_shortcut(branch(x), x, *branch.modules_in_order)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert taken
+    for out, before in taken:
+        assert torch.equal(out, before)
+
+
+class Remembering(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        self.given = x * 2
+        return self.given
+
+
+@torch.no_grad()
+def test_what_a_module_remembers_stays():
+    branch, x = Branch("none").eval(), image()
+    branch.modules_in_order.append(remembering := Remembering())
+    add_shortcut(out := branch(x), x, *branch.modules_in_order)
+    assert remembering.given is out
+    assert torch.equal(out, 2 * branch.conv(x))
+
+
+@torch.no_grad()
+def test_what_a_replaced_forward_remembers_stays():
+    branch, x, taken = Branch("bnu-linear").eval(), image(), []
+    original = branch.norm.forward
+    branch.norm.forward = lambda x: taken.append(original(x)) or taken[-1]  # type: ignore[method-assign, func-returns-value]
+    before = branch(x).clone()
+    add_shortcut(branch(x), x, *branch.modules_in_order)
+    assert torch.equal(taken[-1], before)
+
+
+@torch.no_grad()
+def test_what_is_handed_on_stays():
+    x = image()
+    before = x.clone()
+    assert torch.equal(add_shortcut(x, x, nn.Identity(), nn.Identity()), 2 * before)
+    assert torch.equal(x, before)
+
+
+class Bounded(BatchNormUncentered2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(super().forward(x))
+
+
+def test_norms_of_other_making():
+    x, norm = image().requires_grad_(), Bounded(4).double()
+    (found,) = torch.autograd.grad(add_shortcut(norm(x), x, norm).sum(), x)
+    (expected,) = torch.autograd.grad((norm(x) + x).sum(), x)
+    assert torch.equal(found, expected)
+
+
 @torch.no_grad()
 def test_of_two_dtypes_the_wider():
     branch, x = Branch("none"), image()

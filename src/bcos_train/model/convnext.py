@@ -50,7 +50,7 @@ class ConvNeXtBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         branch = self.stochastic_depth(self.layer_scale * self.block(x))
-        return add_shortcut(branch, x, self.stochastic_depth)
+        return add_shortcut(branch, x, self.block[-1], self.stochastic_depth)
 
 
 class BcosConvNeXt(BcosConvNet):

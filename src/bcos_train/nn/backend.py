@@ -4,6 +4,8 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
 
 from bcos_train.compiling import prepare_to_compile
 from bcos_train.nn.kernels import EAGER, Kernels, compiled_kernels
@@ -19,7 +21,7 @@ class Fusable(nn.Module):
     """A module that has a fused operation beside its plain ones.
 
     Where the fused one doesn't apply the plain ones take over: within `torch.compile` and `torch.export`, which fuse
-    for themselves, and under `torch.func` transforms.
+    for themselves, under `torch.func` transforms, and in forward-mode differentiation.
     """
 
     # A class attribute, as `Detachable.detach` is.
@@ -52,12 +54,12 @@ def set_backend(model: nn.Module, backend: Backend) -> None:
 
 
 def is_plain() -> bool:
-    """Whether only plain operations will do: they are being traced, or transformed."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    """Whether only plain operations will do: they are being traced, transformed, or differentiated forwards."""
+    is_transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return torch.compiler.is_compiling() or is_transformed
 
 
 def is_hooked(module: Any) -> bool:
-    """Whether somebody waits for a call of this module."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+    """Whether somebody waits for a call of this module, or of any."""
+    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(own or _has_any_global_hook())

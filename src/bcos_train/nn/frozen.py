@@ -24,7 +24,8 @@ def frozen_weights(model: nn.Module) -> Iterator[None]:
     constant s; where it follows a B-cos convolution with B = 2, the convolution takes the constant over: with
     sign(s) sqrt(abs(s)) ŵ in the place of ŵ its output is s times as large, exactly, and so is its W(x). The norm then
     passes its input on. (Not with another B, where the cosine counts by another power; nor with MaxOut, whose choice a
-    negative s would turn round; nor where a hook waits for either of the two.)
+    negative s would turn round; nor where a hook waits for either of the two. Inside, a hook on them sees the values as
+    they have been divided up: register it before.)
 
     Outputs and explanations of the model are those of outside to rounding. Changes of the weights aren't seen inside,
     and no gradient reaches them; a norm that has been folded can't be put into training mode there, nor the model be

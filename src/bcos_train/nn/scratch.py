@@ -26,7 +26,7 @@ class _Memory(threading.local):
         memory = self.of_dtype.get(x.dtype)
         if memory is None or len(memory) < x.numel():
             with torch.inference_mode(False):  # what is made in inference mode could not be written outside
-                memory = torch.empty(max(x.numel(), PART), dtype=x.dtype)
+                memory = torch.empty(max(x.numel(), PART), dtype=x.dtype, device=x.device)
             self.of_dtype[x.dtype] = memory
         return memory.as_strided(x.shape, x.stride())
 
@@ -39,7 +39,9 @@ def parts(x: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
     The scratch tensor holds arbitrary values, and is the next part's too.
     """
-    if x.device.type != "cpu" or x.dim() < 2:
+    # Under a mode that puts other tensors in the place of torch's, nothing may outlive it.
+    has_mode = torch._C._len_torch_dispatch_stack() > 0
+    if x.device.type != "cpu" or x.dim() < 2 or has_mode:
         yield x, *others, torch.empty_like(x)
         return
     if x.numel() <= PART:

@@ -14,6 +14,9 @@ __all__ = ["detached_scale", "scale_backward", "scale_output", "to_chosen", "unc
 
 def scale_output(out: Tensor, norm: Tensor, b: float, kernels: Kernels) -> tuple[Tensor, Tensor]:
     """The output, and what the derivative needs of it."""
+    if b == 2 and out.dtype == torch.float16:
+        # Small outputs underflow, and would not tell |out| any more.
+        return kernels.square(out.clone(), norm), out
     if b == 2:
         y = kernels.square(out, norm)
         return y, y
@@ -23,7 +26,7 @@ def scale_output(out: Tensor, norm: Tensor, b: float, kernels: Kernels) -> tuple
 def scale_backward(
     grad: Tensor, kept: Tensor, norm: Tensor, b: float, dim: int | None, kernels: Kernels
 ) -> tuple[Tensor, Tensor]:
-    if b == 2:
+    if b == 2 and grad.dtype != torch.float16:
         return kernels.square_backward(grad, kept, norm, dim)
     return kernels.power_backward(grad, kept, norm, b, dim)
 
