@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import ROOT, official_twin, surroundings, write
+from common import ROOT, official_twin, positive, surroundings, write
 from torch import Tensor, nn
 
 from bcos_train import create_model
@@ -60,11 +60,11 @@ def draw(n_grids: int, n: int, size: int, device: str, generator: torch.Generato
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="resnet50")
-    parser.add_argument("--grids", type=int, default=250)
-    parser.add_argument("--n", type=int, default=2, help="cells along a side (default: 2)")
-    parser.add_argument("--size", type=int, default=224, help="of a cell in pixels (default: 224)")
-    parser.add_argument("--smooth", type=int, default=15)
-    parser.add_argument("--grids-at-once", type=int, default=2, help="of ours (default: 2)")
+    parser.add_argument("--grids", type=positive, default=250)
+    parser.add_argument("--n", type=positive, default=2, help="cells along a side (default: 2)")
+    parser.add_argument("--size", type=positive, default=224, help="of a cell in pixels (default: 224)")
+    parser.add_argument("--smooth", type=positive, default=15)
+    parser.add_argument("--grids-at-once", type=positive, default=2, help="of ours (default: 2)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--output", type=Path, help="JSON; default: benchmarks/results/grid-pointing-<device>.json")
     arguments = parser.parse_args()

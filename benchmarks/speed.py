@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -166,12 +166,11 @@ def measure(setting: Setting, variants: list[str], tasks: list[str], repeats: in
     inputs = {variant: images(variant, setting) for variant in variants}
     for name in tasks:
         steps = {v: task(name, networks[v], inputs[v], v, setting) for v in variants}
-        frozen = [frozen_weights(networks[v]) for v in variants if v in OURS and name != "train"]
-        for context in frozen:
-            context.__enter__()
-        result[name] = medians(steps, repeats, setting.device)
-        for context in frozen:
-            context.__exit__(None, None, None)
+        with ExitStack() as stack:
+            for v in variants:
+                if v in OURS and name != "train":
+                    stack.enter_context(frozen_weights(networks[v]))
+            result[name] = medians(steps, repeats, setting.device)
     if memory:
         del networks, inputs, steps
         result["memory"] = {variant: peak_memory_apart(variant, setting) for variant in variants}

@@ -7,7 +7,12 @@ from pathlib import Path
 
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-__all__ = ["prepare_to_compile"]
+__all__ = ["compiler_name", "prepare_to_compile"]
+
+
+def compiler_name() -> str:
+    """The C++ compiler that torch takes, and no other."""
+    return os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
 
 
 def prepare_to_compile(what: str) -> None:
@@ -21,10 +26,10 @@ def prepare_to_compile(what: str) -> None:
     Raises:
         ValueError: There is none.
     """
-    # What torch takes, and no other.
-    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
-    if not shutil.which(compiler):
-        raise ValueError(f"{what} needs a C++ compiler, and there is no {compiler}; the variable CXX can name another")
+    if not shutil.which(compiler_name()):
+        raise ValueError(
+            f"{what} needs a C++ compiler, and there is no {compiler_name()}; the variable CXX can name another"
+        )
     # Parts of torch, when imported, set the variable to their default, a temporary folder.
     if os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (None, default_cache_dir()):
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

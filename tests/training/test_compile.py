@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bcos_train.compiling import compiler_name
 from bcos_train.config import UserError
 from bcos_train.run import train
 from bcos_train.training.logging import read_metrics
@@ -13,9 +14,7 @@ from bcos_train.training.logging import read_metrics
 from .runs import TINY, compose
 from .toys import TinyNet, fit, make_data, make_module
 
-needs_compiler = pytest.mark.skipif(
-    not any(shutil.which(name) for name in ("g++", "clang++")), reason="needs a C++ compiler"
-)
+needs_compiler = pytest.mark.skipif(not shutil.which(compiler_name()), reason="needs a C++ compiler")
 
 
 @needs_compiler

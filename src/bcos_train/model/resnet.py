@@ -52,7 +52,8 @@ class ResidualBlock(nn.Module):
         out = x
         for module in branch:
             out = module(out)
-        return add_shortcut(out, x if self.downsample is None else self.downsample(x), *branch[-3:])
+        shortcut = x if self.downsample is None else self.downsample(x)
+        return add_shortcut(out, shortcut, *branch[-3:])  # convolution, norm, stochastic depth: all that may pass it on
 
     def _branch(self) -> list[nn.Module]:
         modules = [getattr(self, name) for name in self.branch]

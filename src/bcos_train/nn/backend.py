@@ -1,17 +1,15 @@
 """How the layers compute: with fused operations, compiled ones, or the plain ones that define them."""
 
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
-import torch
 from torch import nn
-from torch.autograd import forward_ad
-from torch.nn.modules.module import _has_any_global_hook
 
 from bcos_train.compiling import prepare_to_compile
 from bcos_train.nn.kernels import EAGER, Kernels, compiled_kernels
+from bcos_train.nn.observers import is_plain
 from bcos_train.suggest import suggest
 
-__all__ = ["BACKENDS", "Backend", "Fusable", "is_hooked", "is_plain", "set_backend"]
+__all__ = ["BACKENDS", "Backend", "Fusable", "set_backend"]
 
 Backend = Literal["fused", "compiled", "reference"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
@@ -51,15 +49,3 @@ def set_backend(model: nn.Module, backend: Backend) -> None:
     for module in model.modules():
         if isinstance(module, Fusable):
             module.backend = backend
-
-
-def is_plain() -> bool:
-    """Whether only plain operations will do: they are being traced, transformed, or differentiated forwards."""
-    is_transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    return torch.compiler.is_compiling() or is_transformed
-
-
-def is_hooked(module: Any) -> bool:
-    """Whether somebody waits for a call of this module, or of any."""
-    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(own or _has_any_global_hook())

@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor, nn
 
-from bcos_train.nn.backend import is_hooked
 from bcos_train.nn.candidates import arrange, greatest
 from bcos_train.nn.functional import PaddingMode, patch_norm
 from bcos_train.nn.fused import Convolution, bcos_conv2d, can_box, detached_bcos_conv2d
 from bcos_train.nn.kernels import Kernels
 from bcos_train.nn.layer import BcosLayer
+from bcos_train.nn.observers import is_hooked
 from bcos_train.nn.unit_weight import UnitWeight
 
 __all__ = ["BcosConv2d", "NormedConv2d"]

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 
-from bcos_train.nn.backend import is_hooked
 from bcos_train.nn.conv import BcosConv2d
 from bcos_train.nn.norm import BatchNormUncentered2d
+from bcos_train.nn.observers import is_hooked
 from bcos_train.nn.unit_weight import FROZEN, Freezable
 
 __all__ = ["frozen_weights", "live_weights"]

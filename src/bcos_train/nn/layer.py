@@ -5,10 +5,11 @@ from abc import abstractmethod
 
 from torch import Tensor, nn
 
-from bcos_train.nn.backend import Fusable, is_hooked
+from bcos_train.nn.backend import Fusable
 from bcos_train.nn.detachable import Detachable
 from bcos_train.nn.functional import bcos_scale, max_out
 from bcos_train.nn.kernels import Kernels
+from bcos_train.nn.observers import is_hooked
 
 __all__ = ["BcosLayer"]
 

@@ -29,7 +29,7 @@ class PlainLinear(Freezable, Fusable, nn.Linear):
         return self.weight.detach().clone()
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight if self.frozen is None else self.frozen
+        weight = self.weight if (frozen := self.frozen) is None else frozen
         if self.bias is not None or self.fused_kernels() is None:
             return F.linear(x, weight, self.bias)
         return linear(x, weight)

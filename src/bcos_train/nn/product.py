@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bcos_train.nn.observers import has_mode
+
 __all__ = ["product"]
 
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -20,10 +22,10 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
-    is_watched = torch._C._len_torch_dispatch_stack() > 0  # by what counts operations, and knows the usual ones
     is_float = x.dtype == weight.dtype == torch.float32
     has_values = x.dim() > 1 and x.numel() > 0 and weight.numel() > 0
-    return _HAS_ONEDNN and x.device.type == "cpu" and is_float and has_values and not is_watched
+    # A mode knows the usual operations.
+    return _HAS_ONEDNN and x.device.type == "cpu" and is_float and has_values and not has_mode()
 
 
 def _onednn_product(x: Tensor, weight: Tensor) -> Tensor:

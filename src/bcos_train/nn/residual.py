@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor, nn
 
-from bcos_train.nn.backend import is_hooked, is_plain
 from bcos_train.nn.detachable import Detachable
 from bcos_train.nn.layer import BcosLayer
 from bcos_train.nn.norm import BatchNormUncentered2d, Norm2d
+from bcos_train.nn.observers import is_hooked, is_plain
 
 __all__ = ["add_shortcut"]
 

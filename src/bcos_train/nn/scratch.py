@@ -11,6 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from bcos_train.nn.observers import has_mode
+
 __all__ = ["inner_products", "parts"]
 
 #: Elements of a part, unless a single row has more: 4 MiB in float32, what a processor's caches hold.
@@ -39,9 +41,7 @@ def parts(x: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
     The scratch tensor holds arbitrary values, and is the next part's too.
     """
-    # Under a mode that puts other tensors in the place of torch's, nothing may outlive it.
-    has_mode = torch._C._len_torch_dispatch_stack() > 0
-    if x.device.type != "cpu" or x.dim() < 2 or has_mode:
+    if x.device.type != "cpu" or x.dim() < 2 or has_mode():  # what a mode puts in a tensor's place may not outlive it
         yield x, *others, torch.empty_like(x)
         return
     if x.numel() <= PART:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bcos_train.nn.backend import is_plain
 from bcos_train.nn.functional import normalise_weight, statistics_dtype
+from bcos_train.nn.observers import is_plain
 from bcos_train.nn.scratch import inner_products
 
 __all__ = ["FROZEN", "Freezable", "UnitWeight", "plain_backward"]

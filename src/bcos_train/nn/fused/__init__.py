@@ -2,8 +2,8 @@
 
 They compute what `BcosLayer` and `BatchNormUncentered2d` spell out, with less memory and traffic:
 
-* Of y = |cos(x, w)|^(B-1) ŵ·x only the input, the small map of ||x|| and, for B = 2, the output are kept (otherwise
-  ŵ·x in its place). The output is kept anyway by whatever comes next.
+* Of y = |cos(x, w)|^(B-1) ŵ·x only the input, the small map of ||x|| and, for B = 2, the output are kept (otherwise,
+  and in float16, ŵ·x in its place). The output is kept anyway by whatever comes next.
 * ||x|| is one reduction over the channels and a box filter on what is left; its derivative is the box filter's
   adjoint and one multiplication by x.
 * The uncentred batch norm takes one pass for the statistics and one for the scaling, and two for the derivative.

@@ -14,19 +14,21 @@ __all__ = ["detached_scale", "scale_backward", "scale_output", "to_chosen", "unc
 
 def scale_output(out: Tensor, norm: Tensor, b: float, kernels: Kernels) -> tuple[Tensor, Tensor]:
     """The output, and what the derivative needs of it."""
-    if b == 2 and out.dtype == torch.float16:
-        # Small outputs underflow, and would not tell |out| any more.
-        return kernels.square(out.clone(), norm), out
-    if b == 2:
+    if _output_tells(out, b):
         y = kernels.square(out, norm)
         return y, y
-    return kernels.power(out, norm, b), out
+    return kernels.square(out.clone(), norm) if b == 2 else kernels.power(out, norm, b), out
+
+
+def _output_tells(x: Tensor, b: float) -> bool:
+    """Whether |ŵ·x| follows from the output: with B = 2, but in float16, where small outputs underflow."""
+    return b == 2 and x.dtype != torch.float16
 
 
 def scale_backward(
     grad: Tensor, kept: Tensor, norm: Tensor, b: float, dim: int | None, kernels: Kernels
 ) -> tuple[Tensor, Tensor]:
-    if b == 2 and grad.dtype != torch.float16:
+    if _output_tells(kept, b):
         return kernels.square_backward(grad, kept, norm, dim)
     return kernels.power_backward(grad, kept, norm, b, dim)
 

@@ -7,11 +7,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bcos_train.nn.backend import Fusable, is_plain
+from bcos_train.nn.backend import Fusable
 from bcos_train.nn.functional import statistics_dtype
 from bcos_train.nn.fused import uncentred_batch_norm
 from bcos_train.nn.norm.base import Norm2d, normalise
 from bcos_train.nn.norm.sync import combined_statistics, local_statistics
+from bcos_train.nn.observers import is_plain
 from bcos_train.nn.unit_weight import FROZEN
 
 __all__ = [
