@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from bcos_train import create_model
 from bcos_train.explanation.method import Bcos
 from bcos_train.metric import compose_grids, grid_pointing_scores
-from bcos_train.nn import frozen_weights
+from bcos_train.nn import cached_weights
 
 #: How far the scores may be apart: float32 sums in another order.
 TOLERANCE = 1e-4
@@ -76,7 +76,7 @@ def main() -> None:
     official.to(memory_format=torch.channels_last)  # its faster format
     generator = torch.Generator().manual_seed(0)
     seconds: dict[str, list[float]] = {"official": [], "ours": []}
-    with frozen_weights(ours):
+    with cached_weights(ours):
         for score, model in ((official_scores, official), (our_scores, ours)):
             score(model, *draw(1, arguments.n, 64, arguments.device, generator), arguments.smooth)
         done, farthest = 0, 0.0

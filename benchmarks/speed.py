@@ -32,7 +32,7 @@ from common import ROOT, official_twin, parser_for, positive, surroundings, writ
 from torch import Tensor, nn
 
 from bcos_train import create_model, explain
-from bcos_train.nn import BACKENDS, frozen_weights
+from bcos_train.nn import BACKENDS, cached_weights
 
 MODELS = (
     "resnet18",
@@ -169,7 +169,7 @@ def measure(setting: Setting, variants: list[str], tasks: list[str], repeats: in
         with ExitStack() as stack:
             for v in variants:
                 if v in OURS and name != "train":
-                    stack.enter_context(frozen_weights(networks[v]))
+                    stack.enter_context(cached_weights(networks[v]))
             result[name] = medians(steps, repeats, setting.device)
     if memory:
         del networks, inputs, steps

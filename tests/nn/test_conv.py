@@ -247,7 +247,6 @@ def test_b_per_layer():
         ({"b": nn.Parameter(torch.ones(3))}, ValueError, "scalar"),
         ({"b": torch.tensor(2.0)}, ValueError, "Parameter"),
         ({"max_out": 0}, ValueError, "max_out=0"),
-        ({"bias": True}, ValueError, "bias=True"),
         ({"groups": 2, "max_out": 2}, ValueError, "out_channels=3"),
         ({"padding_mode": "zero"}, ValueError, "padding_mode"),
         ({"padding": "sam"}, ValueError, "sam"),
@@ -266,8 +265,34 @@ def test_wrong_input():
         BcosConv2d(4, 3, 3)(torch.rand(4, 5, 5))
 
 
-def test_bias_false_is_accepted():
-    assert BcosConv2d(4, 3, 3, bias=False).linear.bias is None
+def test_has_no_bias_unless_asked_for():
+    assert BcosConv2d(4, 3, 3).linear.bias is None
+
+
+@pytest.mark.parametrize("options", [{"bias": True}, {"normalize_weight": False}], ids=str)
+@pytest.mark.parametrize("b", [1, 1.5, 2])
+def test_options_for_networks_under_conversion(options, b):
+    torch.manual_seed(0)
+    layer = BcosConv2d(4, 6, 3, padding=1, b=b, max_out=2, dtype=torch.float64, **options)
+    x = torch.randn(2, 4, 5, 6, dtype=torch.float64)
+    weight, bias = layer.linear.weight, layer.linear.bias
+    if layer.normalize_weight:
+        weight = weight / weight.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    out = torch.nn.functional.conv2d(x, weight, bias, padding=1).unflatten(1, (6, 2)).amax(2)
+    norm = (torch.nn.functional.conv2d(x.square(), torch.ones_like(weight[:1]), padding=1) + 1e-6).sqrt()
+    scale = 1 if b == 1 else out.abs() / norm if b == 2 else ((out / norm).abs() + 1e-6) ** (b - 1)
+    assert_near(layer(x).detach(), (out * scale).detach(), 1e-12)
+
+
+def test_in_explanation_mode_the_output_is_linear_up_to_the_bias():
+    torch.manual_seed(0)
+    layer = BcosConv2d(4, 6, 3, bias=True, normalize_weight=False, dtype=torch.float64)
+    x = torch.randn(1, 4, 3, 3, dtype=torch.float64, requires_grad=True)
+    layer.set_explanation_mode()
+    out = layer(x)
+    (weights,) = torch.autograd.grad(out[0, 0, 0, 0], x, retain_graph=True)
+    (share,) = torch.autograd.grad(out[0, 0, 0, 0], layer.linear.bias)
+    assert_near((weights * x).sum() + (share * layer.linear.bias).sum(), out[0, 0, 0, 0], 1e-12)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])

@@ -144,7 +144,6 @@ def test_learnable_b():
     [
         ({"b": 0.5}, ValueError),
         ({"max_out": 0}, ValueError),
-        ({"bias": True}, ValueError),
         ({"maxout": 2}, TypeError),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
@@ -156,8 +155,10 @@ def test_wrong_arguments(kwargs, error):
 
 def test_bias_is_third_as_in_torch():
     assert BcosLinear(5, 4, False).linear.bias is None
-    with pytest.raises(ValueError, match="bias"):
-        BcosLinear(5, 4, True)
+    layer = BcosLinear(5, 4, True, normalize_weight=False, dtype=torch.float64)
+    x = torch.randn(3, 5, dtype=torch.float64)
+    out = x @ layer.linear.weight.T + layer.linear.bias
+    assert_near(layer(x).detach(), (out * out.abs() / x.norm(dim=1, keepdim=True)).detach(), 1e-11)
 
 
 def test_copies_and_pickles():

@@ -114,5 +114,5 @@ def test_one_process_is_left_as_it_was():
     x = torch.rand(2, 4, 3, 3)
     expected = model(x)
     assert sync_batch_norm_(model) is model
-    assert [module.synchronised for module in model.modules() if isinstance(module, RunningNorm2d)] == [True, True]
+    assert [module.synchronized for module in model.modules() if isinstance(module, RunningNorm2d)] == [True, True]
     assert torch.equal(model(x), expected)

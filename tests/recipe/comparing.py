@@ -149,7 +149,7 @@ def assert_same_imagenet_transforms(ours: Config, official: Config) -> None:
 #: Attributes that tell two modules of one class apart.
 TELLING = ("eps", "momentum", "num_groups", "b", "max_out", "logit_bias", "logit_temperature", "p", "mode")
 #: Official names of classes that have another here.
-RENAMED = {"CNBlock": "ConvNeXtBlock", "PlainLinear": "Linear"}
+RENAMED = {"CNBlock": "ConvNeXtBlock"}
 #: Containers, which may be cut otherwise, and modules that compute nothing or have no options.
 STRUCTURE = {
     *("Sequential", "BcosSequential", "Identity", "AdaptiveAvgPool2d", "AvgPool2d", "Softmax", "Rearrange", "Patches"),

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from bcos_train.explanation.mode import explanation_mode
-from bcos_train.nn import frozen_weights, live_weights
+from bcos_train.nn import cached_weights, live_weights
 
 __all__ = ["Explanation", "constant_term", "explain"]
 
@@ -78,7 +78,7 @@ def explain(
             stacklevel=2,
         )
     # Gradients are to reach the weights through W(x), but not otherwise.
-    live_or_frozen = live_weights() if create_graph else frozen_weights(network)
+    live_or_frozen = live_weights() if create_graph else cached_weights(network)
     with (
         torch.inference_mode(False),
         torch.enable_grad(),

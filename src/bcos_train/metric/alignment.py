@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bcos_train.explanation import evaluating
-from bcos_train.nn.functional import max_out
+from bcos_train.nn.functional import maxout
 from bcos_train.nn.layer import BcosLayer
 
 __all__ = ["cosine_alignment"]
@@ -34,7 +34,7 @@ def cosine_alignment(model: nn.Module, x: Tensor) -> dict[str, float]:
 
     def recorder(name: str, layer: BcosLayer) -> Any:
         def record(_: nn.Module, args: tuple[Tensor, ...], product: Tensor) -> None:
-            cosine = max_out(product, layer.max_out, layer.unit_dim) / layer.input_norm(args[0])
+            cosine = maxout(product, layer.max_out, layer.unit_dim) / layer.input_norm(args[0])
             sums[name] += cosine.abs().float().mean().item() * cosine.numel()
             counts[name] += cosine.numel()
 

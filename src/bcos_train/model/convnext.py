@@ -28,8 +28,7 @@ from bcos_train.model.conv_net import (
 )
 from bcos_train.model.recompute import Blocks
 from bcos_train.model.registry import register_model
-from bcos_train.nn import make_norm
-from bcos_train.nn.residual import add_shortcut
+from bcos_train.nn import add_shortcut, make_norm
 
 
 class ConvNeXtBlock(nn.Module):

@@ -50,7 +50,7 @@ class DenseLayer(nn.Module):
         return F.dropout(self.conv2(self.norm2(out)), self.drop_rate, self.training)
 
     def chains(self) -> Iterator[Sequence[nn.Module]]:
-        """For :func:`~bcos_train.nn.frozen_weights`."""
+        """For :func:`~bcos_train.nn.cached_weights`."""
         yield self.norm1, self.conv1, self.norm2, self.conv2
 
 
@@ -169,7 +169,7 @@ class BcosDenseNet(BcosConvNet):
         return self.features
 
     def chains(self) -> Iterator[Sequence[nn.Module]]:
-        """For :func:`~bcos_train.nn.frozen_weights`."""
+        """For :func:`~bcos_train.nn.cached_weights`."""
         yield list(self.features)
 
     def group_matcher(self, coarse: bool = False) -> GroupMatcher:

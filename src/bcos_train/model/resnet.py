@@ -30,7 +30,7 @@ from bcos_train.model.conv_net import (
 )
 from bcos_train.model.recompute import Blocks
 from bcos_train.model.registry import register_model
-from bcos_train.nn.residual import add_shortcut
+from bcos_train.nn import add_shortcut
 
 
 class ResidualBlock(nn.Module):
@@ -60,7 +60,7 @@ class ResidualBlock(nn.Module):
         return modules if self.stochastic_depth is None else [*modules, self.stochastic_depth]
 
     def chains(self) -> Iterator[Sequence[nn.Module]]:
-        """For :func:`~bcos_train.nn.frozen_weights`."""
+        """For :func:`~bcos_train.nn.cached_weights`."""
         yield self._branch()
         if isinstance(self.downsample, nn.Sequential):
             yield list(self.downsample)
@@ -245,7 +245,7 @@ class BcosResNet(BcosConvNet):
         return {"stem": r"(?:conv1|bn1)\.", "blocks": r"layer(\d+)\." if coarse else r"layer(\d+)\.(\d+)\."}
 
     def chains(self) -> Iterator[Sequence[nn.Module]]:
-        """For :func:`~bcos_train.nn.frozen_weights`."""
+        """For :func:`~bcos_train.nn.cached_weights`."""
         yield self._feature_modules()
 
     def _feature_modules(self) -> list[nn.Module]:

@@ -99,7 +99,7 @@ class BcosVGG(BcosConvNet):
         return self.features
 
     def chains(self) -> Iterator[Sequence[nn.Module]]:
-        """For :func:`~bcos_train.nn.frozen_weights`."""
+        """For :func:`~bcos_train.nn.cached_weights`."""
         yield list(self.features)
 
     def group_matcher(self, coarse: bool = False) -> GroupMatcher:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bcos_train.model.conv_net import Layer
-from bcos_train.nn import Detachable, PlainLinear
+from bcos_train.nn import Detachable, Linear
 
 __all__ = ["Attention", "Encoder", "Patches", "PositionalEmbedding", "conv_stem"]
 
@@ -77,7 +77,7 @@ class Attention(Detachable):
         super().__init__()
         self.heads = heads
         self.norm = norm_layer(dim)
-        self.to_qkv = PlainLinear(dim, 3 * dim, bias=False)
+        self.to_qkv = Linear(dim, 3 * dim, bias=False)
         self.to_out = linear_layer(dim, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,11 +1,11 @@
 """B-cos layers and norms (pure torch)."""
 
-from bcos_train.nn.backend import BACKENDS, Backend, set_backend
+from bcos_train.nn.activation import DetachableGELU, DetachableReLU
+from bcos_train.nn.backend import BACKENDS, Backend, add_shortcut, cached_weights, live_weights, set_backend, why
 from bcos_train.nn.conv import BcosConv2d, NormedConv2d
 from bcos_train.nn.detachable import Detachable
-from bcos_train.nn.frozen import frozen_weights, live_weights
 from bcos_train.nn.layer import BcosLayer
-from bcos_train.nn.linear import BcosLinear, NormedLinear, PlainLinear
+from bcos_train.nn.linear import BcosLinear, Linear, NormedLinear
 from bcos_train.nn.logit import LogitLayer
 from bcos_train.nn.norm import (
     NORM_NAMES,
@@ -43,27 +43,31 @@ __all__ = [
     "BcosLayer",
     "BcosLinear",
     "Detachable",
+    "DetachableGELU",
     "DetachableGNInstanceNorm2d",
     "DetachableGNLayerNorm2d",
     "DetachableGroupNorm2d",
     "DetachableLayerNorm",
     "DetachablePositionNorm2d",
+    "DetachableReLU",
     "GNInstanceNormUncentered2d",
     "GNLayerNormUncentered2d",
     "GroupNormUncentered2d",
+    "Linear",
     "LogitLayer",
     "NoBias",
     "Norm2d",
     "NormFactory",
     "NormedConv2d",
     "NormedLinear",
-    "PlainLinear",
     "PositionNormUncentered2d",
     "RunningNorm2d",
     "Unaffine",
-    "frozen_weights",
+    "add_shortcut",
+    "cached_weights",
     "live_weights",
     "make_norm",
     "set_backend",
     "sync_batch_norm_",
+    "why",
 ]

@@ -1,51 +1,85 @@
-"""How the layers compute: with fused operations, compiled ones, or the plain ones that define them."""
+"""The seam between the definitions in this package and the faster code in `bcos_train.nn.fast`.
+
+A layer asks one of the functions imported here for its output and computes its definition where the answer is None;
+`bcos_train.nn.fast.dispatch` says when that is. Without the folder ``fast`` the answer is always None: the package
+then computes the same, more slowly.
+"""
 
 from typing import Literal, get_args
 
 from torch import nn
 
-from bcos_train.compiling import prepare_to_compile
-from bcos_train.nn.kernels import EAGER, Kernels, compiled_kernels
-from bcos_train.nn.observers import is_plain
 from bcos_train.suggest import suggest
 
-__all__ = ["BACKENDS", "Backend", "Fusable", "set_backend"]
+try:
+    from bcos_train.nn.fast import (
+        add_shortcut,
+        cached_weights,
+        fast_batch_norm,
+        fast_bcos_conv2d,
+        fast_bcos_linear,
+        fast_linear,
+        live_weights,
+        prepare_backend,
+        unit_weight,
+        why,
+    )
+except ModuleNotFoundError as error:
+    if error.name != "bcos_train.nn.fast":
+        raise
+    from bcos_train.nn.without_fast import (
+        add_shortcut,
+        cached_weights,
+        fast_batch_norm,
+        fast_bcos_conv2d,
+        fast_bcos_linear,
+        fast_linear,
+        live_weights,
+        prepare_backend,
+        unit_weight,
+        why,
+    )
+
+__all__ = [
+    "BACKENDS",
+    "Accelerated",
+    "Backend",
+    "add_shortcut",
+    "cached_weights",
+    "fast_batch_norm",
+    "fast_bcos_conv2d",
+    "fast_bcos_linear",
+    "fast_linear",
+    "live_weights",
+    "set_backend",
+    "unit_weight",
+    "why",
+]
 
 Backend = Literal["fused", "compiled", "reference"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
 
 
-class Fusable(nn.Module):
-    """A module that has a fused operation beside its plain ones.
-
-    Where the fused one doesn't apply the plain ones take over: within `torch.compile` and `torch.export`, which fuse
-    for themselves, under `torch.func` transforms, and in forward-mode differentiation.
-    """
+class Accelerated(nn.Module):
+    """A module with a faster equivalent in `bcos_train.nn.fast`."""
 
     # A class attribute, as `Detachable.detach` is.
     backend: Backend = "fused"
-
-    def fused_kernels(self) -> Kernels | None:
-        """What the fused operation is to use, or None for the plain operations."""
-        if self.backend == "reference" or is_plain():
-            return None
-        return compiled_kernels() if self.backend == "compiled" else EAGER
 
 
 def set_backend(model: nn.Module, backend: Backend) -> None:
     """Choose how all layers of a model compute.
 
     Args:
-        backend: "fused" (operations with derivatives by hand; the default), "compiled" (their elementwise passes
-            compiled by `torch.compile`, at the first steps), or "reference" (plain operations).
+        backend: ``"fused"`` (operations with hand-written derivatives; the default), ``"compiled"`` (their elementwise
+            passes compiled by `torch.compile` at the first steps), or ``"reference"`` (the definitions).
 
     Raises:
-        ValueError: another name, or no compiler for "compiled".
+        ValueError: Unknown name, or no compiler for ``"compiled"``.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r}{suggest(str(backend), BACKENDS)}: one of {', '.join(BACKENDS)}")
-    if backend == "compiled":
-        prepare_to_compile('backend="compiled"')
+    prepare_backend(backend)
     for module in model.modules():
-        if isinstance(module, Fusable):
+        if isinstance(module, Accelerated):
             module.backend = backend

@@ -1,4 +1,4 @@
-"""Explanation mode, as every B-cos module understands it."""
+"""The explanation switch of a single module."""
 
 from torch import nn
 
@@ -8,14 +8,13 @@ __all__ = ["Detachable"]
 class Detachable(nn.Module):
     """A module whose input-dependent factors can be held constant.
 
-    In explanation mode the factors that depend on the input (the B-cos scale, the standard deviation of a norm)
-    are constants to autograd. The gradient of an output is then the dynamic linear map W(x) itself, with
-    `output = W(x) x` plus the biases of the norms (Böhle et al., 2022, arXiv 2205.10268, eq. 13).
-    Outputs are the same in either mode.
+    In explanation mode the factors that depend on the input (the B-cos scale, the standard deviation of a norm, the
+    gate of an activation) are constants to autograd. The gradient of an output is then the dynamic linear map W(x)
+    itself, with ``output = W(x) x`` plus the biases of the norms (Böhle et al., 2022, arXiv 2205.10268, eq. 13).
+    Outputs are the same in either mode. `bcos_train.explanation.explanation_mode` switches a whole model.
     """
 
-    # A class attribute rather than one set in `__init__`, so that this class can precede any torch module in a
-    # list of bases.
+    # A class attribute, so that this class can precede any torch module in a list of bases.
     detach: bool = False
 
     def set_explanation_mode(self, activate: bool = True) -> None:

@@ -1,9 +1,9 @@
-"""The mathematics of the B-cos layers, as pure functions.
+"""The B-cos transform as pure functions: weight normalization, MaxOut, input norms and eq. 3.
 
-Axes: N samples, C input channels, O output units, M MaxOut candidates a unit, G groups, H W input size,
-P Q output size; `*` any leading axes.
+Axes: N samples, C input channels, O output units, M MaxOut candidates per unit, G groups, H W input size,
+P Q output size; ``*`` any leading axes.
 
-Squares, sums and norms are taken in float32 at least: 300² overflows float16, and 1e-6 is lost in it.
+Squares, sums and norms are computed in float32 at least: 300² overflows float16, and 1e-6 vanishes in it.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["PaddingMode", "bcos_scale", "feature_norm", "max_out", "normalise_weight", "patch_norm", "statistics_dtype"]
+__all__ = ["PaddingMode", "bcos_scale", "feature_norm", "maxout", "normalize_weight", "patch_norm", "statistics_dtype"]
 
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
@@ -23,33 +23,61 @@ COSINE_EPS = 1e-6  # keeps the derivative of |cos|^(B-1) finite at 0 for B < 2
 
 
 def statistics_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which sums over `x` are taken: float32, or float64 for a float64 tensor."""
+    """Dtype in which sums over ``x`` are accumulated: float32, or float64 for a float64 tensor."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def normalise_weight(weight: Tensor) -> Tensor:
-    """Scale every output unit (the first axis) to unit Euclidean norm: ŵ = w / ||w||."""
+def normalize_weight(weight: Tensor) -> Tensor:
+    """Scale every output unit (the first axis) to unit Euclidean norm: ŵ = w / ‖w‖."""
     dims = tuple(range(1, weight.dim()))
     norm = torch.linalg.vector_norm(weight, dim=dims, keepdim=True, dtype=statistics_dtype(weight))
     return (weight / norm).to(weight.dtype)
 
 
-def max_out(x: Tensor, candidates: int, dim: int) -> Tensor:
-    """The maximum over each `candidates` consecutive entries of axis `dim` (Goodfellow et al., 2013)."""
+def maxout(x: Tensor, candidates: int, dim: int) -> Tensor:
+    """Maximum over each ``candidates`` consecutive entries of axis ``dim`` (Goodfellow et al., 2013, arXiv 1302.4389).
+
+    Of equal candidates the first gets the gradient: W(x) is the map of one candidate. (``amax`` splits it.)
+    """
     if candidates == 1:
         return x
     if dim < 0:
         dim += x.dim()
-    # Not `amax`: on a tie it splits the gradient, and W(x) is to be the map of one candidate.
     if dim == 1 and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):  # which `max` would lose
-        return max_out(x.permute(0, 2, 3, 1), candidates, -1).permute(0, 3, 1, 2)
+        return maxout(x.permute(0, 2, 3, 1), candidates, -1).permute(0, 3, 1, 2)
     return x.unflatten(dim, (-1, candidates)).max(dim + 1).values
 
 
-def feature_norm(x: Tensor) -> Tensor:
-    """||x|| + 1e-12 over the last axis, (*, C) -> (*, 1), in float32 or float64.
+def bcos_scale(out: Tensor, norm: Tensor, b: float | Tensor) -> Tensor:
+    """|cos(x, w)|^(B-1), the factor that turns ŵ·x into the B-cos transform (arXiv 2205.10268, eq. 3).
 
-    Where x = 0 it is 1: ŵ·x is 0 there whatever the norm, and derivatives of every order stay finite.
+    With B = 2 it is |ŵ·x| / ‖x‖; otherwise 1e-6 is added to |cos|, which keeps the derivative finite at 0.
+
+    Args:
+        out: ŵ·x.
+        norm: ‖x‖, broadcastable against ``out``.
+        b: B ≥ 1. A tensor (learnable B) below 1 counts as 1 but keeps its own gradient, so that an optimizer can raise
+            it again.
+
+    Returns:
+        Tensor of the shape of ``out``.
+    """
+    if isinstance(b, Tensor):
+        b = b + (b.clamp(min=1) - b).detach()
+    elif b == 2:
+        return out.abs() / norm
+    return ((out / norm).abs() + COSINE_EPS).pow(b - 1)
+
+
+def is_linear(b: float | Tensor) -> bool:
+    """True if B = 1: the B-cos transform is then ŵ·x itself."""
+    return not isinstance(b, Tensor) and b == 1
+
+
+def feature_norm(x: Tensor) -> Tensor:
+    """‖x‖ + 1e-12 over the last axis, (*, C) -> (*, 1), in float32 or float64.
+
+    It is 1 where x = 0: ŵ·x is 0 there for any norm, and derivatives of every order stay finite.
     """
     squares = x.to(statistics_dtype(x)).square().sum(-1, keepdim=True)
     is_zero = squares == 0
@@ -65,17 +93,17 @@ def patch_norm(
     groups: int = 1,
     padding_mode: PaddingMode = "zeros",
 ) -> Tensor:
-    """The norm of every patch that a convolution sees: sqrt(sum x² + 1e-6).
+    """Norm of every patch that a convolution sees: sqrt(sum x² + 1e-6) (arXiv 2205.10268, sec. 3.2.1).
 
-    The squares are summed over the channels of each group first. What is left is one map a group, on which padding
-    (of any mode: it moves values, so it commutes with squaring) and the sum over the window are cheap.
+    The squares are summed over the channels of each group first. That leaves one map per group, on which padding (of
+    any mode: it moves values, so it commutes with squaring) and the sum over the window are cheap.
 
     Args:
         x: (N, C, H, W).
-        kernel_size, stride, dilation: pairs (height, width).
-        padding: a pair, "same" or "valid".
+        kernel_size, stride, dilation: Pairs (height, width).
+        padding: A pair, ``"same"`` or ``"valid"``.
         groups: G, a divisor of C.
-        padding_mode: "zeros", "reflect", "replicate" or "circular".
+        padding_mode: ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``.
 
     Returns:
         (N, G, P, Q), in float32 or float64.
@@ -92,12 +120,12 @@ def patch_norm(
 
 
 def conv_padding(kernel_size: Sequence[int], padding: str | Sequence[int], dilation: Sequence[int]) -> list[int]:
-    """The padding of a convolution as `F.pad` takes it: [left, right, top, bottom]."""
+    """Padding of a convolution in the order of `F.pad`: [left, right, top, bottom]."""
     if padding == "valid":
         return [0, 0, 0, 0]
     pad: list[int] = []
     for axis in (1, 0):
-        if isinstance(padding, str):  # "same"; an odd total has the greater half on the right, as in nn.Conv2d
+        if isinstance(padding, str):  # "same"; of an odd total the larger half is on the right, as in nn.Conv2d
             total = dilation[axis] * (kernel_size[axis] - 1)
             pad += [total // 2, total - total // 2]
         else:
@@ -106,33 +134,14 @@ def conv_padding(kernel_size: Sequence[int], padding: str | Sequence[int], dilat
 
 
 def _window_sum(x: Tensor, kernel_size: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> Tensor:
-    """The sum over every window of a convolution without padding, (N, G, H, W) -> (N, G, P, Q)."""
+    """Sum over every window of a convolution without padding, (N, G, H, W) -> (N, G, P, Q)."""
     kernel_size, stride, dilation = tuple(kernel_size), tuple(stride), tuple(dilation)
     if kernel_size == (1, 1):
         return x if stride == (1, 1) else x[..., :: stride[0], :: stride[1]]
     if dilation == (1, 1):
         return F.avg_pool2d(x, kernel_size, stride, divisor_override=1)
-    # Rows, then columns, through strided views. A convolution with ones would do too, but cuDNN may take it in TF32.
+    # Rows, then columns, through strided views. A convolution with ones might run in TF32 on a GPU.
     for axis in (2, 3):
         k, s, d = kernel_size[axis - 2], stride[axis - 2], dilation[axis - 2]
         x = x.unfold(axis, d * (k - 1) + 1, s)[..., ::d].sum(-1)
     return x
-
-
-def bcos_scale(out: Tensor, norm: Tensor, b: float | Tensor) -> Tensor:
-    """|cos(x, w)|^(B-1), the factor that turns ŵ·x into the B-cos transform (arXiv 2205.10268, eq. 3).
-
-    Args:
-        out: ŵ·x.
-        norm: ||x||, to be broadcast against `out`.
-        b: B >= 1. A tensor (a learnable B) below 1 counts as 1, with the gradient of its own value, so that an
-            optimiser can lead it back.
-
-    Returns:
-        A tensor of the shape of `out`; the general form adds 1e-6 to |cos|, B = 2 adds nothing.
-    """
-    if isinstance(b, Tensor):
-        b = b + (b.clamp(min=1) - b).detach()
-    elif b == 2:
-        return out.abs() / norm
-    return ((out / norm).abs() + COSINE_EPS).pow(b - 1)

@@ -4,56 +4,45 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bcos_train.nn.backend import Fusable
-from bcos_train.nn.candidates import arrange, greatest
-from bcos_train.nn.functional import feature_norm
-from bcos_train.nn.fused import bcos_linear, detached_bcos_linear, linear
-from bcos_train.nn.kernels import Kernels
+from bcos_train.nn.backend import Accelerated, fast_bcos_linear, fast_linear, unit_weight
+from bcos_train.nn.functional import bcos_scale, feature_norm, is_linear, maxout
 from bcos_train.nn.layer import BcosLayer
-from bcos_train.nn.unit_weight import Freezable, UnitWeight
 
-__all__ = ["BcosLinear", "NormedLinear", "PlainLinear"]
-
-
-class NormedLinear(UnitWeight, nn.Linear):
-    """`nn.Linear` whose weight is scaled to unit norm for each output unit, at every call."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.unit_weight(), self.bias)
+__all__ = ["BcosLinear", "Linear", "NormedLinear"]
 
 
-class PlainLinear(Freezable, Fusable, nn.Linear):
-    """`nn.Linear`, faster on some processors; see :mod:`bcos_train.nn.product`."""
-
-    def weight_in_use(self) -> Tensor:
-        return self.weight.detach().clone()
+class NormedLinear(nn.Linear):
+    """`nn.Linear` whose weight is scaled to unit norm per output unit at every call: ŵ·x."""
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight if (frozen := self.frozen) is None else frozen
-        if self.bias is not None or self.fused_kernels() is None:
-            return F.linear(x, weight, self.bias)
-        return linear(x, weight)
+        return F.linear(x, unit_weight(self), self.bias)
+
+
+class Linear(Accelerated, nn.Linear):
+    """`nn.Linear` with a faster matrix product on some CPUs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if (fast := fast_linear(self, x)) is None else fast
 
 
 class BcosLinear(BcosLayer):
-    """The B-cos linear layer: `out = |cos(x, w)|^(B-1) ŵ·x` (Böhle et al., 2022, arXiv 2205.10268, eq. 3).
+    """The B-cos linear layer: ``out = |cos(x, w)|^(B-1) ŵ·x`` (Böhle et al., 2022, arXiv 2205.10268, eq. 3).
 
-    As `BcosConv2d`, but with the norm `||x|| + 1e-12` over the last axis. The weight,
-    (out_features * max_out, in_features), is `linear.weight`.
+    As `BcosConv2d`, but with the norm ``‖x‖ + 1e-12`` over the last axis. The weight,
+    (out_features * max_out, in_features), is ``linear.weight``.
 
     Args:
-        in_features, out_features, device, dtype: as for `nn.Linear`.
-        bias: for the sake of code written for `nn.Linear`; must be False.
-        b: B >= 1, or a scalar `nn.Parameter` to learn it.
-        max_out: M >= 1.
+        in_features, out_features, device, dtype: As for `nn.Linear`.
+        bias, b, max_out, normalize_weight: As for `BcosConv2d`.
 
-    Shapes: (*, in_features) -> (*, out_features).
+    Shapes:
+        (*, in_features) -> (*, out_features).
 
     Raises:
-        ValueError: a value out of range (see above).
+        ValueError: ``b`` or ``max_out`` is out of range.
     """
 
-    linear: NormedLinear
+    linear: nn.Linear
     unit_dim = -1
 
     def __init__(
@@ -65,26 +54,24 @@ class BcosLinear(BcosLayer):
         dtype: torch.dtype | None = None,
         b: float | nn.Parameter = 2,
         max_out: int = 1,
+        *,
+        normalize_weight: bool = True,
     ) -> None:
-        super().__init__(b, max_out, bias)
+        super().__init__(b, max_out, normalize_weight)
         self.in_features = in_features
         self.out_features = out_features
-        self.linear = NormedLinear(in_features, out_features * max_out, bias=False, device=device, dtype=dtype)
+        make_linear = NormedLinear if normalize_weight else nn.Linear
+        self.linear = make_linear(in_features, out_features * max_out, bias=bias, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if (fast := fast_bcos_linear(self, x)) is not None:
+            return fast
+        out = maxout(self.linear(x), self.max_out, self.unit_dim)
+        if is_linear(self.b):
+            return out
+        scale = bcos_scale(out, self.input_norm(x), self.b)
+        return (out * (scale.detach() if self.detach else scale)).to(out.dtype)
 
     def input_norm(self, x: Tensor) -> Tensor:
-        """||x||, (*, C) -> (*, 1)."""
+        """‖x‖, (*, C) -> (*, 1)."""
         return feature_norm(x)
-
-    def product(self, x: Tensor) -> Tensor:
-        if not self.in_blocks():
-            return super().product(x)
-        out = F.linear(x, arrange(self.linear.unit_weight(), self.max_out, 1))
-        return greatest(out, self.max_out, x.dim() - 1)
-
-    def fused(self, x: Tensor, b: float, kernels: Kernels) -> Tensor | None:
-        if self.detach:
-            if (unit := self.linear.frozen) is None:  # autograd alone knows whether the weight's gradient is wanted too
-                return None
-            if x.requires_grad:
-                return detached_bcos_linear(x, unit, b, self.max_out)
-        return bcos_linear(x, self.linear.unit_weight(), b, self.max_out, kernels)

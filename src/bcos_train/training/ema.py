@@ -7,7 +7,7 @@ import pytorch_lightning as pl
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from bcos_train.nn import frozen_weights
+from bcos_train.nn import cached_weights
 from bcos_train.training.distributed import broadcast_buffers
 from bcos_train.training.logging import log_now
 from bcos_train.training.module import Batch, Classifier
@@ -107,7 +107,7 @@ class EmaCallback(pl.Callback):
     ) -> None:
         assert isinstance(pl_module, Classifier)
         images, target, _ = batch
-        with trainer.precision_plugin.val_step_context(), frozen_weights(self.model):
+        with trainer.precision_plugin.val_step_context(), cached_weights(self.model):
             logits = self.model(pl_module.encode(images))
         self.score.update(pl_module.eval_loss(logits, target), logits, target)
 

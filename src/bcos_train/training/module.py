@@ -14,7 +14,7 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 
 from bcos_train.dataset.encoding import BcosEncoding, Standardize, to_float
 from bcos_train.dataset.randomness import step_seed
-from bcos_train.nn import frozen_weights
+from bcos_train.nn import cached_weights
 from bcos_train.optimizer import adaptive_clip_grad_
 from bcos_train.schedule import Schedule
 from bcos_train.training.distributed import broadcast_buffers, is_distributed, largest
@@ -181,7 +181,7 @@ class Classifier(pl.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         images, target, _ = batch
-        with frozen_weights(self.model):
+        with cached_weights(self.model):
             logits = self(images)
         self.val_score.update(self.eval_loss(logits, target), logits, target)
         return {"logits": logits}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bcos_train.explanation.mode import evaluating
-from bcos_train.nn import frozen_weights
+from bcos_train.nn import cached_weights
 
 __all__ = [
     "CannotExplain",
@@ -77,7 +77,7 @@ def explaining(model: nn.Module, x: Tensor, targets: Tensor) -> Iterator[tuple[T
         raise ValueError(
             f"targets must be integers ({len(x)}, T), some for each image; got {targets.dtype} {tuple(targets.shape)}"
         )
-    with torch.inference_mode(False), torch.enable_grad(), evaluating(model), frozen_weights(model):
+    with torch.inference_mode(False), torch.enable_grad(), evaluating(model), cached_weights(model):
         yield x.detach().clone(), targets.to(device=x.device, dtype=torch.long, copy=True)
 
 

@@ -1,4 +1,4 @@
-"""The norms of B-cos networks: six kinds, centred and uncentred, and the layer norm of tokens."""
+"""The norms of B-cos networks: six kinds, centered and uncentered, and the layer norm of tokens."""
 
 from bcos_train.nn.norm.base import Norm2d
 from bcos_train.nn.norm.group import (

@@ -1,4 +1,4 @@
-"""What all the 2-D norms share: affine parameters and the normalisation itself.
+"""What all the 2-D norms share: affine parameters and the normalization itself.
 
 Axes: N samples, C channels, H W size.
 """
@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from bcos_train.nn.detachable import Detachable
 
-__all__ = ["Norm2d", "normalise"]
+__all__ = ["Norm2d", "normalize"]
 
 
-def normalise(
+def normalize(
     x: Tensor, mean: Tensor | None, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
     """(x - mean) / sqrt(var + eps) * weight + bias, in the dtype and memory format of `x`.
@@ -34,7 +34,7 @@ def normalise(
 class Norm2d(Detachable):
     """A norm of (N, C, H, W) tensors with a weight and a bias, either of which may be None.
 
-    `centred` says whether the mean is subtracted. An uncentred norm divides by the standard deviation *about the
+    `centered` says whether the mean is subtracted. An uncentered norm divides by the standard deviation *about the
     mean* all the same and subtracts nothing, so that without a bias it is a pure scaling and W(x) x is the whole
     output (arXiv 2306.10898, sec. 3.2).
 
@@ -42,7 +42,7 @@ class Norm2d(Detachable):
     not.
     """
 
-    centred: bool
+    centered: bool
     weight: nn.Parameter | None
     bias: nn.Parameter | None
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bcos_train.nn.detachable import Detachable
-from bcos_train.nn.norm.base import Norm2d, normalise
+from bcos_train.nn.norm.base import Norm2d, normalize
 from bcos_train.nn.norm.moments import moments
 
 __all__ = [
@@ -24,9 +24,9 @@ __all__ = [
 ]
 
 
-def sample_moments(x: Tensor, dims: tuple[int, ...], detach: bool, centred: bool) -> tuple[Tensor | None, Tensor]:
-    """Mean (None if not `centred`) and biased variance (a constant if `detach`) over `dims`."""
-    if not centred:
+def sample_moments(x: Tensor, dims: tuple[int, ...], detach: bool, centered: bool) -> tuple[Tensor | None, Tensor]:
+    """Mean (None if not `centered`) and biased variance (a constant if `detach`) over `dims`."""
+    if not centered:
         return None, moments(x.detach() if detach else x, dims)[1]
     mean, var = moments(x, dims)
     return mean, var.detach() if detach else var
@@ -39,7 +39,7 @@ class DetachableGroupNorm2d(Norm2d):
         ValueError: `num_groups` does not divide `num_channels`, or the input is not (N, num_channels, H, W).
     """
 
-    centred = True
+    centered = True
 
     def __init__(
         self,
@@ -58,12 +58,12 @@ class DetachableGroupNorm2d(Norm2d):
     def forward(self, x: Tensor) -> Tensor:
         self.check_input(x)
         # torch's kernel loses the channels_last format on CUDA.
-        if self.centred and not self.detach and (x.is_contiguous() or x.device.type == "cpu"):
+        if self.centered and not self.detach and (x.is_contiguous() or x.device.type == "cpu"):
             return F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
         grouped = x.unflatten(1, (self.num_groups, -1))
-        mean, var = sample_moments(grouped, (2, 3, 4), self.detach, self.centred)
+        mean, var = sample_moments(grouped, (2, 3, 4), self.detach, self.centered)
         mean = None if mean is None else self._to_channels(mean)
-        return normalise(x, mean, self._to_channels(var), self.weight, self.bias, self.eps)
+        return normalize(x, mean, self._to_channels(var), self.weight, self.bias, self.eps)
 
     def _to_channels(self, statistic: Tensor) -> Tensor:
         """(N, G, 1, 1, 1) -> (N, C, 1, 1)."""
@@ -104,25 +104,25 @@ class DetachableGNLayerNorm2d(DetachableGroupNorm2d):
 class GroupNormUncentered2d(DetachableGroupNorm2d):
     """Group norm that subtracts nothing."""
 
-    centred = False
+    centered = False
 
 
 class GNInstanceNormUncentered2d(DetachableGNInstanceNorm2d):
     """Instance norm that subtracts nothing."""
 
-    centred = False
+    centered = False
 
 
 class GNLayerNormUncentered2d(DetachableGNLayerNorm2d):
     """Layer norm of an image that subtracts nothing."""
 
-    centred = False
+    centered = False
 
 
 class DetachablePositionNorm2d(Norm2d):
     """Position norm (Li et al., 2019, arXiv 1907.04312): statistics over the channels at each position."""
 
-    centred = True
+    centered = True
 
     def __init__(
         self,
@@ -137,11 +137,11 @@ class DetachablePositionNorm2d(Norm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         self.check_input(x)
-        if self.centred and not self.detach:  # the output is in channels_last format, whatever the input is in
+        if self.centered and not self.detach:  # the output is in channels_last format, whatever the input is in
             out = F.layer_norm(x.permute(0, 2, 3, 1), (self.features,), self.weight, self.bias, self.eps)
             return out.permute(0, 3, 1, 2)
-        mean, var = sample_moments(x, (1,), self.detach, self.centred)
-        return normalise(x, mean, var, self.weight, self.bias, self.eps)
+        mean, var = sample_moments(x, (1,), self.detach, self.centered)
+        return normalize(x, mean, var, self.weight, self.bias, self.eps)
 
     def extra_repr(self) -> str:
         return f"{self.features}, {super().extra_repr()}"
@@ -150,7 +150,7 @@ class DetachablePositionNorm2d(Norm2d):
 class PositionNormUncentered2d(DetachablePositionNorm2d):
     """Position norm that subtracts nothing."""
 
-    centred = False
+    centered = False
 
 
 class DetachableLayerNorm(Detachable, nn.LayerNorm):

@@ -89,7 +89,7 @@ def make_norm(name: str) -> NormFactory:
 
     Args:
         name: one of `NORM_NAMES` (all, batch, group with two groups, instance, layer, position; with `u`
-            uncentred), with nothing, "-linear" (no bias) or "-unaffine" (neither weight nor bias) after it; or "none"
+            uncentered), with nothing, "-linear" (no bias) or "-unaffine" (neither weight nor bias) after it; or "none"
             for `nn.Identity`. "bnu-linear" and "pn-linear" are the norms of the published ImageNet models.
 
     Raises:

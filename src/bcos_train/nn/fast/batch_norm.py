@@ -1,4 +1,4 @@
-"""The fused uncentred batch norm.
+"""The fused uncentered batch norm.
 
 Axes: N samples, C channels, H W size.
 """
@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bcos_train.nn.fast.kernels import Kernels
+from bcos_train.nn.fast.unit_weight import reference_backward
 from bcos_train.nn.functional import statistics_dtype
-from bcos_train.nn.kernels import Kernels
-from bcos_train.nn.unit_weight import plain_backward
 
-__all__ = ["uncentred_batch_norm"]
+__all__ = ["uncentered_batch_norm"]
 
 
-class _UncentredBatchNorm(torch.autograd.Function):
+class _UncenteredBatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, eps: float, kernels: Kernels
@@ -34,7 +34,7 @@ class _UncentredBatchNorm(torch.autograd.Function):
         eps, kernels = ctx.options
         if torch.is_grad_enabled():
             inputs = (x,) if weight is None else (x, weight)
-            grads = plain_backward(lambda x, *w: _plain_batch_norm(x, w[0] if w else None, eps), inputs, grad)
+            grads = reference_backward(lambda x, *w: _plain_batch_norm(x, w[0] if w else None, eps), inputs, grad)
             return *grads, *[None] * (4 - len(grads))
         product = _channel_product(grad, x, mean, inverse)
         grad_weight = product * inverse if weight is not None and ctx.needs_input_grad[1] else None
@@ -47,7 +47,7 @@ class _UncentredBatchNorm(torch.autograd.Function):
         return kernels.combine(grad, coefficients[0], x, *coefficients[1:]), grad_weight, None, None
 
 
-def uncentred_batch_norm(
+def uncentered_batch_norm(
     x: Tensor, weight: Tensor | None, eps: float, kernels: Kernels
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x / sqrt(var + eps) * weight with the statistics of the batch.
@@ -55,7 +55,7 @@ def uncentred_batch_norm(
     Returns:
         The output (N, C, H, W), and the mean and the biased variance, (C,) each.
     """
-    return _UncentredBatchNorm.apply(x, weight, eps, kernels)
+    return _UncenteredBatchNorm.apply(x, weight, eps, kernels)
 
 
 def _plain_batch_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:

@@ -5,22 +5,22 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bcos_train.nn.candidates import scatter_to_chosen
+from bcos_train.nn.fast.kernels import Kernels
+from bcos_train.nn.fast.maxout import scatter_to_chosen
 from bcos_train.nn.functional import COSINE_EPS
-from bcos_train.nn.kernels import Kernels
 
-__all__ = ["detached_scale", "scale_backward", "scale_output", "to_chosen", "uncast"]
+__all__ = ["apply_in_autocast_dtype", "detached_scale", "scale_backward", "scale_output", "to_chosen"]
 
 
 def scale_output(out: Tensor, norm: Tensor, b: float, kernels: Kernels) -> tuple[Tensor, Tensor]:
     """The output, and what the derivative needs of it."""
-    if _output_tells(out, b):
+    if recoverable_from_output(out, b):
         y = kernels.square(out, norm)
         return y, y
     return kernels.square(out.clone(), norm) if b == 2 else kernels.power(out, norm, b), out
 
 
-def _output_tells(x: Tensor, b: float) -> bool:
+def recoverable_from_output(x: Tensor, b: float) -> bool:
     """Whether |ŵ·x| follows from the output: with B = 2, but in float16, where small outputs underflow."""
     return b == 2 and x.dtype != torch.float16
 
@@ -28,7 +28,7 @@ def _output_tells(x: Tensor, b: float) -> bool:
 def scale_backward(
     grad: Tensor, kept: Tensor, norm: Tensor, b: float, dim: int | None, kernels: Kernels
 ) -> tuple[Tensor, Tensor]:
-    if _output_tells(kept, b):
+    if recoverable_from_output(kept, b):
         return kernels.square_backward(grad, kept, norm, dim)
     return kernels.power_backward(grad, kept, norm, b, dim)
 
@@ -47,7 +47,7 @@ def to_chosen(grad: Tensor, choice: Tensor | None, candidates: int, dim: int) ->
     return scatter_to_chosen(grad, choice, candidates, dim)
 
 
-def uncast(x: Tensor, unit: Tensor, apply: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+def apply_in_autocast_dtype(x: Tensor, unit: Tensor, apply: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """`apply` to both in the dtype that autocast wants, if it is on, with autocast off."""
     kind = x.device.type
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):

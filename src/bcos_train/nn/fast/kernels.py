@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from bcos_train.nn.fast.workspace import parts
 from bcos_train.nn.functional import COSINE_EPS
-from bcos_train.nn.scratch import parts
 
 __all__ = ["EAGER", "Kernels", "compiled_kernels"]
 

@@ -11,12 +11,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from bcos_train.nn.observers import has_mode
-
-__all__ = ["inner_products", "parts"]
+__all__ = ["has_dispatch_mode", "inner_products", "parts"]
 
 #: Elements of a part, unless a single row has more: 4 MiB in float32, what a processor's caches hold.
 PART = 2**20
+
+
+def has_dispatch_mode() -> bool:
+    """True if a dispatch mode sees each operation: one that counts them, or replaces tensors by its own."""
+    return torch._C._len_torch_dispatch_stack() > 0
 
 
 class _Memory(threading.local):
@@ -41,7 +44,9 @@ def parts(x: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
     The scratch tensor holds arbitrary values, and is the next part's too.
     """
-    if x.device.type != "cpu" or x.dim() < 2 or has_mode():  # what a mode puts in a tensor's place may not outlive it
+    if (
+        x.device.type != "cpu" or x.dim() < 2 or has_dispatch_mode()
+    ):  # what a mode puts in a tensor's place may not outlive it
         yield x, *others, torch.empty_like(x)
         return
     if x.numel() <= PART:

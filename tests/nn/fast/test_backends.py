@@ -15,8 +15,8 @@ from bcos_train.nn import (
     BatchNormUncentered2d,
     BcosConv2d,
     BcosLinear,
+    Linear,
     NoBias,
-    PlainLinear,
     set_backend,
 )
 from bcos_train.nn.backend import Backend
@@ -144,7 +144,7 @@ def test_linear(
 @pytest.mark.parametrize(("dtype", "tolerances"), PRECISIONS)
 @pytest.mark.parametrize("shape", [(3, 6), (2, 4, 6), (6,)], ids=str)
 def test_plain_linear(shape: tuple[int, ...], dtype: torch.dtype, tolerances: tuple[float, float]) -> None:
-    layer = PlainLinear(6, 5, bias=False).to(dtype)
+    layer = Linear(6, 5, bias=False).to(dtype)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(4), dtype=dtype).requires_grad_()
     expected, expected_grads = gradients(layer, x)
     reference = nn.Linear(6, 5, bias=False).to(dtype)
@@ -156,17 +156,17 @@ def test_plain_linear(shape: tuple[int, ...], dtype: torch.dtype, tolerances: tu
 
 
 def test_plain_linear_twice_differentiated() -> None:
-    layer = PlainLinear(6, 5, bias=False).double()
+    layer = Linear(6, 5, bias=False).double()
     x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradgradcheck(layer, (x,))
 
 
 def test_plain_linear_with_bias_and_under_autocast() -> None:
     x = torch.randn(4, 6)
-    layer = PlainLinear(6, 5)
+    layer = Linear(6, 5)
     assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert PlainLinear(6, 5, bias=False)(x).dtype == torch.bfloat16
+        assert Linear(6, 5, bias=False)(x).dtype == torch.bfloat16
 
 
 def test_operations_are_counted() -> None:

@@ -8,12 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bcos_train.nn.candidates import arrange, choose, restore
-from bcos_train.nn.functional import bcos_scale, max_out, patch_norm
-from bcos_train.nn.fused.geometry import Convolution
-from bcos_train.nn.fused.transform import detached_scale, scale_backward, scale_output, to_chosen, uncast
-from bcos_train.nn.kernels import Kernels
-from bcos_train.nn.unit_weight import plain_backward
+from bcos_train.nn.fast.geometry import Convolution
+from bcos_train.nn.fast.kernels import Kernels
+from bcos_train.nn.fast.maxout import from_blocked, maxout_with_indices, to_blocked
+from bcos_train.nn.fast.transform import (
+    apply_in_autocast_dtype,
+    detached_scale,
+    scale_backward,
+    scale_output,
+    to_chosen,
+)
+from bcos_train.nn.fast.unit_weight import reference_backward
+from bcos_train.nn.functional import bcos_scale, maxout, patch_norm
 
 __all__ = ["bcos_conv2d", "detached_bcos_conv2d"]
 
@@ -25,8 +31,8 @@ class _BcosConv2d(torch.autograd.Function):
     ) -> Tensor:
         groups = _viewed_groups(conv, len(weight))
         norm = conv.norm(x)
-        out = conv(x, arrange(weight, candidates, groups))
-        best, choice = choose(_grouped(out, groups), candidates, _unit_dim(groups))
+        out = conv(x, to_blocked(weight, candidates, groups))
+        best, choice = maxout_with_indices(_grouped(out, groups), candidates, _unit_dim(groups))
         y, kept = scale_output(best, _grouped(norm, groups), b, kernels)
         ctx.save_for_backward(x, weight, norm, kept, choice)
         ctx.options = (conv, b, candidates, kernels)
@@ -37,7 +43,7 @@ class _BcosConv2d(torch.autograd.Function):
         x, weight, norm, kept, choice = ctx.saved_tensors
         conv, b, candidates, kernels = ctx.options
         if torch.is_grad_enabled():
-            grads = plain_backward(lambda x, w: _plain_conv2d(x, w, conv, b, candidates), (x, weight), grad)
+            grads = reference_backward(lambda x, w: _plain_conv2d(x, w, conv, b, candidates), (x, weight), grad)
             return *grads, *[None] * 4
         groups = _viewed_groups(conv, len(weight))
         dim = _unit_dim(groups)
@@ -46,14 +52,14 @@ class _BcosConv2d(torch.autograd.Function):
         summed = None if len(weight) == conv.groups else dim
         best, energy = scale_backward(_grouped(grad, groups), kept, norm, b, summed, kernels)
         large = _ungrouped(to_chosen(best, choice, candidates, dim), groups)
-        grad_x, grad_weight = conv.backward(large, x, arrange(weight, candidates, groups), ctx.needs_input_grad)
+        grad_x, grad_weight = conv.backward(large, x, to_blocked(weight, candidates, groups), ctx.needs_input_grad)
         if ctx.needs_input_grad[0]:
             s = conv.box_adjoint(_small(energy / norm.square(), groups).neg_(), x.shape[2:])
             inputs = _viewed_groups(conv, x.shape[1])
             total = kernels.add_product(_grouped(grad_x, inputs), _grouped(x, inputs), _grouped(s, inputs))
             grad_x = _ungrouped(total, inputs)
         if ctx.needs_input_grad[1]:
-            grad_weight = restore(grad_weight, candidates, groups)
+            grad_weight = from_blocked(grad_weight, candidates, groups)
         return grad_x, grad_weight, None, None, None, None
 
 
@@ -63,8 +69,8 @@ class _DetachedBcosConv2d(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, conv: Convolution, b: float, candidates: int) -> Tensor:
         groups = _viewed_groups(conv, len(weight))
-        weight = arrange(weight, candidates, groups)
-        best, choice = choose(_grouped(conv(x, weight), groups), candidates, _unit_dim(groups))
+        weight = to_blocked(weight, candidates, groups)
+        best, choice = maxout_with_indices(_grouped(conv(x, weight), groups), candidates, _unit_dim(groups))
         scale = detached_scale(best, _grouped(conv.norm(x), groups), b)
         ctx.save_for_backward(weight, scale, choice)
         ctx.options = (conv, candidates, x.shape, _memory_format(x))
@@ -115,7 +121,7 @@ def _grouped(x: Tensor, groups: int) -> Tensor:
 
 
 def _plain_conv2d(x: Tensor, weight: Tensor, conv: Convolution, b: float, candidates: int) -> Tensor:
-    out = max_out(conv(x, weight), candidates, 1)
+    out = maxout(conv(x, weight), candidates, 1)
     norm = patch_norm(x, conv.kernel_size, conv.stride, conv.padding, (1, 1), conv.groups)
     if 1 < conv.groups < out.shape[1]:
         norm = norm.repeat_interleave(out.shape[1] // conv.groups, dim=1)
@@ -129,9 +135,9 @@ def bcos_conv2d(x: Tensor, unit: Tensor, conv: Convolution, b: float, candidates
         unit: ŵ, (O * `candidates`, C / G, kh, kw).
         candidates: MaxOut over that many consecutive units.
     """
-    return uncast(x, unit, lambda x, unit: _BcosConv2d.apply(x, unit, conv, b, candidates, kernels))
+    return apply_in_autocast_dtype(x, unit, lambda x, unit: _BcosConv2d.apply(x, unit, conv, b, candidates, kernels))
 
 
 def detached_bcos_conv2d(x: Tensor, unit: Tensor, conv: Convolution, b: float, candidates: int) -> Tensor:
     """:func:`bcos_conv2d` in explanation mode with a weight that gets no gradient."""
-    return uncast(x, unit, lambda x, unit: _DetachedBcosConv2d.apply(x, unit, conv, b, candidates))
+    return apply_in_autocast_dtype(x, unit, lambda x, unit: _DetachedBcosConv2d.apply(x, unit, conv, b, candidates))

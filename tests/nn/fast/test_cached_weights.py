@@ -11,24 +11,26 @@ import torch
 from torch import Tensor, nn
 
 from bcos_train.explanation import explanation_mode
+from bcos_train.model import create_model
 from bcos_train.nn import (
     BatchNormUncentered2d,
     BcosConv2d,
     BcosLinear,
+    Linear,
     NoBias,
-    PlainLinear,
-    frozen_weights,
+    cached_weights,
     live_weights,
     make_norm,
     set_backend,
 )
-from bcos_train.nn.backend import Backend, Fusable
+from bcos_train.nn.backend import Accelerated, Backend
+from bcos_train.nn.fast.dispatch import CACHE, is_folded
 
 
 @pytest.fixture(autouse=True)
 def fused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Norms are folded by the fused operations alone."""
-    monkeypatch.setattr(Fusable, "backend", "fused")
+    monkeypatch.setattr(Accelerated, "backend", "fused")
 
 
 class Chain(nn.Sequential):
@@ -61,7 +63,7 @@ def image() -> Tensor:
 
 
 def n_folded(model: nn.Module) -> int:
-    return sum(getattr(module, "is_folded", False) for module in model.modules())
+    return sum(is_folded(module) for module in model.modules())
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -88,7 +90,7 @@ def test_outputs_and_dynamic_weights_stay(name: str) -> None:
         expected = model(x)
     with explanation_mode(model):
         (expected_weights,) = torch.autograd.grad(model(x)[:, 2].sum(), x)
-    with frozen_weights(model):
+    with cached_weights(model):
         assert n_folded(model) == (2 if name in FOLDED else 0)
         with torch.no_grad():
             out = model(x)
@@ -103,7 +105,7 @@ def test_outputs_and_dynamic_weights_stay(name: str) -> None:
 def test_true_gradients_of_the_input_stay(name: str) -> None:
     model, x = net(**OPTIONS[name]), image().requires_grad_()
     (expected,) = torch.autograd.grad(model(x).square().sum(), x)
-    with frozen_weights(model):
+    with cached_weights(model):
         (grad,) = torch.autograd.grad(model(x).square().sum(), x)
     torch.testing.assert_close(grad, expected, rtol=1e-11, atol=1e-13)
 
@@ -112,7 +114,7 @@ def test_true_gradients_of_the_input_stay(name: str) -> None:
 def test_dynamic_weights_are_a_linear_map_to_autograd(name: str) -> None:
     """Differentiated twice: the map's transpose is linear in the gradient that it is given."""
     model, x = net(**OPTIONS[name]), image().requires_grad_()
-    with frozen_weights(model), explanation_mode(model):
+    with cached_weights(model), explanation_mode(model):
         out = model(x)
         grad = torch.randn_like(out).requires_grad_()
         (pulled,) = torch.autograd.grad(out, x, grad, create_graph=True)
@@ -124,12 +126,12 @@ def test_dynamic_weights_are_a_linear_map_to_autograd(name: str) -> None:
 @pytest.mark.parametrize("shape", [(2, 6), (2, 3, 6)], ids=str)
 def test_linear_layers(shape: tuple[int, ...], options: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(PlainLinear(6, 8, bias=False), BcosLinear(8, 4, **options)).double()
+    model = nn.Sequential(Linear(6, 8, bias=False), BcosLinear(8, 4, **options)).double()
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     expected = model(x).detach()
     with explanation_mode(model):
         (expected_weights,) = torch.autograd.grad(model(x).select(-1, 2).sum(), x)
-        with frozen_weights(model):
+        with cached_weights(model):
             out = model(x)
             grad = torch.randn_like(out).requires_grad_()
             (pulled,) = torch.autograd.grad(out, x, grad, create_graph=True)
@@ -144,7 +146,7 @@ def test_linear_layers(shape: tuple[int, ...], options: dict[str, Any]) -> None:
 def test_the_reference_backend_folds_nothing() -> None:
     model = net()
     set_backend(model, "reference")
-    with frozen_weights(model):
+    with cached_weights(model):
         assert n_folded(model) == 0
 
 
@@ -155,7 +157,7 @@ def test_what_is_watched_is_not_folded(place: str) -> None:
     module.register_forward_hook(lambda module, args, output: seen.append(output.detach().clone()))
     with torch.no_grad():
         model(x)
-        with frozen_weights(model):
+        with cached_weights(model):
             assert n_folded(model) == 1
             model(x)
     torch.testing.assert_close(seen[1], seen[0], rtol=1e-12, atol=1e-14)
@@ -163,13 +165,13 @@ def test_what_is_watched_is_not_folded(place: str) -> None:
 
 def test_a_norm_in_training_mode_is_not_folded() -> None:
     model = net().train()
-    with frozen_weights(model):
+    with cached_weights(model):
         assert n_folded(model) == 0
 
 
 def test_training_mode_inside_is_refused() -> None:
     model = net()
-    with frozen_weights(model), pytest.raises(RuntimeError, match=r"BatchNormUncentered2d .* frozen_weights"):
+    with cached_weights(model), pytest.raises(RuntimeError, match=r"BatchNormUncentered2d .* cached_weights"):
         model.train()(image())
 
 
@@ -177,20 +179,20 @@ def test_a_convolution_in_two_places_is_not_folded() -> None:
     conv = BcosConv2d(4, 4)
     norm = NoBias(BatchNormUncentered2d)
     model = Chain(conv, norm(4), conv, norm(4)).eval()
-    with frozen_weights(model):
+    with cached_weights(model):
         assert n_folded(model) == 0
 
 
 def test_only_declared_chains_are_folded() -> None:
     model = nn.Sequential(*net()).eval()
-    with frozen_weights(model):
+    with cached_weights(model):
         assert n_folded(model) == 0
 
 
 def test_changes_are_not_seen_inside() -> None:
     model, x = net(), image()
     expected = model(x)
-    with frozen_weights(model), torch.no_grad():
+    with cached_weights(model), torch.no_grad():
         model[0].linear.weight.mul_(-1)
         torch.testing.assert_close(model(x), expected)
     assert not torch.allclose(model(x), expected)
@@ -198,27 +200,27 @@ def test_changes_are_not_seen_inside() -> None:
 
 @pytest.mark.parametrize("backend", ["fused", "reference"])
 def test_no_gradient_reaches_the_weights(backend: Backend) -> None:
-    model = nn.Sequential(BcosLinear(6, 4), PlainLinear(4, 4, bias=False))
+    model = nn.Sequential(BcosLinear(6, 4), Linear(4, 4, bias=False))
     set_backend(model, backend)
-    with frozen_weights(model):
+    with cached_weights(model):
         assert not model(torch.ones(1, 6)).requires_grad
 
 
 def test_nests_and_thaws_after_an_exception() -> None:
     model = net()
-    with contextlib.suppress(ValueError), frozen_weights(model):
-        with frozen_weights(model):
+    with contextlib.suppress(ValueError), cached_weights(model):
+        with cached_weights(model):
             assert n_folded(model) == 2
         assert n_folded(model) == 2
-        assert model[0].linear.frozen is not None
+        assert model[0].linear in CACHE.weights
         model(torch.zeros(3))
-    assert model[0].linear.frozen is None
+    assert model[0].linear not in CACHE.weights
     assert n_folded(model) == 0
 
 
 def test_a_copy_is_not_frozen() -> None:
     model = net()
-    with frozen_weights(model):
+    with cached_weights(model):
         twin = copy.deepcopy(model)
     twin.train()(image()).square().sum().backward()
     assert all(parameter.grad is not None for parameter in twin.parameters())
@@ -227,13 +229,13 @@ def test_a_copy_is_not_frozen() -> None:
 def test_another_thread_uses_the_weights_as_they_are() -> None:
     model, x = net(), image()
     expected = model(x)
-    with frozen_weights(model), ThreadPoolExecutor(1) as pool:
+    with cached_weights(model), ThreadPoolExecutor(1) as pool:
         assert torch.equal(pool.submit(model, x).result(), expected)
 
 
 def test_explanation_after_inference_mode() -> None:
     model, x = net(), image().requires_grad_()
-    with torch.inference_mode(), frozen_weights(model), torch.inference_mode(False), explanation_mode(model):
+    with torch.inference_mode(), cached_weights(model), torch.inference_mode(False), explanation_mode(model):
         model(x).sum().backward()
     assert x.grad is not None
 
@@ -241,7 +243,7 @@ def test_explanation_after_inference_mode() -> None:
 def test_live_weights_get_gradients() -> None:
     model, x = net(), image()
     expected = model(x).detach()
-    with frozen_weights(model):
+    with cached_weights(model):
         with live_weights():
             out = model(x)
             assert n_folded(model) == 0
@@ -253,21 +255,33 @@ def test_live_weights_get_gradients() -> None:
 
 def test_casting_inside_is_refused() -> None:
     model = net()
-    with frozen_weights(model), pytest.raises(RuntimeError, match=r"moved or cast within frozen_weights\(\)"):
+    with cached_weights(model), pytest.raises(RuntimeError, match=r"moved or cast within cached_weights\(\)"):
         model.float()(image().float())
 
 
 def test_a_compiled_model_is_not_folded() -> None:
     model = net()
     model[1].compile(backend="eager")
-    with frozen_weights(model):
+    with cached_weights(model):
         assert n_folded(model) == 0
 
 
 def test_state_is_that_of_outside() -> None:
     model = net()
     expected = copy.deepcopy(model.state_dict())
-    with frozen_weights(model):
+    with cached_weights(model):
         inside = model.state_dict()
     assert inside.keys() == expected.keys()
     assert all(torch.equal(inside[key], value) for key, value in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "share"), [("resnet18", "all"), ("vgg11_bnu", "all"), ("densenet121", "some"), ("resnet20", "none")]
+)
+def test_norms_of_whole_networks_are_folded(name: str, share: str) -> None:
+    """MaxOut folds none; of DenseNets the first norm of each layer follows a concatenation."""
+    model = create_model(name, num_classes=2, backend="fused").eval()
+    norms = sum(isinstance(module, BatchNormUncentered2d) for module in model.modules())
+    with cached_weights(model):
+        folded = n_folded(model)
+    assert {"all": folded == norms, "some": 0 < folded < norms, "none": folded == 0}[share]

@@ -1,4 +1,4 @@
-"""The fused B-cos linear layer, and the plain one; their products are those of :mod:`bcos_train.nn.product`."""
+"""The fused B-cos linear layer, and the plain one; their products are those of :mod:`bcos_train.nn.fast.matmul`."""
 
 from typing import Any
 
@@ -6,12 +6,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bcos_train.nn.candidates import arrange, choose, restore
-from bcos_train.nn.functional import FEATURE_EPS, bcos_scale, feature_norm, max_out, statistics_dtype
-from bcos_train.nn.fused.transform import detached_scale, scale_backward, scale_output, to_chosen, uncast
-from bcos_train.nn.kernels import Kernels
-from bcos_train.nn.product import product
-from bcos_train.nn.unit_weight import plain_backward
+from bcos_train.nn.fast.kernels import Kernels
+from bcos_train.nn.fast.matmul import linear_transform
+from bcos_train.nn.fast.maxout import from_blocked, maxout_with_indices, to_blocked
+from bcos_train.nn.fast.transform import (
+    apply_in_autocast_dtype,
+    detached_scale,
+    scale_backward,
+    scale_output,
+    to_chosen,
+)
+from bcos_train.nn.fast.unit_weight import reference_backward
+from bcos_train.nn.functional import FEATURE_EPS, bcos_scale, feature_norm, maxout, statistics_dtype
 
 __all__ = ["bcos_linear", "detached_bcos_linear", "linear"]
 
@@ -21,7 +27,8 @@ class _BcosLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, b: float, candidates: int, kernels: Kernels) -> Tensor:
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=statistics_dtype(x))
         norm = torch.where(norm == 0, 1, norm + FEATURE_EPS)
-        best, choice = choose(product(x, arrange(weight, candidates, 1)), candidates, x.dim() - 1)
+        out = linear_transform(x, to_blocked(weight, candidates, 1))
+        best, choice = maxout_with_indices(out, candidates, x.dim() - 1)
         y, kept = scale_output(best, norm, b, kernels)
         ctx.save_for_backward(x, weight, norm, kept, choice)
         ctx.options = (b, candidates, kernels)
@@ -32,16 +39,16 @@ class _BcosLinear(torch.autograd.Function):
         x, weight, norm, kept, choice = ctx.saved_tensors
         b, candidates, kernels = ctx.options
         if torch.is_grad_enabled():
-            grads = plain_backward(lambda x, w: _plain_linear(x, w, b, candidates), (x, weight), grad)
+            grads = reference_backward(lambda x, w: _plain_linear(x, w, b, candidates), (x, weight), grad)
             return *grads, *[None] * 3
         best, energy = scale_backward(grad, kept, norm, b, -1, kernels)
         large = to_chosen(best, choice, candidates, x.dim() - 1)
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_x = product(large, arrange(weight, candidates, 1).T)
+            grad_x = linear_transform(large, to_blocked(weight, candidates, 1).T)
             grad_x = kernels.add_product(grad_x, x, (energy / norm.square()).neg_())
         if ctx.needs_input_grad[1]:
-            grad_weight = restore(_outer(large, x), candidates, 1)
+            grad_weight = from_blocked(_outer(large, x), candidates, 1)
         return grad_x, grad_weight, None, None, None
 
 
@@ -50,8 +57,8 @@ class _DetachedBcosLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, b: float, candidates: int) -> Tensor:
-        weight = arrange(weight, candidates, 1)
-        best, choice = choose(product(x, weight), candidates, x.dim() - 1)
+        weight = to_blocked(weight, candidates, 1)
+        best, choice = maxout_with_indices(linear_transform(x, weight), candidates, x.dim() - 1)
         scale = detached_scale(best, feature_norm(x), b)
         ctx.save_for_backward(weight, scale, choice)
         ctx.candidates = candidates
@@ -62,7 +69,7 @@ class _DetachedBcosLinear(torch.autograd.Function):
         weight, scale, choice = ctx.saved_tensors
         large = to_chosen(grad * scale, choice, ctx.candidates, grad.dim() - 1)
         # This may be differentiated again.
-        grad_x = large @ weight if torch.is_grad_enabled() else product(large, weight.T)
+        grad_x = large @ weight if torch.is_grad_enabled() else linear_transform(large, weight.T)
         return grad_x, None, None, None
 
 
@@ -70,37 +77,37 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return product(x, weight)
+        return linear_transform(x, weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return tuple(plain_backward(F.linear, (x, weight), grad))
-        grad_x = product(grad, weight.T) if ctx.needs_input_grad[0] else None
+            return tuple(reference_backward(F.linear, (x, weight), grad))
+        grad_x = linear_transform(grad, weight.T) if ctx.needs_input_grad[0] else None
         return grad_x, _outer(grad, x) if ctx.needs_input_grad[1] else None
 
 
 def _outer(grad: Tensor, x: Tensor) -> Tensor:
     """The gradient of a weight: the sum over all leading axes of grad xᵀ, (*, O), (*, C) -> (O, C)."""
-    return product(grad.reshape(-1, grad.shape[-1]).T, x.reshape(-1, x.shape[-1]).T)
+    return linear_transform(grad.reshape(-1, grad.shape[-1]).T, x.reshape(-1, x.shape[-1]).T)
 
 
 def _plain_linear(x: Tensor, weight: Tensor, b: float, candidates: int) -> Tensor:
-    out = max_out(F.linear(x, weight), candidates, -1)
+    out = maxout(F.linear(x, weight), candidates, -1)
     return (out * bcos_scale(out, feature_norm(x), b)).to(out.dtype)
 
 
 def bcos_linear(x: Tensor, unit: Tensor, b: float, candidates: int, kernels: Kernels) -> Tensor:
     """The B-cos linear layer of x, (*, C) -> (*, O), for B > 1; ŵ is (O * `candidates`, C)."""
-    return uncast(x, unit, lambda x, unit: _BcosLinear.apply(x, unit, b, candidates, kernels))
+    return apply_in_autocast_dtype(x, unit, lambda x, unit: _BcosLinear.apply(x, unit, b, candidates, kernels))
 
 
 def detached_bcos_linear(x: Tensor, unit: Tensor, b: float, candidates: int) -> Tensor:
     """:func:`bcos_linear` in explanation mode with a weight that gets no gradient."""
-    return uncast(x, unit, lambda x, unit: _DetachedBcosLinear.apply(x, unit, b, candidates))
+    return apply_in_autocast_dtype(x, unit, lambda x, unit: _DetachedBcosLinear.apply(x, unit, b, candidates))
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """`F.linear`, with the product of :mod:`bcos_train.nn.product`."""
-    return uncast(x, weight, _Linear.apply)
+    """`F.linear`, with the product of :mod:`bcos_train.nn.fast.matmul`."""
+    return apply_in_autocast_dtype(x, weight, _Linear.apply)

@@ -10,24 +10,24 @@ Axes: G groups, U units of a group, M candidates of a unit.
 import torch
 from torch import Tensor
 
-__all__ = ["arrange", "choose", "greatest", "restore", "scatter_to_chosen"]
+__all__ = ["blocked_maxout", "from_blocked", "maxout_with_indices", "scatter_to_chosen", "to_blocked"]
 
 
-def arrange(weight: Tensor, candidates: int, groups: int) -> Tensor:
+def to_blocked(weight: Tensor, candidates: int, groups: int) -> Tensor:
     """(G * U * M, ...) -> (G * M * U, ...)."""
     if candidates == 1:
         return weight
     return weight.unflatten(0, (groups, -1, candidates)).transpose(1, 2).flatten(0, 2)
 
 
-def restore(weight: Tensor, candidates: int, groups: int) -> Tensor:
-    """The inverse of `arrange`."""
+def from_blocked(weight: Tensor, candidates: int, groups: int) -> Tensor:
+    """The inverse of `to_blocked`."""
     if candidates == 1:
         return weight
     return weight.unflatten(0, (groups, candidates, -1)).transpose(1, 2).flatten(0, 2)
 
 
-def greatest(out: Tensor, candidates: int, dim: int) -> Tensor:
+def blocked_maxout(out: Tensor, candidates: int, dim: int) -> Tensor:
     """The greatest candidate of each unit, axis `dim` M * U -> U; of equals, the first gets the gradient."""
     if candidates == 1:
         return out
@@ -38,8 +38,8 @@ def greatest(out: Tensor, candidates: int, dim: int) -> Tensor:
     return best
 
 
-def choose(out: Tensor, candidates: int, dim: int) -> tuple[Tensor, Tensor | None]:
-    """`greatest` without a gradient, and which of the candidates it was, None for a single one."""
+def maxout_with_indices(out: Tensor, candidates: int, dim: int) -> tuple[Tensor, Tensor | None]:
+    """`blocked_maxout` without a gradient, and which of the candidates it was, None for a single one."""
     if candidates == 1:
         return out, None
     best, *others = out.unflatten(dim, (candidates, -1)).unbind(dim)
@@ -53,7 +53,7 @@ def choose(out: Tensor, candidates: int, dim: int) -> tuple[Tensor, Tensor | Non
 
 
 def scatter_to_chosen(grad: Tensor, choice: Tensor, candidates: int, dim: int) -> Tensor:
-    """The adjoint of `choose`, axis `dim` U -> M * U: the gradient to the chosen one, 0 to the others."""
+    """The adjoint of `maxout_with_indices`, axis `dim` U -> M * U: the gradient to the chosen one, 0 to the others."""
     shape = list(grad.shape)
     shape[dim] *= candidates
     # The layout of `grad`, with the larger axis in the same place.

@@ -9,24 +9,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bcos_train.nn.observers import has_mode
+from bcos_train.nn.fast.workspace import has_dispatch_mode
 
-__all__ = ["product"]
+__all__ = ["linear_transform"]
 
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def product(x: Tensor, weight: Tensor) -> Tensor:
+def linear_transform(x: Tensor, weight: Tensor) -> Tensor:
     """x weightᵀ, (*, C), (O, C) -> (*, O), as `F.linear`, but without a derivative."""
-    return _onednn_product(x, weight) if _suits_onednn(x, weight) else F.linear(x, weight)
+    return _onednn_linear(x, weight) if _suits_onednn(x, weight) else F.linear(x, weight)
 
 
 def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
     is_float = x.dtype == weight.dtype == torch.float32
     has_values = x.dim() > 1 and x.numel() > 0 and weight.numel() > 0
     # A mode knows the usual operations.
-    return _HAS_ONEDNN and x.device.type == "cpu" and is_float and has_values and not has_mode()
+    return _HAS_ONEDNN and x.device.type == "cpu" and is_float and has_values and not has_dispatch_mode()
 
 
-def _onednn_product(x: Tensor, weight: Tensor) -> Tensor:
+def _onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")

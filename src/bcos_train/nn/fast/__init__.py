@@ -1,0 +1,40 @@
+"""Everything that exists for speed. Without this folder the rest of the package computes the same, more slowly.
+
+* B-cos layers and the uncentered batch norm as single autograd functions with hand-written derivatives. Of
+  y = |cos(x, w)|^(B-1) ŵ·x only the input, the small map of ‖x‖ and, for B = 2, the output are saved (otherwise, and in
+  float16, ŵ·x in its place); the output is saved by the next layer anyway. ‖x‖ is one reduction over the channels and a
+  box filter; its derivative is the adjoint box filter and one product with x.
+* `cached_weights`: what depends on the weights alone is computed once, for inference and explanations.
+* `add_shortcut`: residual sums in place.
+
+`dispatch` decides when all this applies. A derivative of a derivative (``create_graph=True``) goes through the
+definitions.
+
+Axes in this package: N samples, C channels, G groups, O output units, U = O / G units of a group, H W input size, P Q
+output size.
+"""
+
+from bcos_train.nn.fast.cached_weights import cached_weights, live_weights
+from bcos_train.nn.fast.dispatch import (
+    fast_batch_norm,
+    fast_bcos_conv2d,
+    fast_bcos_linear,
+    fast_linear,
+    prepare_backend,
+    unit_weight,
+    why,
+)
+from bcos_train.nn.fast.residual import add_shortcut
+
+__all__ = [
+    "add_shortcut",
+    "cached_weights",
+    "fast_batch_norm",
+    "fast_bcos_conv2d",
+    "fast_bcos_linear",
+    "fast_linear",
+    "live_weights",
+    "prepare_backend",
+    "unit_weight",
+    "why",
+]

@@ -1,0 +1,270 @@
+"""Decide which code computes a layer. Every condition for leaving the fast path stands in this file.
+
+| layer | computed by its definition if |
+|---|---|
+| all | ``backend="reference"``; under torch.compile/export, torch.func or forward-mode AD |
+| B-cos layers | a hook on ``linear``, or any global module hook; B = 1 or learnable; a bias; explanation mode without \
+`cached_weights` |
+| `BcosConv2d` | dilation; padding other than zeros, by name, or wider than half the kernel |
+| `Linear` | a bias |
+| `BatchNormUncentered2d` | running statistics; explanation mode; a bias; statistics over several processes |
+
+`why` names the reason for a layer and an input. Compilers and transforms need the definitions, which they fuse or
+differentiate themselves; a hook on ``linear`` waits for ŵ·x, which the fast path never hands out; in explanation mode
+only `cached_weights` guarantees that nobody wants a gradient of the weight.
+"""
+
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
+
+from bcos_train.compiling import prepare_to_compile
+from bcos_train.nn.fast.batch_norm import uncentered_batch_norm
+from bcos_train.nn.fast.conv import bcos_conv2d, detached_bcos_conv2d
+from bcos_train.nn.fast.geometry import Convolution, can_box
+from bcos_train.nn.fast.kernels import EAGER, Kernels, compiled_kernels
+from bcos_train.nn.fast.linear import bcos_linear, detached_bcos_linear, linear
+from bcos_train.nn.fast.unit_weight import normalize
+from bcos_train.nn.functional import is_linear, normalize_weight
+
+if TYPE_CHECKING:
+    from bcos_train.nn.conv import BcosConv2d
+    from bcos_train.nn.layer import BcosLayer
+    from bcos_train.nn.linear import BcosLinear, Linear
+    from bcos_train.nn.norm import BatchNormUncentered2d
+
+__all__ = [
+    "CACHE",
+    "fast_batch_norm",
+    "fast_bcos_conv2d",
+    "fast_bcos_linear",
+    "fast_linear",
+    "has_hooks",
+    "is_folded",
+    "is_traced_or_transformed",
+    "prepare_backend",
+    "unit_weight",
+    "why",
+]
+
+# --- what is going on around the call ---------------------------------------------------------------------------------
+
+
+def is_traced_or_transformed() -> bool:
+    """True under torch.compile/export, torch.func or forward-mode AD."""
+    is_transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return torch.compiler.is_compiling() or is_transformed
+
+
+def has_hooks(module: Any) -> bool:
+    """True if this module has hooks, or global module hooks are registered."""
+    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(own or _has_any_global_hook())
+
+
+class _Cache(threading.local):
+    """Weights and norms that `bcos_train.nn.fast.cached_weights` has replaced, in this thread.
+
+    Not stored in the modules: another thread that uses the same model, or a copy of the model, must not see them.
+    """
+
+    def __init__(self) -> None:
+        #: The weight that each module computes with.
+        self.weights: dict[nn.Module, Tensor] = {}
+        #: Norms folded into the preceding layer.
+        self.norms: set[nn.Module] = set()
+
+
+CACHE = _Cache()
+
+
+def is_folded(norm: nn.Module) -> bool:
+    """True if the preceding layer has taken over the norm's scaling; see `cached_weights`."""
+    return norm in CACHE.norms and not is_traced_or_transformed()
+
+
+def _cached_weight(module: Any) -> Tensor | None:
+    """Weight cached for this module, if any.
+
+    Raises:
+        RuntimeError: The module has been moved or cast since.
+    """
+    cached = None if is_traced_or_transformed() else CACHE.weights.get(module)
+    if cached is not None and (cached.dtype, cached.device) != (module.weight.dtype, module.weight.device):
+        raise RuntimeError("the model was moved or cast within cached_weights(): do that before")
+    return cached
+
+
+def unit_weight(module: Any) -> Tensor:
+    """ŵ = w / ‖w‖ of a module with a ``weight``, of the shape of the weight; cached where `cached_weights` says so."""
+    if (cached := _cached_weight(module)) is not None:
+        return cached
+    return normalize_weight(module.weight) if is_traced_or_transformed() else normalize(module.weight)
+
+
+def _weight_in_use(module: Any, normalize_weight: bool = False) -> Tensor:
+    if normalize_weight:
+        return unit_weight(module)
+    cached = _cached_weight(module)
+    return module.weight if cached is None else cached
+
+
+# --- the decision -----------------------------------------------------------------------------------------------------
+
+
+def _obstacle(layer: Any) -> str | None:
+    """Reason why the definition must compute this layer, or None; the part that is common to all layers."""
+    if layer.backend == "reference":
+        return 'backend="reference"'
+    if is_traced_or_transformed():
+        return "under torch.compile, torch.export, torch.func or forward-mode AD"
+    return None
+
+
+def _bcos_obstacle(layer: "BcosLayer") -> str | None:
+    linear: Any = layer.linear
+    if (obstacle := _obstacle(layer)) is not None:
+        return obstacle
+    if has_hooks(linear):
+        return "a hook on `linear`, or a global module hook, waits for the output of `linear`"
+    if is_linear(layer.b):
+        return "B = 1"
+    if isinstance(layer.b, Tensor):
+        return "B is learnable"
+    if linear.bias is not None:
+        return "bias"
+    if layer.detach and _cached_weight(linear) is None:
+        return "explanation mode outside cached_weights()"
+    return None
+
+
+def _conv_obstacle(layer: "BcosConv2d") -> str | None:
+    if (obstacle := _bcos_obstacle(layer)) is not None:
+        return obstacle
+    conv = layer.linear
+    if conv.dilation != (1, 1):
+        return "dilation"
+    if conv.padding_mode != "zeros" or isinstance(conv.padding, str) or not can_box(conv.kernel_size, conv.padding):
+        return "padding other than zeros, by name, or wider than half the kernel"
+    return None
+
+
+def _linear_obstacle(layer: "Linear") -> str | None:
+    return _obstacle(layer) or (None if layer.bias is None else "bias")
+
+
+def _batch_norm_obstacle(norm: "BatchNormUncentered2d") -> str | None:
+    if (obstacle := _obstacle(norm)) is not None:
+        return obstacle
+    if not norm.uses_batch_statistics:
+        return "running statistics"
+    if norm.detach:
+        return "explanation mode"
+    if norm.bias is not None:
+        return "bias"
+    return "statistics over several processes" if norm.is_synchronized else None
+
+
+def why(layer: nn.Module, x: Tensor) -> str:
+    """Say which code computes ``layer(x)`` at this moment, and why if it is the definition.
+
+    Returns:
+        ``"fast: …"`` or ``"definition: <reason>"``.
+
+    Raises:
+        ValueError: The layer has no fast path.
+    """
+    from bcos_train.nn.conv import BcosConv2d
+    from bcos_train.nn.layer import BcosLayer
+    from bcos_train.nn.linear import Linear
+    from bcos_train.nn.norm import BatchNormUncentered2d
+
+    deciders: tuple[tuple[type, Callable[[Any], str | None]], ...] = (
+        (BcosConv2d, _conv_obstacle),
+        (BcosLayer, _bcos_obstacle),
+        (Linear, _linear_obstacle),
+        (BatchNormUncentered2d, _batch_norm_obstacle),
+    )
+    for kind, decide in deciders:
+        if isinstance(layer, kind):
+            if is_folded(layer):
+                return "fast: folded into the preceding convolution"
+            obstacle = decide(layer)
+            return f"fast: backend={layer.backend!r}" if obstacle is None else f"definition: {obstacle}"
+    raise ValueError(
+        f"{type(layer).__name__} has no fast path; BcosConv2d, BcosLinear, Linear and BatchNormUncentered2d have one"
+    )
+
+
+# --- the fast paths ---------------------------------------------------------------------------------------------------
+
+
+def fast_bcos_conv2d(layer: "BcosConv2d", x: Tensor) -> Tensor | None:
+    """What ``layer(x)`` computes, as one operation; None where the definition must do it."""
+    if _conv_obstacle(layer) is not None:
+        return None
+    conv: Any = layer.linear
+    b: Any = layer.b  # a number: a learnable B is an obstacle
+    geometry = Convolution(conv.kernel_size, conv.stride, conv.padding, conv.groups)
+    weight = _weight_in_use(conv, layer.normalize_weight)
+    if layer.detach and x.requires_grad:
+        return detached_bcos_conv2d(x, weight, geometry, b, layer.max_out)
+    return bcos_conv2d(x, weight, geometry, b, layer.max_out, _kernels(layer))
+
+
+def fast_bcos_linear(layer: "BcosLinear", x: Tensor) -> Tensor | None:
+    """As `fast_bcos_conv2d`."""
+    if _bcos_obstacle(layer) is not None:
+        return None
+    b: Any = layer.b
+    weight = _weight_in_use(layer.linear, layer.normalize_weight)
+    if layer.detach and x.requires_grad:
+        return detached_bcos_linear(x, weight, b, layer.max_out)
+    return bcos_linear(x, weight, b, layer.max_out, _kernels(layer))
+
+
+def fast_linear(layer: "Linear", x: Tensor) -> Tensor | None:
+    """As `fast_bcos_conv2d`."""
+    if _linear_obstacle(layer) is None:
+        return linear(x, _weight_in_use(layer))
+    cached = _cached_weight(layer)
+    return None if cached is None else F.linear(x, cached, layer.bias)
+
+
+def fast_batch_norm(layer: "BatchNormUncentered2d", x: Tensor) -> Tensor | None:
+    """As `fast_bcos_conv2d`; a folded norm returns its input.
+
+    Raises:
+        RuntimeError: The norm has been folded in evaluation mode and is in training mode now.
+    """
+    if is_folded(layer):
+        if layer.uses_batch_statistics:
+            raise RuntimeError(f"{type(layer).__name__} can't be put into training mode within cached_weights().")
+        return x
+    if _batch_norm_obstacle(layer) is not None:
+        return None
+    layer.check_input(x)
+    out, mean, var = uncentered_batch_norm(x, layer.weight, layer.eps, _kernels(layer))
+    if layer.training and layer.running_var is not None:
+        layer.update_running_statistics(mean, var, x.numel() // layer.num_features)
+    return out
+
+
+def _kernels(layer: Any) -> Kernels:
+    return compiled_kernels() if layer.backend == "compiled" else EAGER
+
+
+def prepare_backend(backend: str) -> None:
+    """See that this machine can run the backend.
+
+    Raises:
+        ValueError: No compiler for ``"compiled"``.
+    """
+    if backend == "compiled":
+        prepare_to_compile('backend="compiled"')
