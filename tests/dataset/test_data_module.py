@@ -108,6 +108,11 @@ def test_seek(workers: int) -> None:
         assert _same(_batches(resumed), following)
 
 
+@pytest.mark.parametrize(("workers", "ahead"), [(0, None), (1, 4), (8, 4), (10, 3), (15, 2), (63, 2)])
+def test_batches_loaded_ahead(workers: int, ahead: int | None) -> None:
+    assert _module(num_workers=workers).train_dataloader().prefetch_factor == ahead
+
+
 def test_numbers() -> None:
     module = _module(limit_train=None, limit_val=None)
     module.prepare_data()

@@ -121,8 +121,8 @@ def split_batch(batch: int, world: int, max_per_device: int | None) -> BatchSpli
 
 
 def default_workers() -> int:
-    """Loading processes for this process: the cores that it may use less one, at most 8; none with two cores."""
+    """Loading processes for this process: its share of the cores less one; none with two cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     share = cores // processes
-    return 0 if share <= 2 else min(share - 1, 8)
+    return 0 if share <= 2 else share - 1
