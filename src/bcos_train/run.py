@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from bcos_train.augmentation import Augmentation, BatchMix
 from bcos_train.config import UserError, blame, check, instantiate, overlay, save
 from bcos_train.config import load as load_config
-from bcos_train.dataset import BcosEncoding, ImageSource, Standardize, UnevenImages, UnreadableImage
+from bcos_train.dataset import BcosEncoding, ImageSource, NotCacheable, Standardize, UnevenImages, UnreadableImage
 from bcos_train.dataset.data_module import DataModule
 from bcos_train.evaluation import ExplanationOptions
 from bcos_train.model.registry import find_weights
@@ -137,6 +137,8 @@ def _mistakes_that_show_late() -> Iterator[None]:
     except (UnevenImages, UnreadableImage) as error:
         # A loading process sends its whole traceback along; the message is in its last line.
         raise UserError(str(error).strip().splitlines()[-1].rpartition(f"{type(error).__name__}: ")[2]) from error
+    except NotCacheable as error:
+        raise UserError(f"dataset: {error}") from error
     except UnknownMonitor as error:
         raise UserError(str(error)) from error
     except OSError as error:

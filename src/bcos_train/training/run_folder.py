@@ -25,6 +25,7 @@ WITHOUT_EFFECT = (
     "explanation",
     "num_workers",
     "dataset.download",
+    "dataset.cache",
     "model.backend",
     "model.grad_checkpointing",
     "trainer.accelerator",
