@@ -1,6 +1,5 @@
 """The benchmarks run and write what they say; what they measure is not looked at."""
 
-import importlib
 import json
 import os
 import subprocess
@@ -13,13 +12,6 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def benchmark(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The module of that name in benchmarks/."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    return importlib.import_module(request.param)
 
 
 def run(script: str, output: Path, *arguments: str) -> tuple[str, dict[str, Any]]:
