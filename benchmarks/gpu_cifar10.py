@@ -134,9 +134,11 @@ def command(norm: str, data: Path, runs: Path, arguments: argparse.Namespace) ->
         "trainer.max_epochs": epochs,
         # The grid pointing game after the last epoch needs a validation in that epoch.
         "trainer.val_every_n_epochs": 10 if epochs % 10 == 0 else epochs,
+        "trainer.log_every_n_steps": 500,
         "trainer.progress": "false",
         "checkpointing.every_n_epochs": epochs,
-        "explanation.every_n_epochs": epochs,
+        # Halfway too, for a run that doesn't get to its end in time.
+        "explanation.every_n_epochs": epochs // 2 if epochs % 20 == 0 else epochs,
         "explanation.grid_pointing.n_grids": 250,
     }
     if not arguments.dry:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -303,7 +304,14 @@ def bandwidth(scale: Scale, shapes: Sequence[tuple[int, int]]) -> Pairs:
 
 
 def kernel_sets(scale: Scale) -> dict[str, Kernels]:
-    return {"eager": EAGER} if scale.small else {"eager": EAGER, "compiled": compiled_kernels()}
+    if scale.small:
+        return {"eager": EAGER}
+    sets = {"eager": EAGER, "compiled": compiled_kernels()}
+    if find_spec("bcos_train.nn.gpu"):
+        from bcos_train.nn.gpu.layer_kernels import GPU
+
+        sets["Triton"] = GPU
+    return sets
 
 
 def stem_channels(scale: Scale, batch_size: int) -> Pairs:
