@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
@@ -209,9 +210,21 @@ LIGHT = ["bcos_train", *(f"bcos_train.{name}" for name in ("nn", "model", "zoo",
 def test_light_packages_load_no_framework() -> None:
     code = f"""
 import sys
+import tomllib
 import {", ".join(LIGHT)}
 heavy = ("pytorch_lightning", "lightning", "hydra", "omegaconf", "wandb", "pydantic", "sklearn", "timm", "safetensors")
 print(*[name for name in heavy if name in sys.modules])
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert result.stdout.split() == []
+
+
+def test_oldest_requirements_are_the_lower_bounds() -> None:
+    bounds = dict(
+        requirement.partition(",")[0].split(">=")
+        for requirement in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    )
+    pins = [line.split("==") for line in (ROOT / "requirements-oldest.txt").read_text().splitlines() if "==" in line]
+    assert [name for name, _ in pins] == ["torch", "torchvision"]
+    for name, version in pins:
+        assert version == f"{bounds[name]}.0"
