@@ -1,4 +1,4 @@
-"""Configs as plain containers: the form in which everything outside this package sees them."""
+"""Configs as plain containers, the form in which all other packages see them, and as files."""
 
 import copy
 import os
@@ -12,7 +12,7 @@ from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseExce
 from bcos_train.config.errors import UserError
 from bcos_train.replacing import replacing
 
-__all__ = ["join", "load", "overlay", "save", "to_plain"]
+__all__ = ["join", "load", "overlay", "save", "to_container"]
 
 
 def join(path: str, key: object) -> str:
@@ -20,11 +20,11 @@ def join(path: str, key: object) -> str:
     return f"{path}.{key}" if path else str(key)
 
 
-def to_plain(config: Any, path: str = "") -> Any:
-    """Dicts, lists and scalars with all interpolations resolved, without Hydra's own part. ``???`` stays.
+def to_container(config: Any, path: str = "") -> Any:
+    """Dicts, lists and scalars with all interpolations resolved, without the ``hydra`` node. ``???`` is kept.
 
     Raises:
-        UserError: An interpolation that leads nowhere.
+        UserError: An interpolation has no value.
     """
     if not OmegaConf.is_config(config):
         return config
@@ -38,7 +38,7 @@ def to_plain(config: Any, path: str = "") -> Any:
 
 
 def _reason(error: OmegaConfBaseException) -> str:
-    """OmegaConf's first line, without the class of the error that a resolver raised."""
+    """The first line of OmegaConf's message, without the class of the error that a resolver raised."""
     line = str(error).splitlines()[0]
     if isinstance(error, InterpolationToMissingValueError):
         return f"needs {line.rpartition(': ')[2]}, which has no value"
@@ -46,7 +46,7 @@ def _reason(error: OmegaConfBaseException) -> str:
 
 
 def overlay(base: Mapping[str, Any], config: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
-    """A copy of ``base`` with what ``config`` has under the dotted ``keys``."""
+    """A copy of ``base`` with the values of ``config`` at the dotted ``keys``."""
     merged = copy.deepcopy(dict(base))
     for key in keys:
         *parents, last = key.split(".")
@@ -60,11 +60,11 @@ def overlay(base: Mapping[str, Any], config: Mapping[str, Any], keys: Iterable[s
 def save(config: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     """Write a resolved config as YAML; the file appears complete or not at all."""
     with replacing(Path(path)) as temporary:
-        temporary.write_text(OmegaConf.to_yaml(OmegaConf.create(to_plain(config))), encoding="utf-8")
+        temporary.write_text(OmegaConf.to_yaml(OmegaConf.create(to_container(config))), encoding="utf-8")
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a saved config. Nothing in the file is run or resolved: ``${…}`` is text here.
+    """Read a saved config. Nothing in the file is executed or resolved: ``${…}`` is text here.
 
     Raises:
         UserError: No such file, or not a YAML mapping.
@@ -73,7 +73,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
         loaded = OmegaConf.to_container(OmegaConf.load(Path(path)), resolve=False)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from error
-    except Exception as error:  # yaml's and OmegaConf's errors share no base class
+    except Exception as error:  # the errors of yaml and OmegaConf share no base class
         raise UserError(f"{path}: not a config ({' '.join(str(error).split())})") from error
     if not isinstance(loaded, dict):
         raise UserError(f"{path}: not a config (a mapping is expected)")

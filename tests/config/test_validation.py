@@ -7,7 +7,7 @@ import toys
 from omegaconf import OmegaConf
 
 from bcos_train.config import Problem, check
-from bcos_train.config.values import fits
+from bcos_train.config.annotations import is_compatible
 
 
 def net(**options: Any) -> dict[str, Any]:
@@ -198,4 +198,4 @@ class TestRoot:
     ],
 )
 def test_fits(result: Any, annotation: Any, is_partial: bool, expected: bool) -> None:
-    assert fits(result, annotation, is_partial) is expected
+    assert is_compatible(result, annotation, is_partial) is expected

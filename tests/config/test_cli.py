@@ -9,11 +9,11 @@ import pytest
 import toys
 
 from bcos_train.config import UserError, instantiate
-from bcos_train.config.door import door, given_keys
+from bcos_train.config.cli import entry_point, overridden_keys
 
 
 class Command:
-    """A door in this process: its exit code, what it printed, and the configs that ``main`` got."""
+    """An entry point in this process: exit code, output, and the configs that ``main`` received."""
 
     def __init__(self, configs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
         self.configs, self.monkeypatch, self.capsys = configs, monkeypatch, capsys
@@ -23,7 +23,7 @@ class Command:
     def __call__(self, *arguments: str) -> tuple[int, str]:
         self.monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
         try:
-            door(config_name="train", root=toys.train, config_dir=self.configs)(self.main)()
+            entry_point(config_name="train", root=toys.train, config_dir=self.configs)(self.main)()
             code = 0
         except SystemExit as stop:
             code = stop.code or 0  # type: ignore[assignment]
@@ -232,7 +232,7 @@ def test_an_interrupt_ends_silently(command: Command, monkeypatch: pytest.Monkey
         command.outcome = KeyboardInterrupt()  # type: ignore[assignment]
     else:
         monkeypatch.setattr(
-            "bcos_train.config.compose.Composer.compose", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+            "bcos_train.config.composition.Composer.compose", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
         )
     assert command() == (130, "")
 
@@ -333,6 +333,6 @@ class TestFlags:
 
 def test_given_keys(command: Command) -> None:
     seen: list[str] = []
-    command.main = lambda config: seen.extend(given_keys())  # type: ignore[method-assign, assignment, func-returns-value]
+    command.main = lambda config: seen.extend(overridden_keys())  # type: ignore[method-assign, assignment, func-returns-value]
     command("model=resnet50", "model.b=2", "++name=${hydra:runtime.choices.model}", "~recipe", "hydra.verbose=false")
     assert seen == ["model", "model.b", "name", "recipe"]

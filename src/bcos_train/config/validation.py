@@ -6,21 +6,21 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from bcos_train.config.errors import UserError
-from bcos_train.config.instantiate import MISSING, RESERVED, is_reserved
-from bcos_train.config.plain import join, to_plain
-from bcos_train.config.signature import parameters, returned
-from bcos_train.config.targets import resolve
-from bcos_train.config.values import (
+from bcos_train.config.annotations import (
     describe,
-    fits,
+    is_compatible,
     is_list_type,
     is_mapping_type,
-    is_plain_type,
+    is_scalar_type,
     item_types,
-    members,
-    misfit,
+    mismatch,
+    union_members,
 )
+from bcos_train.config.containers import join, to_container
+from bcos_train.config.errors import UserError
+from bcos_train.config.instantiation import MISSING, RESERVED, is_reserved
+from bcos_train.config.signature import keyword_parameters, return_type
+from bcos_train.config.targets import resolve
 from bcos_train.suggest import suggest
 
 __all__ = ["Problem", "check"]
@@ -30,7 +30,7 @@ _NO_VALUE = object()
 
 @dataclass(frozen=True)
 class Problem:
-    """One mistake: the config key as it is typed on the command line, the value given, and what is wrong."""
+    """One mistake: the config key as typed on the command line, the value given, and what is wrong."""
 
     path: str
     text: str
@@ -41,36 +41,36 @@ class Problem:
 
 
 def check(config: Mapping[str, Any], *, root: Callable[..., Any] | None = None, path: str = "") -> list[Problem]:
-    """All that is wrong with a config; empty if nothing is.
+    """All problems of a config; an empty list if it is valid.
 
     Every node with ``_target_`` is compared with the signature of its target: unknown keys, missing ones (unless
     ``_partial_``), values of the wrong type. Nothing is built, and only listed targets are imported.
 
     Args:
         config: Plain containers or a ``DictConfig``.
-        root: The function whose parameters are the top-level keys; without it these are free.
-        path: Config key of ``config``, if it is a part of a larger one.
+        root: The function whose parameters are the top-level keys; ``None``: any key is allowed there.
+        path: Config key of ``config``, if it is part of a larger one.
     """
     try:
-        plain = to_plain(config, path)
+        container = to_container(config, path)
     except UserError as error:
         key, _, text = str(error).partition(": ")
         return [Problem(key, text)]
     if root is None:
-        return _check_value(plain, Any, path)
-    return _check_arguments(root, plain, path, complete=True)
+        return _check_value(container, Any, path)
+    return _check_arguments(root, container, path, complete=True)
 
 
 def _check_value(value: Any, annotation: Any, path: str) -> list[Problem]:
-    """``value`` against an annotation."""
+    """Problems of ``value`` against an annotation."""
     if isinstance(value, str) and value == MISSING:
         return [_missing(path, annotation)]
     if isinstance(value, Mapping) and "_target_" in value:
         return _check_node(value, annotation, path)
-    trials = [_check_member(value, member, path) for member in members(annotation)]
+    trials = [_check_member(value, member, path) for member in union_members(annotation)]
     if [] in trials:
         return []
-    # Inside the only alternative that the value has the form of, the problems are told one by one.
+    # If the value has the form of one alternative only, report the problems inside it one by one.
     inside = [trial for trial in trials if all(problem.path != path for problem in trial)]
     if len(inside) == 1 or len(trials) == 1:
         return (inside or trials)[0]
@@ -78,7 +78,7 @@ def _check_value(value: Any, annotation: Any, path: str) -> list[Problem]:
 
 
 def _check_member(value: Any, annotation: Any, path: str) -> list[Problem]:
-    """``value``, which is no node, against an annotation that is no union."""
+    """Problems of ``value``, which is not a node, against an annotation that is not a union."""
     if annotation is Any or annotation is object:
         return _check_inner_nodes(value, path)
     if (
@@ -91,14 +91,14 @@ def _check_member(value: Any, annotation: Any, path: str) -> list[Problem]:
     if isinstance(value, Mapping) and is_mapping_type(annotation):
         kind = (*get_args(annotation), Any, Any)[1] if get_args(annotation) else Any
         return [problem for key, item in value.items() for problem in _check_value(item, kind, join(path, key))]
-    if isinstance(value, (list, Mapping)) or not is_plain_type(annotation):
+    if isinstance(value, (list, Mapping)) or not is_scalar_type(annotation):
         return [Problem(path, f"expected {describe(annotation)}", value), *_check_inner_nodes(value, path)]
-    expected = misfit(value, annotation)
+    expected = mismatch(value, annotation)
     return [] if expected is None else [Problem(path, f"expected {expected}", value)]
 
 
 def _check_inner_nodes(value: Any, path: str) -> list[Problem]:
-    """The nodes within a value whose own type isn't known."""
+    """Problems of the nodes inside a value of unknown type."""
     if isinstance(value, Mapping):
         items = list(value.items())
     elif isinstance(value, list):
@@ -109,7 +109,7 @@ def _check_inner_nodes(value: Any, path: str) -> list[Problem]:
 
 
 def _check_node(node: Mapping[str, Any], annotation: Any, path: str) -> list[Problem]:
-    """A node with ``_target_``."""
+    """Problems of a node with ``_target_``."""
     problems = [
         Problem(join(path, key), "not supported; arguments are given by name")
         for key in node
@@ -126,11 +126,11 @@ def _check_node(node: Mapping[str, Any], annotation: Any, path: str) -> list[Pro
         problems.append(Problem(join(path, "_target_"), text, node["_target_"]))
         return problems + _check_inner_nodes(arguments, path)
     problems += _check_arguments(target, arguments, path, complete=not is_partial)
-    made = returned(target)
-    if not any(fits(made, member, bool(is_partial)) for member in members(annotation)):
-        text = "a function" if is_partial else getattr(made, "__name__", str(made))
+    result = return_type(target)
+    if not any(is_compatible(result, member, bool(is_partial)) for member in union_members(annotation)):
+        text = "a function" if is_partial else getattr(result, "__name__", str(result))
         text = f"expected {describe(annotation, for_node=True)}, but {node['_target_']} makes {text}"
-        if any(fits(made, member, not is_partial) for member in members(annotation)):
+        if any(is_compatible(result, member, not is_partial) for member in union_members(annotation)):
             text += "; leave out _partial_" if is_partial else "; add _partial_: true"
         problems.append(Problem(path, text))
     return problems
@@ -139,14 +139,14 @@ def _check_node(node: Mapping[str, Any], annotation: Any, path: str) -> list[Pro
 def _check_arguments(
     target: Callable[..., Any], arguments: Mapping[str, Any], path: str, complete: bool
 ) -> list[Problem]:
-    """Keyword arguments against a signature; ``complete``: all that have no default must be there."""
+    """Problems of keyword arguments against a signature; ``complete``: those without a default must be present."""
     try:
-        known = parameters(target, arguments)
+        known = keyword_parameters(target, arguments)
     except ValueError as error:
-        # The value that the other keywords depend on is that of the first parameter.
-        blamed = next(iter(inspect.signature(target).parameters))
-        message = Problem(join(path, blamed), " ".join(str(error).split()), arguments.get(blamed, _NO_VALUE))
-        rest = {key: value for key, value in arguments.items() if key != blamed}
+        # The other keywords depend on the value of the first parameter.
+        first = next(iter(inspect.signature(target).parameters))
+        message = Problem(join(path, first), " ".join(str(error).split()), arguments.get(first, _NO_VALUE))
+        rest = {key: value for key, value in arguments.items() if key != first}
         return [message, *_check_inner_nodes(rest, path)]
     problems = []
     for key, value in arguments.items():
@@ -162,18 +162,18 @@ def _check_arguments(
 
 
 def _missing(path: str, annotation: Any) -> Problem:
-    kind = f" ({describe(annotation)})" if any(is_plain_type(member) for member in members(annotation)) else ""
+    kind = f" ({describe(annotation)})" if any(is_scalar_type(member) for member in union_members(annotation)) else ""
     return Problem(path, f"needs a value{kind}: add {path}=…")
 
 
 def _unknown(key: str, known: Iterable[str]) -> str:
-    """The nearest right key; all of them if they are few or none is near."""
+    """Message with the nearest right key, and with all of them if they are few or none is near."""
     hint, known = suggest(key, known), list(known)
     allowed = f" (allowed: {', '.join(known) or 'none'})" if len(known) <= 12 or not hint else ""
     return f"unknown key{hint}{allowed}"
 
 
 def _shown(value: Any) -> str:
-    """A value as on the command line, shortened."""
+    """A value as on the command line, truncated."""
     text = value if isinstance(value, str) else json.dumps(value, default=str)
     return text if len(text) <= 60 else f"{text[:57]}..."

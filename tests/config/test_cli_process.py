@@ -1,4 +1,4 @@
-"""Doors as commands of their own."""
+"""Entry points in processes of their own."""
 
 import os
 import subprocess
@@ -19,9 +19,9 @@ package.__path__ = [{str(Path(bcos_train.__file__).parent)!r}]
 sys.modules["bcos_train"] = package
 import toys
 from bcos_train.config import UserError
-from bcos_train.config.door import door
+from bcos_train.config.cli import entry_point
 
-@door(config_name="train", root=toys.train)
+@entry_point(config_name="train", root=toys.train, config_dir=Path(__file__).parent / "configs")
 def main(config):
     Path("seed" + str(config["seed"])).touch()
     print("seed", config["seed"], flush=True)
@@ -39,10 +39,7 @@ if __name__ == "__main__":
 @pytest.fixture
 def script(configs: Path, tmp_path: Path) -> Path:
     path = tmp_path / "train.py"
-    # The list is set from outside because these tests' targets are not the project's.
-    path.write_text(
-        SCRIPT.replace("import UserError, targets", "import UserError\nfrom bcos_train.config import targets")
-    )
+    path.write_text(SCRIPT)
     (tmp_path / "work").mkdir()
     return path
 
@@ -57,7 +54,6 @@ def run(script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_exit_code_and_output(script: Path) -> None:
-    """The configs are found beside the script, from any folder."""
     result = run(script, "seed=3")
     assert (result.returncode, result.stdout, result.stderr) == (3, "seed 3\n", "")
     assert [path.name for path in Path(script.parent, "work").iterdir()] == ["seed3"]

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from bcos_train.config import UserError, load, save, to_plain
+from bcos_train.config import UserError, load, save, to_container
 
 VALUES: dict[str, Any] = {
     "small": 1e-05,
@@ -70,4 +70,4 @@ def test_no_file() -> None:
 
 def test_to_plain_keeps_what_is_plain() -> None:
     config = {"a": "${b}", "hydra": 1}
-    assert to_plain(config) is config
+    assert to_container(config) is config
