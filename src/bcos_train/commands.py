@@ -1,9 +1,15 @@
 """The commands ``bcos-train`` and ``bcos-evaluate``; in a checkout also ``python train.py`` and ``evaluate.py``."""
 
+import sys
 from typing import Any
 
-from bcos_train import run
-from bcos_train.config.cli import entry_point, overridden_keys
+try:
+    from bcos_train import run
+    from bcos_train.config.cli import entry_point, overridden_keys
+except ModuleNotFoundError as error:
+    if (error.name or "").startswith("bcos_train"):
+        raise
+    sys.exit(f"{error.name} is not installed; training needs: pip install 'bcos-train[train]'")
 
 __all__ = ["evaluate", "train"]
 
