@@ -31,7 +31,7 @@ ALLOWED = {
     "schedule": set(),
     "augmentation": set(),
     "dataset": set(),
-    "config": set(),
+    "config": {"model"},
 }
 FOR_ALL = {"bcos_train.compiling", "bcos_train.replacing", "bcos_train.suggest"}
 #: Modules that a package may import although the rest of their package is out of reach for it.

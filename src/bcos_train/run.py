@@ -21,8 +21,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from bcos_train.augmentation import Augmentation, BatchMix
-from bcos_train.config import UserError, check, instantiate, overlay, save, user_errors_at
+from bcos_train.config import UserError, check, instantiate, load_plugins, overlay, save, user_errors_at
 from bcos_train.config import load as load_config
+from bcos_train.config.overrides import plugins_in_overrides
 from bcos_train.dataset import BcosEncoding, ImageSource, Standardize, UnevenImages, UnreadableImage
 from bcos_train.dataset.data_module import DataModule
 from bcos_train.evaluation import ExplanationOptions
@@ -61,6 +62,7 @@ class TrainConfig:
         name: Free text at the beginning of the run folder's name.
         runs: Folder of all runs.
         resume: Go on with the run that has the same config; otherwise take a new folder.
+        plugins: Modules of the user that register models and targets; imported before the config is validated.
     """
 
     model: Callable[..., nn.Module]
@@ -84,6 +86,7 @@ class TrainConfig:
     name: str = "default"
     runs: str = "runs"
     resume: bool = True
+    plugins: Sequence[str] = ()
 
 
 def train(config: Mapping[str, Any], folder: Path | None = None) -> int:
@@ -151,7 +154,9 @@ def _restart(config: Mapping[str, Any], processes: int) -> int:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / CONFIG
         save(config, path)
-        return launch.run_under_torchrun("bcos_train.run", path, processes)
+        plugins = config.get("plugins") or []
+        arguments = [f"plugins=[{','.join(plugins)}]"] if plugins else []
+        return launch.run_under_torchrun("bcos_train.run", path, processes, arguments)
 
 
 def _train(parts: TrainConfig, config: Mapping[str, Any], stop: StopFlag, resumed: Path | None) -> int:
@@ -361,11 +366,16 @@ def _quieten() -> None:
 
 
 def main() -> int:
-    """Train as a saved config says, in its run folder if it lies in one: ``python -m bcos_train.run config.yaml``."""
+    """Train as a saved config says, in its run folder if it lies in one: ``python -m bcos_train.run config.yaml``.
+
+    Plugins that the config names must be named again: ``python -m bcos_train.run config.yaml plugins=[my_package]``.
+    """
     launch.report_pid()
     try:
-        if len(sys.argv) != 2:
-            raise UserError("usage: python -m bcos_train.run <config.yaml>")
+        plugins = plugins_in_overrides(sys.argv[2:])
+        if len(sys.argv) != (3 if plugins else 2):
+            raise UserError("usage: python -m bcos_train.run <config.yaml> [plugins=[my_package]]")
+        load_plugins(plugins)
         path = Path(sys.argv[1])
         config = load_config(path)
         if problems := check(config, root=TrainConfig):

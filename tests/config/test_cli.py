@@ -1,53 +1,15 @@
 import logging
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import toys
+from toys import Command
 
 from bcos_train.config import UserError, instantiate
-from bcos_train.config.cli import entry_point, overridden_keys
-
-
-class Command:
-    """An entry point in this process: exit code, output, and the configs that ``main`` received."""
-
-    def __init__(self, configs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-        self.configs, self.monkeypatch, self.capsys = configs, monkeypatch, capsys
-        self.seen: list[dict[str, Any]] = []
-        self.outcome: int | Exception | None = None
-
-    def __call__(self, *arguments: str) -> tuple[int, str]:
-        self.monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
-        try:
-            entry_point(config_name="train", root=toys.train, config_dir=self.configs)(self.main)()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0  # type: ignore[assignment]
-        self.printed, err = self.capsys.readouterr()
-        return code, err
-
-    def main(self, config: dict[str, Any]) -> int | None:
-        self.seen.append(config)
-        if isinstance(self.outcome, BaseException):
-            raise self.outcome
-        return self.outcome
-
-
-@pytest.fixture
-def command(configs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Command]:
-    (configs.parent / "work").mkdir()
-    monkeypatch.chdir(configs.parent / "work")
-    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
-    handlers, level = list(logging.getLogger().handlers), logging.getLogger().level
-    yield Command(configs, monkeypatch, capsys)
-    # --info sets up logging.
-    logging.getLogger().handlers[:] = handlers
-    logging.getLogger().setLevel(level)
-
+from bcos_train.config.cli import overridden_keys
 
 CHOICES = "(choices: broken, net, resnet18 and resnet50)"
 KEYS = "(allowed: depth, norm, b)"

@@ -146,7 +146,7 @@ class TestRoot:
 
     def test_keys_are_parameters(self) -> None:
         problems = check({**self.RIGHT, "sed": 3, "trainer": {"b": net(dept=1)}}, root=toys.train)
-        allowed = "(allowed: model, optimizer, dataset, seed, name, devices, loggers, trainer)"
+        allowed = "(allowed: model, optimizer, dataset, seed, name, devices, loggers, trainer, plugins)"
         assert [str(problem) for problem in problems] == [
             f"sed=3: unknown key; did you mean seed? {allowed}",
             f"trainer.b.dept=1: unknown key; did you mean depth? {KEYS}",

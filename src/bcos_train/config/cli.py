@@ -6,7 +6,7 @@ import os
 import sys
 import traceback
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +20,18 @@ from bcos_train.config.composition import (
     job_overrides,
     one_line,
     parse_command_line,
+    project_config_dir,
     run_jobs,
     to_job_config,
 )
 from bcos_train.config.errors import UserError
-from bcos_train.config.overrides import check_choices, read_overrides
+from bcos_train.config.overrides import check_choices, plugins_in_overrides, read_overrides
+from bcos_train.config.plugins import KEY as PLUGINS
+from bcos_train.config.plugins import load_plugins, plugins_in_folder
 from bcos_train.config.validation import Problem, check
 from bcos_train.suggest import suggest
 
-__all__ = ["entry_point", "overridden_keys", "project_config_dir"]
+__all__ = ["entry_point", "overridden_keys"]
 
 Task = Callable[[dict[str, Any]], int | None]
 
@@ -54,13 +57,6 @@ class SweepStopped(BaseException):
     def __init__(self, code: int) -> None:
         super().__init__(code)
         self.code = code
-
-
-def project_config_dir() -> Path:
-    """The folder ``configs``: inside the package once it is installed from a wheel, else at the top of the checkout."""
-    package = Path(__file__).resolve().parents[1]
-    installed = package / "configs"
-    return installed if installed.is_dir() else package.parents[1] / "configs"
 
 
 def entry_point(
@@ -110,12 +106,15 @@ def _run(main: Task, config_name: str, root: Callable[..., Any], config_dir: Pat
     arguments = parse_command_line()
     if arguments.config_path is not None:
         config_dir = Path(arguments.config_path).absolute()
+    # First, since the models of a plugin are choices.
+    load_plugins(plugins_in_overrides(arguments.overrides))
     rewritten: dict[str, str] = {}
     if not (arguments.help or arguments.hydra_help or arguments.info or arguments.shell_completion):
         composer = Composer(config_dir, arguments.config_dir)
         rewritten = _preflight(composer, arguments, config_name, root)
     outcome = _Outcome()
-    task = _make_task(main, root, outcome, full_error=os.environ.get(FULL_ERROR))
+    extra_dir = None if arguments.config_dir is None else Path(arguments.config_dir).absolute()
+    task = _make_task(main, root, outcome, extra_dir, full_error=os.environ.get(FULL_ERROR))
     argv = sys.argv
     sys.argv = [argv[0], *(rewritten.get(argument, argument) for argument in argv[1:])]
     if arguments.config_path is not None:
@@ -124,7 +123,7 @@ def _run(main: Task, config_name: str, root: Callable[..., Any], config_dir: Pat
     try:
         # With this variable Hydra raises its errors instead of printing them and exiting with code 1.
         with _environment(FULL_ERROR, "1"):
-            run_jobs(task, config_dir, config_name)
+            run_jobs(task, config_dir, config_name, extra_dir)
     except (JobFailed, SweepStopped) as stopped:
         return stopped.code
     finally:
@@ -154,11 +153,32 @@ def _preflight(composer: Composer, arguments: Namespace, config_name: str, root:
         problems = check_choices(job, composer)
         if not problems:
             config = composer.compose(name, job)
+            _load_plugins(config, job, composer.extra_dir)
             # --cfg is there to find out what is wrong.
             problems = [] if arguments.cfg else check(config, root=root)
         all_problems += problems
     _raise(all_problems)
     return rewritten
+
+
+def _load_plugins(config: Mapping[str, Any], overrides: Sequence[str], own_folder: Path | None) -> None:
+    """Import the plugins of a composed config if the user named them.
+
+    Raises:
+        UserError: A plugin is named by another file than those of ``own_folder``, such as the config of a run that is
+            used with ``--config-path``; or it cannot be imported.
+    """
+    names = config.get(PLUGINS) or []
+    if not isinstance(names, list) or not names:
+        return  # ``check`` reports other types
+    allowed = set(plugins_in_overrides(overrides))
+    if own_folder is not None and not allowed.issuperset(names):
+        allowed |= set(plugins_in_folder(own_folder))
+    for name in names:
+        if name not in allowed:
+            where = "on the command line or in a file of your own --config-dir"
+            raise UserError(f"{PLUGINS}={name}: a plugin runs code; it can only be named {where}")
+    load_plugins(names)
 
 
 def _defaults(composer: Composer, name: str) -> dict[str, Any]:
@@ -178,7 +198,7 @@ class _Outcome:
 
 
 def _make_task(
-    main: Task, root: Callable[..., Any], outcome: _Outcome, full_error: str | None
+    main: Task, root: Callable[..., Any], outcome: _Outcome, own_folder: Path | None, full_error: str | None
 ) -> Callable[[Any], None]:
     """The function that Hydra calls for each job, in this process or, through a launcher, in another."""
     home = os.getpid()
@@ -189,6 +209,7 @@ def _make_task(
         with _environment(FULL_ERROR, full_error):
             try:
                 job = to_job_config(config)
+                _load_plugins(job, job_overrides(), own_folder)  # in another process, or beyond MAX_PREFLIGHT
                 _raise(check(job, root=root))
                 code = main(job) or 0
             except UserError as error:

@@ -18,6 +18,7 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import create_config_search_path, get_args_parser
 from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -43,6 +44,8 @@ __all__ = [
     "job_overrides",
     "one_line",
     "parse_command_line",
+    "parse_override",
+    "project_config_dir",
     "run_jobs",
     "to_job_config",
 ]
@@ -71,12 +74,20 @@ SUITS = "suits"
 UNRESOLVED = "${…}"
 
 
+def project_config_dir() -> Path:
+    """The folder ``configs``: inside the package once it is installed from a wheel, else at the top of the checkout."""
+    package = Path(__file__).resolve().parents[1]
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parents[1] / "configs"
+
+
 class Composer:
     """Compose configs from a folder of config groups, and list the choices of each group.
 
     Args:
         config_dir: Folder of the main configs.
-        extra_dir: A further folder (``--config-dir``), searched first.
+        extra_dir: A further folder (``--config-dir``), searched after it. It is the user's own: its files may name
+            plugins.
 
     Raises:
         UserError: A folder does not exist.
@@ -86,8 +97,10 @@ class Composer:
         for folder in (config_dir, extra_dir):
             if folder is not None and not Path(folder).is_dir():
                 raise UserError(f"{folder}: no such folder of configs")
+        self.extra_dir = None if extra_dir is None else Path(extra_dir)
         hydra.version.setbase(VERSION_BASE)
         setup_globals()
+        _offer_models(Path(config_dir), self.extra_dir)
         search_path = create_config_search_path(os.path.abspath(config_dir))
         if extra_dir is not None:
             anchor = SearchPathQuery(provider="schema")
@@ -186,6 +199,11 @@ def to_job_config(config: DictConfig) -> dict[str, Any]:
     return job
 
 
+def parse_override(text: str) -> Override:
+    """Parse one ``key=value``. Raises :data:`OverrideError`."""
+    return OverridesParser.create().parse_overrides([text])[0]
+
+
 def job_overrides() -> list[str]:
     """The overrides of the current job, as typed."""
     return _texts(HydraConfig.get().overrides.task)
@@ -219,17 +237,36 @@ def parse_command_line() -> Namespace:
     return arguments
 
 
-def run_jobs(task: Callable[[DictConfig], None], config_dir: Path, config_name: str) -> None:
+def run_jobs(
+    task: Callable[[DictConfig], None], config_dir: Path, config_name: str, extra_dir: Path | None = None
+) -> None:
     """Let Hydra do what ``sys.argv`` says: run ``task`` once or for every job of a sweep, print help, complete words.
 
     Raises:
         UserError: Flags that do not go together. Errors of :data:`COMPOSITION_ERRORS` pass through.
     """
+    _offer_models(config_dir, extra_dir)
     run = hydra.main(version_base=VERSION_BASE, config_path=str(config_dir), config_name=config_name)(task)
     try:
         run()
     except ValueError as error:
         raise UserError(one_line(error)) from error
+
+
+def _offer_models(config_dir: Path, extra_dir: Path | None) -> None:
+    """Add to the group ``model`` of the project's configs each registered model that has no file there."""
+    if config_dir.resolve() != project_config_dir():
+        return
+    # Not before now: the registry imports torch.
+    from bcos_train.config.model_choices import model_choices
+
+    store = ConfigStore.instance()
+    files = {path.stem for folder in (config_dir, extra_dir) if folder for path in (folder / "model").glob("*.yaml")}
+    for name, node in model_choices().items():
+        if name not in files:
+            store.store(group="model", name=name, node=node, package="_global_", provider="models")
+        else:  # Hydra would take the stored one for the schema of the file
+            store.repo.get("model", {}).pop(f"{name}.yaml", None)
 
 
 def one_line(error: Exception) -> str:

@@ -8,12 +8,13 @@ repeats it.
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from bcos_train.config.composition import Composer, Override, OverrideError, OverrideType
+from bcos_train.config.composition import Composer, Override, OverrideError, OverrideType, parse_override
 from bcos_train.config.containers import join
+from bcos_train.config.plugins import KEY as PLUGINS
 from bcos_train.config.validation import Problem
 from bcos_train.suggest import join_words, nearest, suggest
 
-__all__ = ["check_choices", "read_overrides"]
+__all__ = ["check_choices", "plugins_in_overrides", "read_overrides"]
 
 
 def read_overrides(
@@ -63,6 +64,21 @@ def check_choices(overrides: Iterable[str], composer: Composer, may_sweep: bool 
                 if choice is not None and str(choice).removesuffix(".yaml") not in composer.choices(group)
             ]
     return problems
+
+
+def plugins_in_overrides(overrides: Iterable[str]) -> list[str]:
+    """The plugins that are named on a command line; of a sweep over them, which jobs load one by one, none."""
+    names: list[str] = []
+    for text in overrides:
+        if text.lstrip("+").partition("=")[0] != PLUGINS:
+            continue
+        try:
+            override = parse_override(text)
+        except OverrideError:
+            continue  # read_overrides reports it
+        value = None if override.is_sweep_override() else override.value()
+        names += [str(name) for name in (value if isinstance(value, list) else [])]
+    return names
 
 
 def _no_choice(group: str, choice: str, composer: Composer) -> Problem:

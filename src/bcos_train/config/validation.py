@@ -19,6 +19,8 @@ from bcos_train.config.annotations import (
 from bcos_train.config.containers import join, to_container
 from bcos_train.config.errors import UserError
 from bcos_train.config.instantiation import MISSING, RESERVED, is_reserved
+from bcos_train.config.plugins import KEY as PLUGINS
+from bcos_train.config.plugins import missing_plugins
 from bcos_train.config.signature import keyword_parameters, return_type
 from bcos_train.config.targets import resolve
 from bcos_train.suggest import suggest
@@ -58,6 +60,9 @@ def check(config: Mapping[str, Any], *, root: Callable[..., Any] | None = None, 
         return [Problem(key, text)]
     if root is None:
         return _check_value(container, Any, path)
+    if missing := missing_plugins(container):
+        # Whatever else is wrong may be so because names of the plugin are unknown.
+        return [Problem(PLUGINS, _plugin_hint(name), name) for name in missing]
     return _check_arguments(root, container, path, complete=True)
 
 
@@ -159,6 +164,10 @@ def _check_arguments(
         if complete and parameter.default is parameter.empty and key not in arguments:
             problems.append(_missing(join(path, key), parameter.annotation))
     return problems
+
+
+def _plugin_hint(name: str) -> str:
+    return f"this plugin runs code, which a saved config can't start; if you trust it, add plugins=[{name}]"
 
 
 def _missing(path: str, annotation: Any) -> Problem:
