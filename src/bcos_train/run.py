@@ -21,8 +21,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from bcos_train.augmentation import Augmentation, BatchMix
-from bcos_train.config import UserError, blame, check, instantiate, overlay, save
+from bcos_train.config import UserError, check, instantiate, load_plugins, overlay, save, user_errors_at
 from bcos_train.config import load as load_config
+from bcos_train.config.overrides import plugins_in_overrides
 from bcos_train.dataset import BcosEncoding, ImageSource, NotCacheable, Standardize, UnevenImages, UnreadableImage
 from bcos_train.dataset.data_module import DataModule
 from bcos_train.evaluation import ExplanationOptions
@@ -61,6 +62,7 @@ class TrainConfig:
         name: Free text at the beginning of the run folder's name.
         runs: Folder of all runs.
         resume: Go on with the run that has the same config; otherwise take a new folder.
+        plugins: Modules of the user that register models and targets; imported before the config is validated.
     """
 
     model: Callable[..., nn.Module]
@@ -84,6 +86,7 @@ class TrainConfig:
     name: str = "default"
     runs: str = "runs"
     resume: bool = True
+    plugins: Sequence[str] = ()
 
 
 def train(config: Mapping[str, Any], folder: Path | None = None) -> int:
@@ -107,7 +110,7 @@ def train(config: Mapping[str, Any], folder: Path | None = None) -> int:
         raise UserError(
             f"the launcher started {world} processes, but trainer.devices x trainer.num_nodes is {options.world_size}"
         )
-    with blame(""):
+    with user_errors_at(""):
         split_batch(config["batch_size"], options.world_size, options.max_batch_per_device)
     if world is None and options.world_size > 1:
         return _restart(config, options.processes_per_node)
@@ -153,19 +156,21 @@ def _restart(config: Mapping[str, Any], processes: int) -> int:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / CONFIG
         save(config, path)
-        return launch.run_under_torchrun("bcos_train.run", path, processes)
+        plugins = config.get("plugins") or []
+        arguments = [f"plugins=[{','.join(plugins)}]"] if plugins else []
+        return launch.run_under_torchrun("bcos_train.run", path, processes, arguments)
 
 
 def _train(parts: TrainConfig, config: Mapping[str, Any], stop: StopFlag, resumed: Path | None) -> int:
     console = Console(quiet=launch.rank() > 0)
     split = split_batch(parts.batch_size, parts.trainer.world_size, parts.trainer.max_batch_per_device)
-    with blame(""):
+    with user_errors_at(""):
         trainer = build_trainer(parts.trainer, split.accumulate)
     trainer.strategy.setup_environment()
     data = _load_data(parts, split, trainer)
     model = build_model(parts, data)
     check_image_size(model, data, parts.encoding, config)
-    with blame("optimizer"):
+    with user_errors_at("optimizer"):
         parts.optimizer([nn.Parameter(torch.zeros(1, 1))])  # a wrong number is told before anything is written
     base = Path(parts.runs, parts.dataset.name, config["model"]["name"], f"{parts.name}-{run_hash(config)}")
     found: RunFolder | None = None
@@ -181,14 +186,14 @@ def _train(parts: TrainConfig, config: Mapping[str, Any], stop: StopFlag, resume
         return 0
     with contextlib.ExitStack() as stack:
         if trainer.is_global_zero:
-            with blame(""):
+            with user_errors_at(""):
                 stack.enter_context(locked(folder.path))
             save(config, folder.path / CONFIG)
         module = _build_module(parts, model, data, data.steps_per_epoch)
         csv_logger = CsvLogger(folder.path)
         extra_loggers = _extra_loggers(parts, folder) if trainer.is_global_zero else []
         stack.callback(loggers.close, extra_loggers)
-        with blame(""):
+        with user_errors_at(""):
             loggers.start(extra_loggers, config)
         trainer.loggers = [csv_logger, *extra_loggers]
         title = f"{config['model']['name']} on {parts.dataset.name} · {folder.name}"
@@ -253,7 +258,7 @@ def evaluate(config: Mapping[str, Any], given: Sequence[str] = ()) -> int:
     parts = EvaluateConfig(**instantiate({**config, "model": fresh}))
     if launch.launched_world_size() is None:
         parts = replace(parts, trainer=replace(parts.trainer, devices=1, num_nodes=1))
-    with blame(""):
+    with user_errors_at(""):
         source = find_checkpoint(folder / CHECKPOINTS, parts.checkpoint) if folder else parts.weights
         assert source is not None
         state, is_ema, origin = find_weights(name, source, use_ema=parts.use_ema, node=fresh)
@@ -262,7 +267,7 @@ def evaluate(config: Mapping[str, Any], given: Sequence[str] = ()) -> int:
     trainer.strategy.setup_environment()
     data = _load_data(parts, split, trainer, stage="validate")
     model = build_model(parts, data)
-    with blame(""):
+    with user_errors_at(""):
         load_weights(model, state, origin)
     # The training part may be missing.
     module = _build_module(parts, model, data, steps_per_epoch=1)
@@ -280,7 +285,7 @@ def evaluate(config: Mapping[str, Any], given: Sequence[str] = ()) -> int:
 
 
 def _load_data(parts: TrainConfig, split: BatchSplit, trainer: pl.Trainer, stage: str = "fit") -> DataModule:
-    with blame("dataset"):
+    with user_errors_at("dataset"):
         data = DataModule(
             parts.dataset,
             train_transform=parts.augmentation.train,
@@ -303,7 +308,7 @@ def _load_data(parts: TrainConfig, split: BatchSplit, trainer: pl.Trainer, stage
 
 def _build_module(parts: TrainConfig, model: nn.Module, data: DataModule, steps_per_epoch: int) -> Classifier:
     augmentation, options = parts.augmentation, parts.trainer
-    with blame("augmentation"):
+    with user_errors_at("augmentation"):
         mix = BatchMix(choose_num_classes(parts, data), augmentation.mixup_alpha, augmentation.cutmix_alpha)
     return Classifier(
         model,
@@ -363,11 +368,16 @@ def _quieten() -> None:
 
 
 def main() -> int:
-    """Train as a saved config says, in its run folder if it lies in one: ``python -m bcos_train.run config.yaml``."""
+    """Train as a saved config says, in its run folder if it lies in one: ``python -m bcos_train.run config.yaml``.
+
+    Plugins that the config names must be named again: ``python -m bcos_train.run config.yaml plugins=[my_package]``.
+    """
     launch.report_pid()
     try:
-        if len(sys.argv) != 2:
-            raise UserError("usage: python -m bcos_train.run <config.yaml>")
+        plugins = plugins_in_overrides(sys.argv[2:])
+        if len(sys.argv) != (3 if plugins else 2):
+            raise UserError("usage: python -m bcos_train.run <config.yaml> [plugins=[my_package]]")
+        load_plugins(plugins)
         path = Path(sys.argv[1])
         config = load_config(path)
         if problems := check(config, root=TrainConfig):

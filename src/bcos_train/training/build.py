@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from bcos_train.compiling import prepare_to_compile
-from bcos_train.config import UserError, blame
+from bcos_train.config import UserError, user_errors_at
 from bcos_train.dataset.data_module import DataModule
 from bcos_train.nn import RunningNorm2d, sync_batch_norm_
 from bcos_train.training.checkpoint_io import VerifiedCheckpointIO
@@ -97,7 +97,7 @@ def build_model(parts: Any, data: DataModule) -> nn.Module:
         UserError: The model can't be built so, or doesn't go with the data set or the encoding.
     """
     pl.seed_everything(parts.seed, verbose=False)
-    with blame("model"):
+    with user_errors_at("model"):
         model: nn.Module = parts.model(num_classes=choose_num_classes(parts, data))
     channels = getattr(model, "in_chans", parts.encoding.in_channels)
     if channels != parts.encoding.in_channels:

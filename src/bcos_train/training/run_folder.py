@@ -20,6 +20,7 @@ WITHOUT_EFFECT = (
     "name",
     "runs",
     "resume",
+    "plugins",
     "logger",
     "checkpointing",
     "explanation",
