@@ -34,6 +34,7 @@ from bcos_train.schedule import Schedule
 from bcos_train.training import explanation_logging, launch, loggers
 from bcos_train.training.build import build_model, build_trainer, choose_num_classes, print_banner
 from bcos_train.training.checkpointer import Checkpointer, Checkpointing, UnknownMonitor, find_checkpoint
+from bcos_train.training.compilation import should_compile
 from bcos_train.training.ema import Ema, EmaCallback, ema_decay
 from bcos_train.training.finish import finish, report_evaluation
 from bcos_train.training.image_size import check_image_size
@@ -170,6 +171,8 @@ def _train(parts: TrainConfig, config: Mapping[str, Any], stop: StopFlag, resume
     data = _load_data(parts, split, trainer)
     model = build_model(parts, data)
     check_image_size(model, data, parts.encoding, config)
+    with user_errors_at(""):
+        compiled = should_compile(parts.trainer, model)
     with user_errors_at("optimizer"):
         parts.optimizer([nn.Parameter(torch.zeros(1, 1))])  # a wrong number is told before anything is written
     base = Path(parts.runs, parts.dataset.name, config["model"]["name"], f"{parts.name}-{run_hash(config)}")
@@ -189,7 +192,7 @@ def _train(parts: TrainConfig, config: Mapping[str, Any], stop: StopFlag, resume
             with user_errors_at(""):
                 stack.enter_context(locked(folder.path))
             save(config, folder.path / CONFIG)
-        module = _build_module(parts, model, data, data.steps_per_epoch)
+        module = _build_module(parts, model, data, data.steps_per_epoch, compiled=compiled)
         csv_logger = CsvLogger(folder.path)
         extra_loggers = _extra_loggers(parts, folder) if trainer.is_global_zero else []
         stack.callback(loggers.close, extra_loggers)
@@ -198,7 +201,7 @@ def _train(parts: TrainConfig, config: Mapping[str, Any], stop: StopFlag, resume
         trainer.loggers = [csv_logger, *extra_loggers]
         title = f"{config['model']['name']} on {parts.dataset.name} · {folder.name}"
         trainer.callbacks += _build_callbacks(parts, data, title, folder, console, stop)  # type: ignore[attr-defined]
-        print_banner(console, parts, config["model"]["name"], model, data, split, folder)
+        print_banner(console, parts, config["model"]["name"], model, data, split, folder, module.compilation)
         if folder.resume_from is None:
             csv_logger.forget_after(-1)  # all steps will be taken again
         started = time.monotonic()
@@ -306,7 +309,9 @@ def _load_data(parts: TrainConfig, split: BatchSplit, trainer: pl.Trainer, stage
     return data
 
 
-def _build_module(parts: TrainConfig, model: nn.Module, data: DataModule, steps_per_epoch: int) -> Classifier:
+def _build_module(
+    parts: TrainConfig, model: nn.Module, data: DataModule, steps_per_epoch: int, compiled: bool = False
+) -> Classifier:
     augmentation, options = parts.augmentation, parts.trainer
     with user_errors_at("augmentation"):
         mix = BatchMix(choose_num_classes(parts, data), augmentation.mixup_alpha, augmentation.cutmix_alpha)
@@ -323,7 +328,7 @@ def _build_module(parts: TrainConfig, model: nn.Module, data: DataModule, steps_
         gradient_clip_val=options.gradient_clip_val,
         gradient_clip_algorithm=options.gradient_clip_algorithm,
         channels_last=options.uses_channels_last,
-        compiled=options.compile,
+        compiled=compiled,
         log_every_n_steps=options.log_every_n_steps,
         seed=parts.seed,
     )

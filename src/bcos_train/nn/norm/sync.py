@@ -5,6 +5,7 @@ Axes: R processes, S statistics (one a channel, or a single one).
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.nn.functional import all_reduce
 
@@ -37,9 +38,10 @@ def combined_statistics(
     rows, cancels badly in float32.
     """
     shape, size = mean.shape, mean.numel()
-    row = torch.cat([mean.flatten(), var.flatten(), mean.new_tensor([count])])
-    rows = torch.zeros(dist.get_world_size(group), row.numel(), dtype=row.dtype, device=row.device)
-    rows = rows.index_put((torch.tensor(dist.get_rank(group), device=row.device),), row)
+    # Nothing is copied from the host, which on a GPU would wait for all that has been queued.
+    row = torch.cat([mean.flatten(), var.flatten(), mean.new_full((1,), count)])
+    rank, world_size = dist.get_rank(group), dist.get_world_size(group)
+    rows = F.pad(row[None], (0, 0, rank, world_size - 1 - rank))
     rows = all_reduce(rows, group=dist.group.WORLD if group is None else group)
     means_RS, vars_RS, counts_R1 = rows.split([size, size, 1], dim=1)
     total = counts_R1.sum()
