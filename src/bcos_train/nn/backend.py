@@ -2,9 +2,11 @@
 
 from typing import Literal, get_args
 
-from torch import nn
+from torch import Tensor, nn
 
 from bcos_train.compiling import prepare_to_compile
+from bcos_train.nn.gpu.device import uses_triton
+from bcos_train.nn.gpu.layer_kernels import GPU
 from bcos_train.nn.kernels import EAGER, Kernels, compiled_kernels
 from bcos_train.nn.observers import is_plain
 from bcos_train.suggest import suggest
@@ -25,19 +27,22 @@ class Fusable(nn.Module):
     # A class attribute, as `Detachable.detach` is.
     backend: Backend = "fused"
 
-    def fused_kernels(self) -> Kernels | None:
-        """What the fused operation is to use, or None for the plain operations."""
+    def fused_kernels(self, x: Tensor) -> Kernels | None:
+        """What the fused operation is to use for the input `x`, or None for the plain operations."""
         if self.backend == "reference" or is_plain():
             return None
-        return compiled_kernels() if self.backend == "compiled" else EAGER
+        if self.backend == "compiled":
+            return compiled_kernels()
+        return GPU if uses_triton(x) else EAGER
 
 
 def set_backend(model: nn.Module, backend: Backend) -> None:
     """Choose how all layers of a model compute.
 
     Args:
-        backend: "fused" (operations with derivatives by hand; the default), "compiled" (their elementwise passes
-            compiled by `torch.compile`, at the first steps), or "reference" (plain operations).
+        backend: "fused" (operations with derivatives by hand, on a GPU with Triton kernels; the default), "compiled"
+            (their elementwise passes compiled by `torch.compile`, at the first steps), or "reference" (plain
+            operations).
 
     Raises:
         ValueError: another name, or no compiler for "compiled".

@@ -9,15 +9,19 @@ float64.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from bcos_train.nn.functional import COSINE_EPS
+from bcos_train.nn.functional import COSINE_EPS, FEATURE_EPS, statistics_dtype
 from bcos_train.nn.scratch import parts
+
+if TYPE_CHECKING:
+    from bcos_train.nn.fused.geometry import Convolution
 
 __all__ = ["EAGER", "Kernels", "compiled_kernels"]
 
@@ -26,21 +30,39 @@ __all__ = ["EAGER", "Kernels", "compiled_kernels"]
 class Kernels:
     """
     Attributes:
+        patch_norm: (x, conv) -> ||x|| of every patch of a convolution, (N, G, P, Q).
+        feature_norm: (x) -> ||x|| + 1e-12 over the last axis, 1 where x = 0.
         square: (out, norm) -> y = out |out| / ||x||, the B-cos transform with B = 2; it may write into out.
-        square_backward: (grad, y, norm, dim) -> its gradients: d/d out, and -||x|| d/d||x|| summed over `dim` (None:
-            not at all). The output tells all, since |out| = sqrt(|y| ||x||).
+        square_backward: (grad, y, norm, dim) -> d/d out, and s = d/d||x|| / ||x|| summed over `dim` (None: not at
+            all): the input's gradient by way of its norm is x s. The output tells all, since |out| = sqrt(|y| ||x||).
         power: (out, norm, b) -> y = out (|out| / ||x|| + 1e-6)^(B-1).
         power_backward: (grad, out, norm, b, dim) -> as `square_backward`.
         add_product: (a, x, s) -> a + x s; it may write into a.
         combine: (grad, a, x, b, c) -> a grad + b x + c.
     """
 
+    patch_norm: Callable[[Tensor, "Convolution"], Tensor]
+    feature_norm: Callable[[Tensor], Tensor]
     square: Callable[[Tensor, Tensor], Tensor]
     square_backward: Callable[[Tensor, Tensor, Tensor, int | None], tuple[Tensor, Tensor]]
     power: Callable[[Tensor, Tensor, float], Tensor]
     power_backward: Callable[[Tensor, Tensor, Tensor, float, int | None], tuple[Tensor, Tensor]]
     add_product: Callable[[Tensor, Tensor, Tensor], Tensor]
     combine: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def _patch_norm(x: Tensor, conv: "Convolution") -> Tensor:
+    return conv.norm(x)
+
+
+def _feature_norm(x: Tensor) -> Tensor:
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=statistics_dtype(x))
+    return torch.where(norm == 0, 1, norm + FEATURE_EPS)
+
+
+def _share(energy: Tensor, norm: Tensor) -> Tensor:
+    """-energy / norm²."""
+    return (energy / norm.square()).neg_()
 
 
 def _sum(x: Tensor, dim: int | None, dtype: torch.dtype) -> Tensor:
@@ -64,11 +86,11 @@ def _square(out: Tensor, norm: Tensor) -> Tensor:
 def _square_backward(grad: Tensor, y: Tensor, norm: Tensor, dim: int | None) -> tuple[Tensor, Tensor]:
     if is_compiling():
         wide = grad.to(norm.dtype)
-        return (2 * (y.abs() / norm).sqrt() * wide).to(grad.dtype), _sum(wide * y, dim, norm.dtype)
+        return (2 * (y.abs() / norm).sqrt() * wide).to(grad.dtype), _share(_sum(wide * y, dim, norm.dtype), norm)
     buffer = grad * y
     energy = _sum(buffer, dim, norm.dtype)
     torch.abs(y, out=buffer)
-    return buffer.div_(_suited(norm / 4, y)).sqrt_().mul_(grad), energy
+    return buffer.div_(_suited(norm / 4, y)).sqrt_().mul_(grad), _share(energy, norm)
 
 
 def _power(out: Tensor, norm: Tensor, b: float) -> Tensor:
@@ -84,13 +106,13 @@ def _power_backward(grad: Tensor, out: Tensor, norm: Tensor, b: float, dim: int 
         power = (cosine + COSINE_EPS).pow(b - 2)
         slope = (b - 1) * cosine * power
         energy = _sum(wide * out * slope, dim, norm.dtype)
-        return ((power * (cosine + COSINE_EPS) + slope) * wide).to(grad.dtype), energy
+        return ((power * (cosine + COSINE_EPS) + slope) * wide).to(grad.dtype), _share(energy, norm)
     cosine = out.abs().div_(_suited(norm, out))
     slope = (cosine + COSINE_EPS).pow_(b - 2)
     scale = (cosine + COSINE_EPS).mul_(slope)
     slope.mul_(cosine).mul_(b - 1)
     energy = _sum(cosine.copy_(grad).mul_(out).mul_(slope), dim, norm.dtype)
-    return scale.add_(slope).mul_(grad), energy
+    return scale.add_(slope).mul_(grad), _share(energy, norm)
 
 
 def _add_product(a: Tensor, x: Tensor, s: Tensor) -> Tensor:
@@ -106,6 +128,8 @@ def _combine(grad: Tensor, a: Tensor, x: Tensor, b: Tensor, c: Tensor) -> Tensor
 
 
 EAGER = Kernels(
+    patch_norm=_patch_norm,
+    feature_norm=_feature_norm,
     square=_square,
     square_backward=_square_backward,
     power=_power,
@@ -122,4 +146,5 @@ def compiled_kernels() -> Kernels:
     They are compiled at their first call. What torch doesn't compile (the ninth combination of dtype and layout in one
     process; what some dispatch mode watches) runs eagerly.
     """
-    return Kernels(**{name: torch.compile(kernel, dynamic=True) for name, kernel in vars(EAGER).items()})
+    elementwise = {name: kernel for name, kernel in vars(EAGER).items() if not name.endswith("norm")}
+    return replace(EAGER, **{name: torch.compile(kernel, dynamic=True) for name, kernel in elementwise.items()})

@@ -55,7 +55,7 @@ class BcosLayer(Detachable, Fusable):
     def forward(self, x: Tensor) -> Tensor:
         b = self.b
         if not (isinstance(b, Tensor) or b == 1 or is_hooked(self.linear)):
-            kernels = self.fused_kernels()
+            kernels = self.fused_kernels(x)
             fused = None if kernels is None else self.fused(x, b, kernels)
             if fused is not None:
                 return fused

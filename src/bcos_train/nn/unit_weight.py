@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bcos_train.nn.autocast import autocast_dtype
 from bcos_train.nn.functional import normalise_weight, statistics_dtype
+from bcos_train.nn.gpu.device import uses_triton
+from bcos_train.nn.gpu.ops import OPS
 from bcos_train.nn.observers import is_plain
 from bcos_train.nn.scratch import inner_products
 
@@ -60,10 +63,18 @@ class UnitWeight(Freezable):
         return normalise_weight(self.weight)
 
     def unit_weight(self) -> Tensor:
-        """ŵ = w / ||w||, of the shape of the weight; the frozen one where there is one."""
+        """ŵ = w / ||w||, of the shape of the weight; the frozen one where there is one.
+
+        On a GPU it is in the dtype that autocast would cast it to.
+        """
         if (found := self.frozen) is not None:
             return found
-        return normalise_weight(self.weight) if is_plain() else _Normalise.apply(self.weight)
+        weight = self.weight
+        if is_plain():
+            return normalise_weight(weight)
+        if uses_triton(weight) and weight.numel() > 0 and _is_dense(weight):
+            return _NormalizeOnGPU.apply(weight, autocast_dtype(weight) or weight.dtype)
+        return _Normalise.apply(weight)
 
 
 class _Normalise(torch.autograd.Function):
@@ -84,6 +95,31 @@ class _Normalise(torch.autograd.Function):
         shape = (-1, *[1] * (weight.dim() - 1))
         along = inner_products(_rows(grad, unit), _rows(unit, unit), norm.dtype)
         return torch.addcmul(grad, unit, -along.view(shape).to(grad.dtype)).div_(norm.view(shape))
+
+
+class _NormalizeOnGPU(torch.autograd.Function):
+    """The same in two launches, where the eager operations take nine, and the casts of autocast two more."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        unit, norm = OPS.normalize.default(weight, dtype)
+        ctx.save_for_backward(weight, norm)
+        ctx.dtype = dtype
+        return unit
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
+        weight, norm = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return plain_backward(lambda weight: normalise_weight(weight).to(ctx.dtype), (weight,), grad)[0], None
+        if grad.stride() != weight.stride():
+            grad = torch.empty_like(weight, dtype=grad.dtype).copy_(grad)
+        return OPS.normalize_backward.default(grad, weight, norm), None
+
+
+def _is_dense(weight: Tensor) -> bool:
+    """True if the values of each output unit lie side by side in memory."""
+    return weight.is_contiguous() or (weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last))
 
 
 def _rows(x: Tensor, weight: Tensor) -> Tensor:

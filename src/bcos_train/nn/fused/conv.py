@@ -13,6 +13,7 @@ from bcos_train.nn.functional import bcos_scale, max_out, patch_norm
 from bcos_train.nn.fused.geometry import Convolution
 from bcos_train.nn.fused.transform import detached_scale, scale_backward, scale_output, to_chosen, uncast
 from bcos_train.nn.kernels import Kernels
+from bcos_train.nn.layout import memory_format
 from bcos_train.nn.unit_weight import plain_backward
 
 __all__ = ["bcos_conv2d", "detached_bcos_conv2d"]
@@ -24,7 +25,7 @@ class _BcosConv2d(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, conv: Convolution, b: float, candidates: int, kernels: Kernels
     ) -> Tensor:
         groups = _viewed_groups(conv, len(weight))
-        norm = conv.norm(x)
+        norm = kernels.patch_norm(x, conv)
         out = conv(x, arrange(weight, candidates, groups))
         best, choice = choose(_grouped(out, groups), candidates, _unit_dim(groups))
         y, kept = scale_output(best, _grouped(norm, groups), b, kernels)
@@ -44,11 +45,11 @@ class _BcosConv2d(torch.autograd.Function):
         norm = _grouped(norm, groups)
         # With a single unit in each group there is nothing to sum over.
         summed = None if len(weight) == conv.groups else dim
-        best, energy = scale_backward(_grouped(grad, groups), kept, norm, b, summed, kernels)
+        best, s = scale_backward(_grouped(grad, groups), kept, norm, b, summed, kernels)
         large = _ungrouped(to_chosen(best, choice, candidates, dim), groups)
         grad_x, grad_weight = conv.backward(large, x, arrange(weight, candidates, groups), ctx.needs_input_grad)
         if ctx.needs_input_grad[0]:
-            s = conv.box_adjoint(_small(energy / norm.square(), groups).neg_(), x.shape[2:])
+            s = conv.box_adjoint(_small(s, groups), x.shape[2:])
             inputs = _viewed_groups(conv, x.shape[1])
             total = kernels.add_product(_grouped(grad_x, inputs), _grouped(x, inputs), _grouped(s, inputs))
             grad_x = _ungrouped(total, inputs)
@@ -67,7 +68,7 @@ class _DetachedBcosConv2d(torch.autograd.Function):
         best, choice = choose(_grouped(conv(x, weight), groups), candidates, _unit_dim(groups))
         scale = detached_scale(best, _grouped(conv.norm(x), groups), b)
         ctx.save_for_backward(weight, scale, choice)
-        ctx.options = (conv, candidates, x.shape, _memory_format(x))
+        ctx.options = (conv, candidates, x.shape, memory_format(x))
         return _ungrouped(best.mul_(scale), groups)
 
     @staticmethod
@@ -102,11 +103,6 @@ def _ungrouped(x: Tensor, groups: int) -> Tensor:
 def _small(x: Tensor, groups: int) -> Tensor:
     """(N, G, 1, P, Q) -> (N, G, P, Q)."""
     return x if groups == 1 else x.squeeze(2)
-
-
-def _memory_format(x: Tensor) -> torch.memory_format:
-    is_channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if is_channels_last else torch.contiguous_format
 
 
 def _grouped(x: Tensor, groups: int) -> Tensor:

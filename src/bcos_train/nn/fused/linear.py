@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bcos_train.nn.candidates import arrange, choose, restore
-from bcos_train.nn.functional import FEATURE_EPS, bcos_scale, feature_norm, max_out, statistics_dtype
+from bcos_train.nn.functional import bcos_scale, feature_norm, max_out
 from bcos_train.nn.fused.transform import detached_scale, scale_backward, scale_output, to_chosen, uncast
 from bcos_train.nn.kernels import Kernels
 from bcos_train.nn.product import product
@@ -19,8 +19,7 @@ __all__ = ["bcos_linear", "detached_bcos_linear", "linear"]
 class _BcosLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, b: float, candidates: int, kernels: Kernels) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=statistics_dtype(x))
-        norm = torch.where(norm == 0, 1, norm + FEATURE_EPS)
+        norm = kernels.feature_norm(x)
         best, choice = choose(product(x, arrange(weight, candidates, 1)), candidates, x.dim() - 1)
         y, kept = scale_output(best, norm, b, kernels)
         ctx.save_for_backward(x, weight, norm, kept, choice)
@@ -34,12 +33,12 @@ class _BcosLinear(torch.autograd.Function):
         if torch.is_grad_enabled():
             grads = plain_backward(lambda x, w: _plain_linear(x, w, b, candidates), (x, weight), grad)
             return *grads, *[None] * 3
-        best, energy = scale_backward(grad, kept, norm, b, -1, kernels)
+        best, s = scale_backward(grad, kept, norm, b, -1, kernels)
         large = to_chosen(best, choice, candidates, x.dim() - 1)
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
             grad_x = product(large, arrange(weight, candidates, 1).T)
-            grad_x = kernels.add_product(grad_x, x, (energy / norm.square()).neg_())
+            grad_x = kernels.add_product(grad_x, x, s)
         if ctx.needs_input_grad[1]:
             grad_weight = restore(_outer(large, x), candidates, 1)
         return grad_x, grad_weight, None, None, None

@@ -209,7 +209,7 @@ class BatchNormUncentered2d(Fusable, RunningNorm2d):
             if self._uses_batch():
                 raise RuntimeError(f"{type(self).__name__} can't be put into training mode within frozen_weights().")
             return x
-        kernels = self.fused_kernels()
+        kernels = self.fused_kernels(x)
         if kernels is None or self.detach or self.bias is not None or not self._uses_batch() or self._is_synchronised():
             return super().forward(x)
         self.check_input(x)
