@@ -3,20 +3,23 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# A file of version constraints; set by test-oldest alone.
+CONSTRAINTS :=
 
-.PHONY: train test test-all test-backends lint clean help
+.PHONY: train test test-all test-backends test-oldest lint clean help
 
 help:
 	@echo "make train          create $(VENV), install, train with the defaults"
 	@echo "make test           the same set-up, then lint, types and tests"
 	@echo "make test-all       the same with the slow tests"
 	@echo "make test-backends  the tests with model.backend=reference and compiled"
+	@echo "make test-oldest    the tests with the oldest supported PyTorch, installed in .venv-oldest"
 
-$(STAMP): pyproject.toml requirements-train.txt
+$(STAMP): pyproject.toml requirements-train.txt $(CONSTRAINTS)
 	$(PYTHON) -c "import sys; assert (3, 11) <= sys.version_info < (3, 14), f'Python 3.11-3.13 is needed, this is {sys.version.split()[0]}: make PYTHON=python3.12 ...'"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements-train.txt
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements-train.txt $(CONSTRAINTS:%=--constraints %)
 	touch $@
 
 train: $(STAMP)
@@ -37,5 +40,10 @@ test-backends: $(STAMP)
 	$(BIN)/python -m pytest -n auto --backend=reference
 	$(BIN)/python -m pytest -n auto --backend=compiled
 
+# Without mypy: the types are checked against the newest PyTorch, whose annotations differ.
+test-oldest:
+	$(MAKE) .venv-oldest/.installed VENV=.venv-oldest CONSTRAINTS=requirements-oldest.txt
+	.venv-oldest/bin/python -m pytest -n auto
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) .venv-oldest

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -48,6 +49,12 @@ def parser_for(name: str, description: str, repeats: int) -> argparse.ArgumentPa
     return parser
 
 
+def use_tf32(enabled: bool) -> None:
+    """Allow or forbid TF32, float32 with ten bits of mantissa, in convolutions and matrix products on CUDA."""
+    torch.backends.cudnn.allow_tf32 = enabled
+    torch.backends.cuda.matmul.allow_tf32 = enabled
+
+
 def surroundings(device: str) -> dict[str, Any]:
     """Machine, versions and commit."""
     from importlib.metadata import version
@@ -57,17 +64,28 @@ def surroundings(device: str) -> dict[str, Any]:
     if Path("/proc/cpuinfo").exists():
         names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()]
         processor = next((name for name in names if "CPU" in name or "EPYC" in name or "Xeon" in name), processor)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else processor,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "torchvision", "bcos") if find_spec(name)},
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
     }
 
 
+def commit() -> str | None:
+    """Commit of this checkout; where there is no git, what ``BENCHMARK_COMMIT`` says."""
+    try:
+        command = ["git", "rev-parse", "HEAD"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return os.environ.get("BENCHMARK_COMMIT")
+    return done.stdout.strip() or os.environ.get("BENCHMARK_COMMIT")
+
+
 def write(path: Path, content: Any) -> None:
-    """JSON, in a folder that is made if it is missing."""
+    """Write JSON, replacing the file as a whole; the folder is made if it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)

@@ -6,7 +6,8 @@
 Both score the same grids of the same network: `official` is PyPI `bcos` 0.1.3 with a forward and a backward pass for
 each class of each grid, as the evaluation in its repository does; `ours` is this package's method `bcos` with one
 forward pass for all classes of a batch of grids. They take turns, so that a busy machine slows both alike. The weights
-are random, and so are the images: neither changes the work. The scores of both must agree.
+are random, and so are the images: neither changes the work. The scores of both must agree; on a GPU both compute
+without TF32.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import ROOT, official_twin, positive, surroundings, write
+from common import ROOT, official_twin, positive, surroundings, use_tf32, write
 from torch import Tensor, nn
 
 from bcos_train import create_model
@@ -25,8 +26,8 @@ from bcos_train.explanation.method import Bcos
 from bcos_train.metric import compose_grids, grid_pointing_scores
 from bcos_train.nn import cached_weights
 
-#: How far the scores may be apart: float32 sums in another order.
-TOLERANCE = 1e-4
+#: How far the scores may be apart: float32 sums in another order, on a GPU also by other algorithms.
+TOLERANCE = {"cpu": 1e-4, "cuda": 1e-3}
 
 
 def official_scores(model: nn.Module, grids: Tensor, targets: Tensor, smooth: int) -> Tensor:
@@ -49,10 +50,12 @@ def our_scores(model: nn.Module, grids: Tensor, targets: Tensor, smooth: int) ->
     return grid_pointing_scores(Bcos()(model, grids, targets), smooth)
 
 
-def draw(n_grids: int, n: int, size: int, device: str, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def draw(
+    n_grids: int, n: int, size: int, device: str, generator: torch.Generator, num_classes: int = 1000
+) -> tuple[Tensor, Tensor]:
     """Grids (G, 6, n size, n size) and the distinct classes of their cells (G, K)."""
     images = torch.rand(n_grids, n * n, 3, size, size, generator=generator)
-    classes = torch.stack([torch.randperm(1000, generator=generator)[: n * n] for _ in range(n_grids)])
+    classes = torch.stack([torch.randperm(num_classes, generator=generator)[: n * n] for _ in range(n_grids)])
     grids = compose_grids(torch.cat([images, 1 - images], dim=2))
     return grids.to(device, memory_format=torch.channels_last), classes.to(device)
 
@@ -69,20 +72,22 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON; default: benchmarks/results/grid-pointing-<device>.json")
     arguments = parser.parse_args()
     torch.manual_seed(0)
+    use_tf32(False)
     official = official_twin(arguments.model).eval()
     ours = create_model(arguments.model).eval()
     ours.load_state_dict(official.state_dict())
+    num_classes = ours.num_classes
     official, ours = official.to(arguments.device), ours.to(arguments.device, memory_format=torch.channels_last)
     official.to(memory_format=torch.channels_last)  # its faster format
     generator = torch.Generator().manual_seed(0)
     seconds: dict[str, list[float]] = {"official": [], "ours": []}
     with cached_weights(ours):
         for score, model in ((official_scores, official), (our_scores, ours)):
-            score(model, *draw(1, arguments.n, 64, arguments.device, generator), arguments.smooth)
+            score(model, *draw(1, arguments.n, 64, arguments.device, generator, num_classes), arguments.smooth)
         done, farthest = 0, 0.0
         while done < arguments.grids:
             count = min(arguments.grids_at_once, arguments.grids - done)
-            grids, targets = draw(count, arguments.n, arguments.size, arguments.device, generator)
+            grids, targets = draw(count, arguments.n, arguments.size, arguments.device, generator, num_classes)
             scores = {}
             for name, score, model in (("official", official_scores, official), ("ours", our_scores, ours)):
                 started = time.perf_counter()
@@ -94,8 +99,6 @@ def main() -> None:
             ratio = medians["official"] / medians["ours"]
             shown = ", ".join(f"{name} {value:.3f} s a grid" for name, value in medians.items())
             print(f"{done}/{arguments.grids} grids: {shown}, {ratio:.2f} times as fast", flush=True)
-    if farthest > TOLERANCE:
-        raise SystemExit(f"the scores differ by {farthest:.2g}, more than {TOLERANCE:g}")
     settings = {key: getattr(arguments, key) for key in ("model", "grids", "n", "size", "smooth", "grids_at_once")}
     content = {
         "surroundings": surroundings(arguments.device),
@@ -107,6 +110,8 @@ def main() -> None:
     output = arguments.output or ROOT / f"benchmarks/results/grid-pointing-{arguments.device}.json"
     write(output, content)
     print(f"scores agree to {farthest:.1g}; written: {os.path.relpath(output)}")
+    if not farthest <= (tolerance := TOLERANCE[arguments.device]):  # NaN doesn't agree either
+        raise SystemExit(f"the scores differ by {farthest:.2g}, more than {tolerance:g}")
 
 
 if __name__ == "__main__":

@@ -53,6 +53,8 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse()
+    output = arguments.output or ROOT / f"benchmarks/results/scaling-{arguments.device}-{arguments.dtype}.json"
+    machine = surroundings(arguments.device)
     results: list[dict[str, Any]] = []
     measured: dict[Setting, dict[str, Any]] = {}  # the setting that all begin from is measured once
     for varied, steps in settings(arguments).items():
@@ -61,9 +63,7 @@ def main() -> None:
                 measured[setting] = measure(setting, arguments.variants, ["train"], arguments.repeats, memory=True)
             results.append({"varied": varied, **measured[setting]})
             print(table(results[-1:], arguments.variants).splitlines()[-1], flush=True)
-    content = {"surroundings": surroundings(arguments.device), "dtype": arguments.dtype, "results": results}
-    output = arguments.output or ROOT / f"benchmarks/results/scaling-{arguments.device}-{arguments.dtype}.json"
-    write(output, content)
+            write(output, {"surroundings": machine, "dtype": arguments.dtype, "results": results})
     print(f"\n{table(results, arguments.variants)}\n\nwritten: {os.path.relpath(output)}")
 
 

@@ -4,13 +4,13 @@
     python benchmarks/speed.py --models resnet50 --batch-size 8 --no-memory
 
 For every model the variants take turns, step by step, in one process, so that a busy machine slows all of them alike;
-medians are reported. Peak memory is measured in a process of its own for each. Writes JSON with the machine, the
-versions and the commit, and prints a table.
+medians are reported. Peak memory on a CPU is measured in a process of its own for each, on a GPU in the same one.
+Writes JSON with the machine, the versions and the commit after each model, and prints a table.
 
 Variants: `standard` (torchvision's network, or the standard twin of the vision transformers), `official` (PyPI `bcos`
 0.1.3 as it ships, in the contiguous format), `official channels_last`, and this package's backends `reference`, `fused`
 and `compiled`. All but `official` run in channels_last. To be asked for: `fused contiguous`, in the contiguous format,
-and `whole`, the whole network compiled as `trainer.compile=true` does.
+`whole`, the whole network compiled as `trainer.compile=true` does, and `standard whole`, the standard one compiled.
 """
 
 import argparse
@@ -70,7 +70,7 @@ class Setting:
 def build(variant: str, setting: Setting) -> nn.Module:
     """A variant's network with random weights."""
     torch.manual_seed(0)
-    if variant == "standard":
+    if variant.startswith("standard"):
         network = standard_twin(setting.model)
     elif variant in OFFICIAL:
         network = official_twin(setting.model)
@@ -80,8 +80,8 @@ def build(variant: str, setting: Setting) -> nn.Module:
     network = network.to(setting.device)
     if variant not in CONTIGUOUS:
         network = network.to(memory_format=torch.channels_last)
-    if variant == "whole":
-        network.compile()
+    if variant.endswith("whole"):
+        network.compile(dynamic=False)
     return network
 
 
@@ -108,7 +108,7 @@ def cifar_resnet20() -> nn.Module:
 def images(variant: str, setting: Setting) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(setting.batch_size, 3, setting.size, setting.size, generator=generator).to(setting.device)
-    x = x if variant == "standard" else torch.cat([x, 1 - x], dim=1)
+    x = x if variant.startswith("standard") else torch.cat([x, 1 - x], dim=1)
     return x.contiguous(memory_format=torch.channels_last) if variant not in CONTIGUOUS else x
 
 
@@ -132,7 +132,7 @@ def task(name: str, network: nn.Module, x: Tensor, variant: str, setting: Settin
             with network.explanation_mode():  # type: ignore[operator]
                 selected = network(leaf).amax(1).sum()
                 torch.autograd.grad(selected, leaf)
-        elif variant == "standard":
+        elif variant.startswith("standard"):
             inference()  # the plain forward pass that explanations are compared with
         else:
             explain(network, x)
@@ -160,6 +160,7 @@ def medians(steps: Mapping[str, Callable[[], None]], repeats: int, device: str) 
 
 def measure(setting: Setting, variants: list[str], tasks: list[str], repeats: int, memory: bool) -> dict[str, Any]:
     """Time of every task and peak memory of a training step, of every variant of a model."""
+    torch.backends.cudnn.benchmark = True  # let cuDNN choose by trying, as images of one size allow
     torch._dynamo.reset()  # it compiles a function for eight combinations of shapes at most in a process
     result: dict[str, Any] = {"model": setting.model, "batch_size": setting.batch_size, "size": setting.size}
     networks = {variant: build(variant, setting) for variant in variants}
@@ -171,10 +172,24 @@ def measure(setting: Setting, variants: list[str], tasks: list[str], repeats: in
                 if v in OURS and name != "train":
                     stack.enter_context(cached_weights(networks[v]))
             result[name] = medians(steps, repeats, setting.device)
-    if memory:
+    if memory and setting.device == "cuda":
+        steps = {v: task("train", networks[v], inputs[v], v, setting) for v in variants}
+        result["memory"] = {v: allocated_peak(step) for v, step in steps.items()}
+    elif memory:
         del networks, inputs, steps
         result["memory"] = {variant: peak_memory_apart(variant, setting) for variant in variants}
     return result
+
+
+def allocated_peak(step: Callable[[], None]) -> float:
+    """Peak memory in MiB that a step allocates on the GPU beyond what is there before it."""
+    step()  # in which buffers are made that stay
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
 def peak_memory_apart(variant: str, setting: Setting) -> float:
@@ -185,16 +200,9 @@ def peak_memory_apart(variant: str, setting: Setting) -> float:
 
 
 def peak_memory(variant: str, setting: Setting) -> float:
+    """What `peak_memory_apart` measures, on a CPU: the growth of this process's resident memory."""
     network, x = build(variant, setting), images(variant, setting)
     step = task("train", network, x, variant, setting)
-    if setting.device == "cuda":
-        step()
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        torch.cuda.synchronize()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
     # A first small step loads and compiles what there is to load and to compile.
     small = Setting(setting.model, 2, setting.size, setting.device, setting.dtype)
     task("train", network, images(variant, small), variant, small)()
@@ -251,7 +259,7 @@ def summary(results: list[dict[str, Any]]) -> str:
 
 def parse() -> argparse.Namespace:
     parser = parser_for("speed", __doc__.splitlines()[0], repeats=7)
-    variants = [*USUAL, "fused contiguous", "whole"]
+    variants = [*USUAL, "fused contiguous", "whole", "standard whole"]
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--variants", nargs="+", default=list(USUAL), choices=variants)
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
@@ -268,7 +276,8 @@ def main() -> None:
         given = json.loads(arguments.peak_memory_of)
         print(peak_memory(given.pop("variant"), Setting(**given)))
         return
-    results = []
+    output = arguments.output or ROOT / f"benchmarks/results/speed-{arguments.device}-{arguments.dtype}.json"
+    machine, results = surroundings(arguments.device), []
     for model in arguments.models:
         is_small = model == "resnet20"
         batch_size = arguments.batch_size or (64 if is_small else 8)
@@ -278,9 +287,7 @@ def main() -> None:
             measure(setting, arguments.variants, arguments.tasks, arguments.repeats, not arguments.no_memory)
         )
         print(table(results[-1:], arguments.tasks), flush=True)
-    content = {"surroundings": surroundings(arguments.device), "dtype": arguments.dtype, "results": results}
-    output = arguments.output or ROOT / f"benchmarks/results/speed-{arguments.device}-{arguments.dtype}.json"
-    write(output, content)
+        write(output, {"surroundings": machine, "dtype": arguments.dtype, "results": results})
     print(f"\n{table(results, arguments.tasks)}")
     if {*USUAL} <= {*arguments.variants} and {*TASKS} <= {*arguments.tasks} and not arguments.no_memory:
         print(f"\n{summary(results)}")

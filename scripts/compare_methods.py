@@ -78,7 +78,7 @@ class Network:
 
 def network_of_run(folder: Path, checkpoint: str) -> Network:
     """What a run trained, with its evaluation transform."""
-    from bcos_train.config import blame, instantiate, load
+    from bcos_train.config import instantiate, load, user_errors_at
     from bcos_train.training.checkpointer import find_checkpoint
     from bcos_train.training.run_folder import CHECKPOINTS, CONFIG
 
@@ -87,7 +87,7 @@ def network_of_run(folder: Path, checkpoint: str) -> Network:
     config["model"] = {key: value for key, value in config["model"].items() if key not in ("pretrained", "weights")}
     parts = {key: instantiate(config[key], path=key) for key in ("model", "dataset", "augmentation", "encoding")}
     name, dataset = config["model"]["name"], parts["dataset"]
-    with blame(""):
+    with user_errors_at(""):
         state, _, origin = find_weights(name, find_checkpoint(folder / CHECKPOINTS, checkpoint))
         num_classes = parts["model"].keywords.get("num_classes") or dataset.num_classes
         model = parts["model"](num_classes=num_classes)

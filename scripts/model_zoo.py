@@ -123,7 +123,7 @@ def check_settings(settings: Sequence[str], names: Sequence[str], taken: Mapping
         return
     # Not before now: Lightning alone takes seconds to import.
     from bcos_train.config import Problem, UserError, check
-    from bcos_train.config.compose import Composer
+    from bcos_train.config.composition import Composer
     from bcos_train.config.overrides import check_choices, read_overrides
     from bcos_train.run import TrainConfig
 

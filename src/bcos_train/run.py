@@ -21,9 +21,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from bcos_train.augmentation import Augmentation, BatchMix
-from bcos_train.config import UserError, blame, check, instantiate, overlay, save
+from bcos_train.config import UserError, check, instantiate, load_plugins, overlay, save, user_errors_at
 from bcos_train.config import load as load_config
-from bcos_train.dataset import BcosEncoding, ImageSource, Standardize, UnevenImages, UnreadableImage
+from bcos_train.config.overrides import plugins_in_overrides
+from bcos_train.dataset import BcosEncoding, ImageSource, NotCacheable, Standardize, UnevenImages, UnreadableImage
 from bcos_train.dataset.data_module import DataModule
 from bcos_train.evaluation import ExplanationOptions
 from bcos_train.model.registry import find_weights
@@ -33,6 +34,7 @@ from bcos_train.schedule import Schedule
 from bcos_train.training import explanation_logging, launch, loggers
 from bcos_train.training.build import build_model, build_trainer, choose_num_classes, print_banner
 from bcos_train.training.checkpointer import Checkpointer, Checkpointing, UnknownMonitor, find_checkpoint
+from bcos_train.training.compilation import should_compile
 from bcos_train.training.ema import Ema, EmaCallback, ema_decay
 from bcos_train.training.finish import finish, report_evaluation
 from bcos_train.training.image_size import check_image_size
@@ -61,6 +63,7 @@ class TrainConfig:
         name: Free text at the beginning of the run folder's name.
         runs: Folder of all runs.
         resume: Go on with the run that has the same config; otherwise take a new folder.
+        plugins: Modules of the user that register models and targets; imported before the config is validated.
     """
 
     model: Callable[..., nn.Module]
@@ -84,6 +87,7 @@ class TrainConfig:
     name: str = "default"
     runs: str = "runs"
     resume: bool = True
+    plugins: Sequence[str] = ()
 
 
 def train(config: Mapping[str, Any], folder: Path | None = None) -> int:
@@ -107,7 +111,7 @@ def train(config: Mapping[str, Any], folder: Path | None = None) -> int:
         raise UserError(
             f"the launcher started {world} processes, but trainer.devices x trainer.num_nodes is {options.world_size}"
         )
-    with blame(""):
+    with user_errors_at(""):
         split_batch(config["batch_size"], options.world_size, options.max_batch_per_device)
     if world is None and options.world_size > 1:
         return _restart(config, options.processes_per_node)
@@ -137,6 +141,8 @@ def _mistakes_that_show_late() -> Iterator[None]:
     except (UnevenImages, UnreadableImage) as error:
         # A loading process sends its whole traceback along; the message is in its last line.
         raise UserError(str(error).strip().splitlines()[-1].rpartition(f"{type(error).__name__}: ")[2]) from error
+    except NotCacheable as error:
+        raise UserError(f"dataset: {error}") from error
     except UnknownMonitor as error:
         raise UserError(str(error)) from error
     except OSError as error:
@@ -151,19 +157,23 @@ def _restart(config: Mapping[str, Any], processes: int) -> int:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / CONFIG
         save(config, path)
-        return launch.run_under_torchrun("bcos_train.run", path, processes)
+        plugins = config.get("plugins") or []
+        arguments = [f"plugins=[{','.join(plugins)}]"] if plugins else []
+        return launch.run_under_torchrun("bcos_train.run", path, processes, arguments)
 
 
 def _train(parts: TrainConfig, config: Mapping[str, Any], stop: StopFlag, resumed: Path | None) -> int:
     console = Console(quiet=launch.rank() > 0)
     split = split_batch(parts.batch_size, parts.trainer.world_size, parts.trainer.max_batch_per_device)
-    with blame(""):
+    with user_errors_at(""):
         trainer = build_trainer(parts.trainer, split.accumulate)
     trainer.strategy.setup_environment()
     data = _load_data(parts, split, trainer)
     model = build_model(parts, data)
     check_image_size(model, data, parts.encoding, config)
-    with blame("optimizer"):
+    with user_errors_at(""):
+        compiled = should_compile(parts.trainer, model)
+    with user_errors_at("optimizer"):
         parts.optimizer([nn.Parameter(torch.zeros(1, 1))])  # a wrong number is told before anything is written
     base = Path(parts.runs, parts.dataset.name, config["model"]["name"], f"{parts.name}-{run_hash(config)}")
     found: RunFolder | None = None
@@ -179,19 +189,19 @@ def _train(parts: TrainConfig, config: Mapping[str, Any], stop: StopFlag, resume
         return 0
     with contextlib.ExitStack() as stack:
         if trainer.is_global_zero:
-            with blame(""):
+            with user_errors_at(""):
                 stack.enter_context(locked(folder.path))
             save(config, folder.path / CONFIG)
-        module = _build_module(parts, model, data, data.steps_per_epoch)
+        module = _build_module(parts, model, data, data.steps_per_epoch, compiled=compiled)
         csv_logger = CsvLogger(folder.path)
         extra_loggers = _extra_loggers(parts, folder) if trainer.is_global_zero else []
         stack.callback(loggers.close, extra_loggers)
-        with blame(""):
+        with user_errors_at(""):
             loggers.start(extra_loggers, config)
         trainer.loggers = [csv_logger, *extra_loggers]
         title = f"{config['model']['name']} on {parts.dataset.name} · {folder.name}"
         trainer.callbacks += _build_callbacks(parts, data, title, folder, console, stop)  # type: ignore[attr-defined]
-        print_banner(console, parts, config["model"]["name"], model, data, split, folder)
+        print_banner(console, parts, config["model"]["name"], model, data, split, folder, module.compilation)
         if folder.resume_from is None:
             csv_logger.forget_after(-1)  # all steps will be taken again
         started = time.monotonic()
@@ -251,7 +261,7 @@ def evaluate(config: Mapping[str, Any], given: Sequence[str] = ()) -> int:
     parts = EvaluateConfig(**instantiate({**config, "model": fresh}))
     if launch.launched_world_size() is None:
         parts = replace(parts, trainer=replace(parts.trainer, devices=1, num_nodes=1))
-    with blame(""):
+    with user_errors_at(""):
         source = find_checkpoint(folder / CHECKPOINTS, parts.checkpoint) if folder else parts.weights
         assert source is not None
         state, is_ema, origin = find_weights(name, source, use_ema=parts.use_ema, node=fresh)
@@ -260,7 +270,7 @@ def evaluate(config: Mapping[str, Any], given: Sequence[str] = ()) -> int:
     trainer.strategy.setup_environment()
     data = _load_data(parts, split, trainer, stage="validate")
     model = build_model(parts, data)
-    with blame(""):
+    with user_errors_at(""):
         load_weights(model, state, origin)
     # The training part may be missing.
     module = _build_module(parts, model, data, steps_per_epoch=1)
@@ -278,7 +288,7 @@ def evaluate(config: Mapping[str, Any], given: Sequence[str] = ()) -> int:
 
 
 def _load_data(parts: TrainConfig, split: BatchSplit, trainer: pl.Trainer, stage: str = "fit") -> DataModule:
-    with blame("dataset"):
+    with user_errors_at("dataset"):
         data = DataModule(
             parts.dataset,
             train_transform=parts.augmentation.train,
@@ -299,9 +309,11 @@ def _load_data(parts: TrainConfig, split: BatchSplit, trainer: pl.Trainer, stage
     return data
 
 
-def _build_module(parts: TrainConfig, model: nn.Module, data: DataModule, steps_per_epoch: int) -> Classifier:
+def _build_module(
+    parts: TrainConfig, model: nn.Module, data: DataModule, steps_per_epoch: int, compiled: bool = False
+) -> Classifier:
     augmentation, options = parts.augmentation, parts.trainer
-    with blame("augmentation"):
+    with user_errors_at("augmentation"):
         mix = BatchMix(choose_num_classes(parts, data), augmentation.mixup_alpha, augmentation.cutmix_alpha)
     return Classifier(
         model,
@@ -316,7 +328,7 @@ def _build_module(parts: TrainConfig, model: nn.Module, data: DataModule, steps_
         gradient_clip_val=options.gradient_clip_val,
         gradient_clip_algorithm=options.gradient_clip_algorithm,
         channels_last=options.uses_channels_last,
-        compiled=options.compile,
+        compiled=compiled,
         log_every_n_steps=options.log_every_n_steps,
         seed=parts.seed,
     )
@@ -361,11 +373,16 @@ def _quieten() -> None:
 
 
 def main() -> int:
-    """Train as a saved config says, in its run folder if it lies in one: ``python -m bcos_train.run config.yaml``."""
+    """Train as a saved config says, in its run folder if it lies in one: ``python -m bcos_train.run config.yaml``.
+
+    Plugins that the config names must be named again: ``python -m bcos_train.run config.yaml plugins=[my_package]``.
+    """
     launch.report_pid()
     try:
-        if len(sys.argv) != 2:
-            raise UserError("usage: python -m bcos_train.run <config.yaml>")
+        plugins = plugins_in_overrides(sys.argv[2:])
+        if len(sys.argv) != (3 if plugins else 2):
+            raise UserError("usage: python -m bcos_train.run <config.yaml> [plugins=[my_package]]")
+        load_plugins(plugins)
         path = Path(sys.argv[1])
         config = load_config(path)
         if problems := check(config, root=TrainConfig):

@@ -9,7 +9,7 @@ import toys
 
 import bcos_train
 from bcos_train.config import TARGETS, UserError
-from bcos_train.config.signature import has_open_end, parameters
+from bcos_train.config.signature import accepts_any_keyword, keyword_parameters
 from bcos_train.config.targets import resolve
 
 OURS = [name for name in TARGETS if name.startswith("bcos_train.")]
@@ -24,9 +24,11 @@ def test_every_target_can_be_imported_and_called(name: str) -> None:
 @pytest.mark.parametrize("name", OURS)
 def test_our_signatures_are_the_schema(name: str) -> None:
     target = resolve(name)
-    assert not has_open_end(target), "**kwargs swallow misspelt keys: name the parameters or add config_signature"
+    assert not accepts_any_keyword(target), (
+        "**kwargs swallow misspelt keys: name the parameters or add config_signature"
+    )
     get_type_hints(target.__init__ if inspect.isclass(target) else target)
-    untyped = [key for key, parameter in parameters(target, {}).items() if parameter.annotation is Any]
+    untyped = [key for key, parameter in keyword_parameters(target, {}).items() if parameter.annotation is Any]
     assert untyped == []
 
 
@@ -36,8 +38,8 @@ def test_names_are_exact_and_without_repetition() -> None:
 
 
 def test_open_ends_are_seen() -> None:
-    assert has_open_end(toys.Open)
-    assert not has_open_end(toys.create_net)
+    assert accepts_any_keyword(toys.Open)
+    assert not accepts_any_keyword(toys.create_net)
 
 
 def test_a_package_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,7 +58,7 @@ import sys, types, pathlib
 package = types.ModuleType("bcos_train")
 package.__path__ = [sys.argv[1]]
 sys.modules["bcos_train"] = package
-import bcos_train.config.door
+import bcos_train.config.cli
 sys.exit(bool({"torch", "pytorch_lightning"} & set(sys.modules)))
 """
     folder = Path(bcos_train.__file__).parent

@@ -1,14 +1,17 @@
-"""Small targets that configs in these tests name, and the configs."""
+"""Small targets that configs in these tests name, the configs, and a command that uses them."""
 
 import inspect
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import pytest
 from annotated_types import Gt, Le
 
 from bcos_train.config import targets
+from bcos_train.config.cli import entry_point
 
 #: Everything that was built or called, in order.
 CALLS: list[str] = []
@@ -106,6 +109,7 @@ def train(
     devices: int | Literal["auto"] = "auto",
     loggers: Sequence[Logger] = (),
     trainer: Mapping[str, Any] | None = None,
+    plugins: Sequence[str] = (),
 ) -> None:
     """The root: its parameters are the top-level keys."""
 
@@ -153,3 +157,28 @@ def write_configs(folder: Path, extra: Mapping[str, str] | None = None) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     return folder
+
+
+class Command:
+    """An entry point in this process: exit code, output, and the configs that ``main`` received."""
+
+    def __init__(self, configs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self.configs, self.monkeypatch, self.capsys = configs, monkeypatch, capsys
+        self.seen: list[dict[str, Any]] = []
+        self.outcome: int | Exception | None = None
+
+    def __call__(self, *arguments: str) -> tuple[int, str]:
+        self.monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+        try:
+            entry_point(config_name="train", root=train, config_dir=self.configs)(self.main)()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0  # type: ignore[assignment]
+        self.printed, err = self.capsys.readouterr()
+        return code, err
+
+    def main(self, config: dict[str, Any]) -> int | None:
+        self.seen.append(config)
+        if isinstance(self.outcome, BaseException):
+            raise self.outcome
+        return self.outcome

@@ -19,7 +19,7 @@ from torchvision.transforms import v2
 
 from bcos_train.augmentation import digits_train, plain
 from bcos_train.dataset import Digits, SeededDataset, UnevenImages
-from bcos_train.dataset.data_module import DataModule
+from bcos_train.dataset.data_module import DataModule, _prefetch_factor
 from bcos_train.dataset.randomness import seed_generators
 
 Batch = tuple[Tensor, Tensor, Tensor]
@@ -108,6 +108,11 @@ def test_seek(workers: int) -> None:
         assert _same(_batches(resumed), following)
 
 
+@pytest.mark.parametrize(("workers", "ahead"), [(0, None), (1, 4), (8, 4), (10, 3), (15, 2), (63, 2)])
+def test_batches_loaded_ahead(workers: int, ahead: int | None) -> None:
+    assert _prefetch_factor(workers) == ahead
+
+
 def test_numbers() -> None:
     module = _module(limit_train=None, limit_val=None)
     module.prepare_data()
@@ -163,6 +168,40 @@ def test_fixed_validation_samples() -> None:
     }
     assert [everything[image.numpy().tobytes()] for image in images] == labels.tolist()
     assert len(module.fixed_val_samples(500)[1]) == 50
+
+
+class _Process:
+    """The number of the process that loads."""
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        return torch.tensor(list(os.getpid().to_bytes(3, "big")), dtype=torch.uint8)[:, None, None]
+
+
+@pytest.mark.parametrize("n", [1, 16, 17, 50])
+def test_validation_samples_from_the_workers(n: int) -> None:
+    """They are the main process's, in any order, and validations before and after them are whole."""
+    indices = [i * 7 % 50 for i in range(n)]
+    module = _module(num_workers=2)
+    expected = _module().val_samples(indices)
+    assert _same([module.val_samples(indices)], [expected])
+    loader = module.val_dataloader()
+    whole = _batches(_module().val_dataloader())
+    for _ in range(2):
+        assert _same([module.val_samples(indices)], [expected])
+        assert _same(_batches(loader), whole)
+    next(iter(loader))
+    assert _same([module.val_samples(indices)], [expected])
+    assert _same(_batches(loader), whole)
+
+
+def test_many_validation_samples_are_not_loaded_in_the_main_process() -> None:
+    module = _module(num_workers=2, eval_transform=_Process())
+    module.val_dataloader()
+    me = tuple(os.getpid().to_bytes(3, "big"))
+    processes = {n: {tuple(image.flatten().tolist()) for image in module.val_samples(range(n))[0]} for n in (15, 50)}
+    assert processes[15] == {me}
+    assert len(processes[50]) == 2
+    assert me not in processes[50]
 
 
 def test_indices_name_the_samples() -> None:

@@ -249,3 +249,23 @@ def test_summary() -> None:
     assert (numbers["mean"], numbers["p50"], numbers["p100"], numbers["n"]) == (0.5, 0.5, 1.0, 2)
     assert (numbers["low"], numbers["high"]) == (0.25, 0.75)
     assert summarize(torch.tensor([float("nan"), 1.0]))["mean"] is None
+
+
+def test_no_metric_is_measured_in_tf32() -> None:
+    """Neither all together nor by the metric functions that run the model themselves."""
+    subject, seen = make_subject(), []
+
+    def look(*_: Any) -> None:
+        seen.append(torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32)
+
+    subject.model.register_forward_hook(look)
+    before = torch.backends.cudnn.allow_tf32
+    measure(subject, make_options(methods=["ixg"], metrics=list(METRICS)))
+    x, targets = subject.load([0, 1]), torch.tensor([[0], [1]])
+    cosine_alignment(subject.model, x)
+    perturbation_curve(subject.model, x, x.sum(1), targets[:, 0], block=4)
+    shift_stability(make_method("ixg"), subject.model, x, targets)
+    make_method("ixg")(subject.model, x, targets)
+    assert len(seen) > 10
+    assert not any(seen)
+    assert torch.backends.cudnn.allow_tf32 == before

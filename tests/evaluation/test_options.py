@@ -6,8 +6,8 @@ from typing import Any, get_args
 
 import pytest
 
-from bcos_train.config import UserError, check, instantiate, to_plain
-from bcos_train.config.compose import Composer
+from bcos_train.config import UserError, check, instantiate, to_container
+from bcos_train.config.composition import Composer
 from bcos_train.evaluation import ExplanationOptions
 from bcos_train.evaluation.options import METRICS, MethodName
 from bcos_train.evaluation.scoring import BETTER, SCORERS
@@ -21,7 +21,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 def compose(*overrides: str) -> dict[str, Any]:
     forced = [f"++{text}" if text.startswith("explanation.") else text for text in overrides]
-    return to_plain(Composer(CONFIGS).compose("evaluate", forced))
+    return to_container(Composer(CONFIGS).compose("evaluate", forced))
 
 
 def build(*overrides: str) -> ExplanationOptions:

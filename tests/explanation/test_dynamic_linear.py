@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from bcos.models.resnet import cifar10_resnet20
 from bcos.modules import norms as official_norms
 from torch import Tensor, nn
 
-from bcos_train.explanation import constant_term, explain
+from bcos_train import create_model
+from bcos_train.explanation import constant_term, explain, explanation_mode
 from bcos_train.nn import BcosConv2d, BcosLinear, LogitLayer, make_norm
 
 NORMS = ["none", "bnu-linear", "bnu", "bn", "an", "anu", "gn", "gnu", "in", "inu", "ln", "lnu", "pn", "pnu"]
@@ -107,6 +109,87 @@ def test_constant_term_sees_what_in_place_addition_and_position_embeddings_add()
     result = explain(model, x)
     total = result.contribution_map.sum((1, 2)) + constant_term(model, x)
     torch.testing.assert_close(total, result.logits.amax(1), rtol=1e-12, atol=1e-12)
+
+
+def constant_term_of_each_image(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
+    """The constant term the slow and obvious way: each image on its own, the constants of all modules."""
+    constants: list[tuple[Tensor, Tensor]] = []
+
+    def note(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        if not any(arg.requires_grad for arg in args):
+            return None
+        with torch.no_grad():
+            constant = module.forward(*(torch.zeros_like(arg) if arg.requires_grad else arg for arg in args))
+        point = output if output.requires_grad else output.requires_grad_()
+        constants.append((point, constant))
+        return point.clone()
+
+    handles = [m.register_forward_hook(note) for m in model.modules() if not list(m.children())]
+    terms = []
+    with explanation_mode(model):
+        for image, k in zip(x, target, strict=True):
+            constants.clear()
+            logit = model(image[None].clone().requires_grad_())[0, k]
+            grads = torch.autograd.grad(logit, [point for point, _ in constants], allow_unused=True)
+            pairs = zip(grads, constants, strict=True)
+            terms.append(sum((grad * value).sum() for grad, (_, value) in pairs if grad is not None))
+    for handle in handles:
+        handle.remove()
+    return torch.stack(terms)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "options"),
+    [
+        ("resnet20", 8, {"norm_layer": "bn", "max_out": 2}),
+        ("resnet18", 32, {}),
+        ("resnet50", 32, {"layers": (1, 1, 1, 1), "norm_layer": "gn"}),
+        ("resnext29_32x4d", 8, {"norm_layer": "bnu"}),
+        ("densenet121", 32, {"block_config": (2, 2)}),
+        ("vgg11_bnu", 32, {}),
+        ("convnext_atto", 32, {}),
+        ("simple_vit_ti_patch16_224", 64, {"depth": 2}),
+        ("vitc_ti_patch1_14", 32, {"depth": 2}),
+        ("plain_cnn9", 16, {}),
+    ],
+)
+def test_constant_term_of_a_batch_is_that_of_each_image(name: str, size: int, options: dict[str, Any]):
+    torch.manual_seed(0)
+    model = create_model(name, num_classes=5, **options).double().eval()
+    for key, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if key.endswith(("bias", "running_mean")):
+            nn.init.normal_(tensor, std=0.5)
+    x, target = encoded(3, size), torch.tensor([0, 4, 2])
+    terms = constant_term(model, x, target)
+    torch.testing.assert_close(terms, constant_term_of_each_image(model, x, target), rtol=1e-12, atol=1e-12)
+    prediction = model(x).argmax(1)
+    assert torch.equal(constant_term(model, x), constant_term(model, x, prediction))
+
+
+def test_constant_term_takes_one_pass_for_a_batch_and_never_waits_for_the_device(monkeypatch):
+    calls, model, x = [], small_model("bn"), encoded(3)
+    model.register_forward_hook(lambda *_: calls.append(1))
+    reads = []
+    for name in ("item", "tolist", "__bool__"):
+        monkeypatch.setattr(Tensor, name, lambda *_, name=name: reads.append(name))
+    constant_term(model, x)
+    assert calls == [1]
+    assert not reads
+
+
+def test_no_tf32():
+    inside = []
+
+    def look(*_):
+        inside.append((torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32))
+
+    model = small_model()
+    model.register_forward_hook(look)
+    before = torch.backends.cudnn.allow_tf32
+    explain(model, encoded(1))
+    constant_term(model, encoded(1))
+    assert inside == [(False, False)] * 2
+    assert torch.backends.cudnn.allow_tf32 == before
 
 
 def test_constant_term_is_found_without_the_logit():

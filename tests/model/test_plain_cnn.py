@@ -15,7 +15,7 @@ from torch import nn
 
 from bcos_train import create_model, explain
 from bcos_train.config import instantiate
-from bcos_train.config.compose import Composer
+from bcos_train.config.composition import Composer
 from bcos_train.loss import BinaryCrossEntropy
 
 #: B -> layer scale and logit temperature, worked out from the authors' experiment parameters.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bcos_train import create_model, explain
 from bcos_train.config import check
-from bcos_train.config.compose import Composer
+from bcos_train.config.composition import Composer
 from bcos_train.model import BcosVGG
 from bcos_train.model.recompute import Blocks
 from bcos_train.nn import BatchNormUncentered2d, BcosConv2d, set_backend

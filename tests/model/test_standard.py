@@ -16,7 +16,7 @@ from torchvision.transforms._presets import ImageClassification
 
 from bcos_train import create_model, list_models
 from bcos_train.config import check
-from bcos_train.config.compose import Composer
+from bcos_train.config.composition import Composer
 from bcos_train.model import model_signature
 from bcos_train.run import TrainConfig
 

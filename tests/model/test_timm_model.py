@@ -11,7 +11,7 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
 from bcos_train.config import UserError, check, instantiate
-from bcos_train.config.compose import Composer
+from bcos_train.config.composition import Composer
 from bcos_train.dataset import BcosEncoding, Standardize
 from bcos_train.dataset.encoding import IMAGENET_MEAN, IMAGENET_STD
 from bcos_train.model import timm_model

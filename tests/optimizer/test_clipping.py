@@ -1,9 +1,14 @@
+from typing import Any
+
 import pytest
 import torch
 from bcos.training.agc import adaptive_clip_grad_ as official_clip_
+from timm.utils.agc import adaptive_clip_grad as timm_clip_
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from bcos_train.optimizer import adaptive_clip_grad_
+from bcos_train import create_model
+from bcos_train.optimizer import adaptive_clip_grad_, clipping
 
 SHAPES = [
     (8, 4, 3, 3),
@@ -25,6 +30,13 @@ SHAPES = [
     (1, 1),
     (1, 1, 1, 1),
 ]
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["each parameter alone", "joined"])
+def joins(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Both ways of grouping parameters: a CPU's and an accelerator's."""
+    monkeypatch.setattr(clipping, "_joins_on", lambda device: request.param)
+    return bool(request.param)
 
 
 def parameter(shape: tuple[int, ...], gradient_scale: float, seed: int = 0) -> Tensor:
@@ -130,3 +142,87 @@ def test_units_by_hand() -> None:
     p.grad = torch.tensor([[6.0, 8.0], [0.3, 0.0]])
     adaptive_clip_grad_([p], clip_factor=0.1)
     torch.testing.assert_close(p.grad, torch.tensor([[0.3, 0.4], [0.3, 0.0]]))
+
+
+def timm_units(p: Tensor) -> list[Tensor]:
+    """The official units in a form that timm's function takes as such: views with gradients that are views."""
+    assert p.grad is not None
+    pairs = [(p.detach(), p.grad)]
+    if p.squeeze().ndim <= 1:
+        pairs = [(p.detach().reshape(-1), p.grad.view(-1))]
+    elif p.ndim == 3:
+        pairs = [(w.T, g.T) for w, g in zip(p.detach(), p.grad, strict=True)]
+    units = []
+    for weight, grad in pairs:
+        unit = weight.detach()
+        unit.grad = grad
+        units.append(unit)
+    return units
+
+
+@pytest.mark.parametrize("scale", [1e-4, 0.02, 10.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_bit_equal_to_timm_on_many_parameters(dtype: torch.dtype, scale: float) -> None:
+    """Every shape three times, with one parameter in channels_last and one whose gradient is strided."""
+    parameters = [parameter(shape, scale, seed) for seed in range(3) for shape in [*SHAPES, (16, 4, 3, 3), (1, 50, 60)]]
+    for layout in (torch.channels_last, torch.contiguous_format):
+        p = parameter((16, 12, 3, 3), scale).detach().contiguous(memory_format=layout).requires_grad_()
+        gradient = parameter((16, 12, 3, 3), scale, 1).grad
+        assert gradient is not None
+        p.grad = gradient.contiguous(memory_format=torch.channels_last)
+        parameters.append(p)
+    parameters.append(parameter((40, 36), scale))
+    parameters[-1].grad = parameters[-1].grad.T.contiguous().T  # type: ignore[union-attr]
+    parameters.append(parameter((40, 36), scale))
+    parameters[-1].grad = parameter((40, 50), scale).grad[:, 7:43]  # type: ignore[index]
+    for p in parameters:
+        gradient, p.grad = p.grad, None
+        p.data = p.data.to(dtype)
+        p.grad = gradient.to(dtype)  # type: ignore[union-attr]
+    expected = [twin(p) for p in parameters]
+    timm_clip_([unit for p in expected for unit in timm_units(p)])
+    adaptive_clip_grad_(parameters)
+    for p, e in zip(parameters, expected, strict=True):
+        assert p.grad is not None
+        assert e.grad is not None
+        assert torch.equal(p.grad, e.grad), p.shape
+
+
+def test_not_finite_gradients() -> None:
+    """They stay in their unit, as with timm."""
+    for value in (torch.inf, torch.nan):
+        p, e = parameter((8, 4), 1.0), parameter((8, 4), 1.0)
+        assert p.grad is not None
+        assert e.grad is not None
+        p.grad[2, 1] = e.grad[2, 1] = value
+        adaptive_clip_grad_([p, parameter((5, 4), 1.0)])
+        timm_clip_([e])
+        torch.testing.assert_close(p.grad, e.grad, rtol=0, atol=0, equal_nan=True)
+        assert p.grad.isfinite().all(1).sum() == 7
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations that compute something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not func.is_view and func is not torch.ops.aten.detach.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("model", "most", "alone"),
+    [("resnet50", 75, 335), ("simple_vit_s_patch16_224", 25, 240), ("densenet121", 210, 740)],
+)
+def test_number_of_operations(model: str, most: int, alone: int, joins: bool) -> None:
+    """With timm's function these are 1070, 750 and 2420, and on a GPU each one is a launch."""
+    with torch.device("meta"):
+        parameters = list(create_model(model).to(memory_format=torch.channels_last).parameters())
+    for p in parameters:
+        p.grad = torch.empty_like(p)
+    with Operations() as operations:
+        adaptive_clip_grad_(parameters)
+    assert operations.count <= (most if joins else alone)

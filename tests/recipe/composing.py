@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from bcos_train.config.compose import Composer
+from bcos_train.config.composition import Composer
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 COMPOSER = Composer(CONFIGS)

@@ -16,7 +16,7 @@ from torchvision.models import get_model_weights
 
 from bcos_train import list_models
 from bcos_train.config import UserError, check, instantiate
-from bcos_train.config.compose import Composer
+from bcos_train.config.composition import Composer
 from bcos_train.model.preprocessing import Preprocessing
 from bcos_train.model.registry import model_signature
 from bcos_train.run import EvaluateConfig, TrainConfig

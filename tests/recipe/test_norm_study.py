@@ -15,7 +15,7 @@ from torch import nn
 
 from bcos_train import create_model
 from bcos_train.config import instantiate
-from bcos_train.config.plain import overlay
+from bcos_train.config.containers import overlay
 from bcos_train.nn import make_norm
 
 

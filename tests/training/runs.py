@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bcos_train import checkpoint as files
-from bcos_train.config.compose import Composer
+from bcos_train.config.composition import Composer
 from bcos_train.training import Classifier
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -38,12 +38,12 @@ TINY = (
 
 def compose(runs: Path, *overrides: str, name: str = "train") -> dict[str, Any]:
     """The real configs with overrides, as the doors hand them on."""
-    from bcos_train.config import to_plain
+    from bcos_train.config import to_container
 
     composed = Composer(CONFIGS).compose(
         name, [f"++{text}" if "=" in text and "." in text else text for text in overrides]
     )
-    plain: dict[str, Any] = to_plain(composed)
+    plain: dict[str, Any] = to_container(composed)
     return {**plain, "runs": str(runs)}
 
 

@@ -1,5 +1,6 @@
 """One step of training and validation, compared with the same step written out."""
 
+import contextlib
 import csv
 import itertools
 import math
@@ -19,6 +20,7 @@ from bcos_train.augmentation import BatchMix
 from bcos_train.checkpoint import LAST
 from bcos_train.config import UserError
 from bcos_train.dataset.data_module import DataModule
+from bcos_train.dataset.randomness import step_seed
 from bcos_train.loss import BinaryCrossEntropy, CrossEntropy
 from bcos_train.optimizer import adaptive_clip_grad_
 from bcos_train.run import train
@@ -27,6 +29,7 @@ from bcos_train.training import Checkpointing, Classifier, NonFiniteLoss
 from bcos_train.training.checkpointer import Checkpointer
 from bcos_train.training.interrupt import StopFlag
 from bcos_train.training.logging import read_metrics
+from bcos_train.training.module import _seed
 
 from .runs import TINY, compose, run_folder
 from .toys import RandomSource, TinyNet, fit, make_data, make_module, make_trainer
@@ -365,3 +368,65 @@ def test_checkpoint_holds_the_model_under_its_name(tmp_path: Path) -> None:
     for key, value in module.model.state_dict().items():
         assert torch.equal(content["model"][key], value)
     assert isinstance(module, Classifier)
+
+
+# ---- validation and seeds
+
+
+class Evaluated(TinyNet):
+    """Notes under what conditions it computes; fails in validation if asked to."""
+
+    def __init__(self, fails: bool = False) -> None:
+        super().__init__()
+        self.fails, self.seen = fails, []  # type: ignore[var-annotated]
+
+    def forward(self, x: Tensor) -> Tensor:
+        frozen = self.conv.linear.frozen
+        self.seen.append((self.training, torch.backends.cudnn.allow_tf32, None if frozen is None else id(frozen)))
+        if self.fails and not self.training:
+            raise ZeroDivisionError
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_validation_caches_weights_once_an_epoch_and_never_uses_tf32(fails: bool, tmp_path: Path) -> None:
+    before = torch.backends.cudnn.allow_tf32
+    assert before
+    data, model = make_data(), Evaluated(fails)
+    with pytest.raises(ZeroDivisionError) if fails else contextlib.nullcontext():
+        fit(tmp_path, data=data, module=make_module(data, model))
+    assert torch.backends.cudnn.allow_tf32 == before
+    assert model.conv.linear.frozen is None
+    for training, tf32, frozen in model.seen:
+        assert tf32 == training
+        assert (frozen is None) == training
+    frozen = [frozen for training, _, frozen in model.seen if not training]
+    assert len(frozen) == (1 if fails else 4)
+    if not fails:
+        assert frozen[0] == frozen[1]
+        assert frozen[2] == frozen[3]
+
+
+def test_steps_are_seeded_as_by_torch(tmp_path: Path) -> None:
+    data, drawn = make_data(), []
+
+    class Random(TinyNet):
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training:
+                drawn.append(torch.rand(3))
+            return super().forward(x)
+
+    module = make_module(data, Random(), seed=5)
+    fit(tmp_path, data=data, module=module)
+    for step, values in enumerate(drawn):
+        torch.manual_seed(step_seed(5, step, 0))
+        assert torch.equal(values, torch.rand(3))
+
+
+def test_other_devices_are_not_seeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeded: list[tuple[str, int]] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed", lambda seed: seeded.append(("cuda", seed)))
+    monkeypatch.setattr(torch.mps, "manual_seed", lambda seed: seeded.append(("mps", seed)))
+    for device, expected in (("cpu", []), ("cuda", [("cuda", 7)])):
+        _seed(7, torch.device(device))
+        assert seeded == expected

@@ -68,7 +68,7 @@ def test_words_of_the_banner() -> None:
 
 @pytest.mark.parametrize(
     ("cores", "processes", "workers"),
-    [(1, 1, 0), (2, 1, 0), (3, 1, 2), (8, 1, 7), (64, 1, 8), (64, 8, 7), (8, 4, 0), (8, 16, 0)],
+    [(1, 1, 0), (2, 1, 0), (3, 1, 2), (8, 1, 7), (64, 1, 63), (64, 8, 7), (8, 4, 0), (8, 16, 0)],
 )
 def test_default_workers(cores: int, processes: int, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)

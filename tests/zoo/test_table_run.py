@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from bcos_train import create_model
-from bcos_train.config.compose import Composer
+from bcos_train.config.composition import Composer
 from bcos_train.zoo import RECORDS, table_run
 from bcos_train.zoo.table import N_VAL, Row
 from bcos_train.zoo.table_run import (

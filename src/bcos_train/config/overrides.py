@@ -1,46 +1,44 @@
-"""Read the settings of a command line, and say what is wrong with them before Hydra does.
+"""Read the overrides of a command line and report mistakes before Hydra does.
 
-Keys and values are not judged here: a setting of a key that the config doesn't hold yet is let through, so that
-:func:`bcos_train.config.check` compares it with the signature. A parameter can be set so whether or not the YAML
+Keys and values are not validated here: an override of a key that the config does not hold yet is let through, so that
+:func:`bcos_train.config.check` compares it with the signature. A parameter can thus be set whether or not a YAML file
 repeats it.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from hydra.core.override_parser.types import Override, OverrideType
-from hydra.errors import HydraException
-
-from bcos_train.config.check import Problem
-from bcos_train.config.compose import Composer
-from bcos_train.config.plain import join
+from bcos_train.config.composition import Composer, Override, OverrideError, OverrideType, parse_override
+from bcos_train.config.containers import join
+from bcos_train.config.plugins import KEY as PLUGINS
+from bcos_train.config.validation import Problem
 from bcos_train.suggest import join_words, nearest, suggest
 
-__all__ = ["read_overrides"]
+__all__ = ["check_choices", "plugins_in_overrides", "read_overrides"]
 
 
 def read_overrides(
     overrides: Iterable[str], composer: Composer, top_level: Iterable[str], config: Callable[[], Mapping[str, Any]]
 ) -> tuple[dict[str, str], list[Problem]]:
-    """Each setting in the form that Hydra takes for a key that may be new (``++key=value``), and all problems.
+    """Each override in the form that Hydra takes for a key that may be new (``++key=value``), and all problems.
 
     Args:
         overrides: As typed: ``key=value``, ``group=choice``, ``+…``, ``++…``, ``~…``.
-        composer: Knows the config groups.
+        composer: Lists the config groups.
         top_level: The top-level keys of the config.
-        config: Composes the config without overrides; asked only to find where a wrong key belongs.
+        config: Composes the config without overrides; called only to find where a wrong key belongs.
     """
     rewritten: dict[str, str] = {}
     problems: list[Problem] = []
     for text in overrides:
-        problem = _bare_word(text, composer, top_level)
+        problem = _check_form(text, composer, top_level)
         if problem is None:
             try:
                 override = composer.parse(text)
-            except HydraException as error:
+            except OverrideError as error:
                 problem = _unreadable(text, error)
             else:
-                problem = _wrong_key(override.key_or_group, composer, top_level, config)
+                problem = _check_key(override.key_or_group, composer, top_level, config)
                 rewritten[text] = _as_force_add(text, override, composer)
         if problem is not None:
             problems.append(problem)
@@ -48,7 +46,7 @@ def read_overrides(
 
 
 def check_choices(overrides: Iterable[str], composer: Composer, may_sweep: bool = False) -> list[Problem]:
-    """Choices that their config group doesn't have, and several values for one key where no sweep was asked for."""
+    """Problems with choices that their group does not have, and with several values for one key outside a sweep."""
     problems = []
     for text in overrides:
         override = composer.parse(text)
@@ -68,6 +66,21 @@ def check_choices(overrides: Iterable[str], composer: Composer, may_sweep: bool 
     return problems
 
 
+def plugins_in_overrides(overrides: Iterable[str]) -> list[str]:
+    """The plugins that are named on a command line; of a sweep over them, which jobs load one by one, none."""
+    names: list[str] = []
+    for text in overrides:
+        if text.lstrip("+").partition("=")[0] != PLUGINS:
+            continue
+        try:
+            override = parse_override(text)
+        except OverrideError:
+            continue  # read_overrides reports it
+        value = None if override.is_sweep_override() else override.value()
+        names += [str(name) for name in (value if isinstance(value, list) else [])]
+    return names
+
+
 def _no_choice(group: str, choice: str, composer: Composer) -> Problem:
     choices = composer.choices(group)
     hint = suggest(choice, choices)
@@ -75,7 +88,8 @@ def _no_choice(group: str, choice: str, composer: Composer) -> Problem:
     return Problem(group, f"no such choice{hint} (choices: {listed})", choice)
 
 
-def _bare_word(text: str, composer: Composer, top_level: Iterable[str]) -> Problem | None:
+def _check_form(text: str, composer: Composer, top_level: Iterable[str]) -> Problem | None:
+    """A problem if ``text`` is a bare word instead of ``key=value`` or ``~key``."""
     if "=" in text or text.startswith("~"):
         return None
     if text in composer.groups:
@@ -92,23 +106,24 @@ def _bare_word(text: str, composer: Composer, top_level: Iterable[str]) -> Probl
     return Problem(text, f"settings have the form key=value{hint}")
 
 
-def _unreadable(text: str, error: HydraException) -> Problem:
-    """Of Hydra's account only what a function in a value said; the rest speaks of its grammar's symbols."""
-    said = next((line for line in str(error).splitlines() if "while evaluating" in line), None)
+def _unreadable(text: str, error: Exception) -> Problem:
+    """Of Hydra's message only what a function in the value raised; the rest is about grammar symbols."""
+    raised = next((line for line in str(error).splitlines() if "while evaluating" in line), None)
     key, _, value = text.partition("=")
     quoted = f"can't be read; a value with special characters takes quotes within quotes: '{key}=\"{value}\"'"
-    return Problem(text, quoted if said is None else said.partition("while evaluating ")[2])
+    return Problem(text, quoted if raised is None else raised.partition("while evaluating ")[2])
 
 
-def _wrong_key(
+def _check_key(
     key: str, composer: Composer, top_level: Iterable[str], config: Callable[[], Mapping[str, Any]]
 ) -> Problem | None:
+    """A problem if neither a config group nor a top-level key begins ``key``."""
     first = key.partition(".")[0]
     if key in composer.groups or first in ("hydra", *top_level):
         return None
     if "/" in key:
         return Problem(key, f"unknown config group{suggest(key, composer.groups)}")
-    # The last part may well be right, and only the way to it be missing: lr for optimizer.lr.
+    # The last part is often right and only its prefix missing: lr for optimizer.lr.
     deeper = [path for path in _paths(config()) if path.endswith(f".{key}")][:3]
     names = [*top_level, *(group for group in composer.groups if not group.startswith("hydra"))]
     hint = f"; did you mean {join_words(deeper)}?" if deeper else suggest(first, names)
@@ -124,7 +139,7 @@ def _paths(config: Mapping[str, Any], path: str = "") -> Iterator[str]:
 
 def _as_force_add(text: str, override: Override, composer: Composer) -> str:
     key = override.key_or_group
-    is_plain_key = key not in composer.groups and "/" not in key and not key.startswith("hydra.")
-    if is_plain_key and override.type in (OverrideType.CHANGE, OverrideType.ADD):
+    is_config_key = key not in composer.groups and "/" not in key and not key.startswith("hydra.")
+    if is_config_key and override.type in (OverrideType.CHANGE, OverrideType.ADD):
         return f"++{text.removeprefix('+')}"
     return text

@@ -1,20 +1,20 @@
-"""What a callable takes and gives, read from its signature."""
+"""Parameters and return types of callables, read from their signatures."""
 
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, get_type_hints
 
-__all__ = ["has_open_end", "parameters", "returned"]
+__all__ = ["accepts_any_keyword", "keyword_parameters", "return_type"]
 
 
-def parameters(target: Callable[..., Any], node: Mapping[str, Any]) -> dict[str, inspect.Parameter]:
-    """The parameters that can be given by name, their annotations evaluated (``Any`` where that is impossible).
+def keyword_parameters(target: Callable[..., Any], node: Mapping[str, Any]) -> dict[str, inspect.Parameter]:
+    """The parameters that can be passed by name, annotations evaluated (``Any`` where that is impossible).
 
-    A callable whose keywords depend on the value of one of them carries a function
-    ``config_signature(node) -> inspect.Signature``, which is asked instead.
+    A callable whose keywords depend on the value of one of them has an attribute
+    ``config_signature(node) -> inspect.Signature``, which is called instead.
 
     Raises:
-        ValueError: From ``config_signature``, when the node names something that doesn't exist.
+        ValueError: From ``config_signature``, if the node names something that does not exist.
     """
     hook = getattr(target, "config_signature", None)
     signature = inspect.signature(target) if hook is None else hook(node)
@@ -27,20 +27,20 @@ def parameters(target: Callable[..., Any], node: Mapping[str, Any]) -> dict[str,
     }
 
 
-def returned(target: Callable[..., Any]) -> Any:
-    """A class itself, or what a function is annotated to return; ``Any`` if it doesn't say."""
+def return_type(target: Callable[..., Any]) -> Any:
+    """A class itself, or the return annotation of a function; ``Any`` without one."""
     return target if inspect.isclass(target) else _hints(target).get("return", Any)
 
 
-def has_open_end(target: Callable[..., Any]) -> bool:
-    """Whether a misspelt keyword would be swallowed: ``**kwargs`` without a ``config_signature``.
+def accepts_any_keyword(target: Callable[..., Any]) -> bool:
+    """True if ``target`` would swallow a misspelled keyword: ``**kwargs`` without a ``config_signature``.
 
-    A class without an ``__init__`` of its own, whose base is of another package, is not to blame for the base's.
+    A class that inherits the ``__init__`` of another package is excused.
     """
     kinds = {parameter.kind for parameter in inspect.signature(target).parameters.values()}
-    maker = target.__init__ if inspect.isclass(target) else target
-    is_ours = maker.__module__.partition(".")[0] == target.__module__.partition(".")[0]
-    return inspect.Parameter.VAR_KEYWORD in kinds and is_ours and not hasattr(target, "config_signature")
+    function = target.__init__ if inspect.isclass(target) else target
+    same_package = function.__module__.partition(".")[0] == target.__module__.partition(".")[0]
+    return inspect.Parameter.VAR_KEYWORD in kinds and same_package and not hasattr(target, "config_signature")
 
 
 def _hints(target: Callable[..., Any]) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def _hints(target: Callable[..., Any]) -> dict[str, Any]:
     try:
         return get_type_hints(function, include_extras=True)
     except (NameError, TypeError, AttributeError):
-        # A name that is imported for type checkers only: the parameters that use it stay unchecked.
+        # A name that is imported for type checkers only: the parameters that use it stay unvalidated.
         return {}
 
 

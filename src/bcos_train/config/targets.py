@@ -1,6 +1,6 @@
-"""What a config may name as ``_target_``.
+"""The allow-list of ``_target_`` names.
 
-The names are exact. A prefix such as ``torch.*`` would let a config from elsewhere run code: ``torch.load`` unpickles,
+Names are exact. A prefix such as ``torch.*`` would let a config from elsewhere run code: ``torch.load`` unpickles,
 ``torch.hub.load`` fetches and runs, ``torch.utils.collect_env.run`` is a shell.
 """
 
@@ -13,7 +13,7 @@ from bcos_train.suggest import join_words, nearest
 
 __all__ = ["TARGETS", "resolve"]
 
-#: Each name is also the import path; it is imported when a config uses it.
+#: Each name is also the import path, imported when a config uses it.
 TARGETS: tuple[str, ...] = (
     "bcos_train.augmentation.Augmentation",
     "bcos_train.augmentation.crop_flip",
@@ -52,14 +52,23 @@ TARGETS: tuple[str, ...] = (
     "torch.optim.SGD",
 )
 
+#: Targets of plugins, see :func:`bcos_train.config.register_target`.
+REGISTERED: dict[str, Callable[..., Any]] = {}
+
 
 def resolve(name: object, path: str = "") -> Callable[..., Any]:
-    """Import the object that ``name`` stands for; ``path`` is the config key of the node, for the message.
+    """The object that ``name`` stands for, imported if need be.
+
+    Args:
+        name: Value of ``_target_``.
+        path: Config key of the node, for the message.
 
     Raises:
-        UserError: ``name`` is not listed in :data:`TARGETS`, or a package that it needs is not installed.
+        UserError: ``name`` is neither in :data:`TARGETS` nor registered, or a package that it needs is not installed.
     """
     key = f"{path}._target_" if path else "_target_"
+    if isinstance(name, str) and name in REGISTERED:
+        return REGISTERED[name]
     if not isinstance(name, str) or name not in TARGETS:
         near = _nearest_targets(str(name))
         hint = f"; did you mean {join_words(near)}?" if near else " (bcos_train.config.TARGETS lists what is)"
@@ -68,16 +77,16 @@ def resolve(name: object, path: str = "") -> Callable[..., Any]:
     try:
         return getattr(import_module(module), attribute)
     except ModuleNotFoundError as error:
-        # A missing module of our own is a fault in the code and keeps its traceback.
+        # A missing module of this package is a fault in the code and keeps its traceback.
         if (error.name or "").startswith("bcos_train"):
             raise
         raise UserError(f"{key}={name}: {error.name} is not installed") from error
 
 
 def _nearest_targets(name: str) -> list[str]:
-    """By the last part, since the module is easily wrong or left out."""
+    """Compare the last part only: the module is easily wrong or left out."""
     by_last: dict[str, list[str]] = {}
-    for target in TARGETS:
+    for target in (*TARGETS, *REGISTERED):
         by_last.setdefault(target.rpartition(".")[2], []).append(target)
-    found = nearest(name.rpartition(".")[2], by_last)
-    return [target for last in found for target in by_last[last]][:3]
+    near = nearest(name.rpartition(".")[2], by_last)
+    return [target for last in near for target in by_last[last]][:3]

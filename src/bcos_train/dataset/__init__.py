@@ -5,6 +5,8 @@
 
 from bcos_train.dataset.base import ImageDataset, ImageSource
 from bcos_train.dataset.cifar10 import Cifar10
+from bcos_train.dataset.device_cache import DeviceCache, DeviceLoader
+from bcos_train.dataset.device_transform import DeviceTransform, NotCacheable
 from bcos_train.dataset.digits import Digits
 from bcos_train.dataset.encoding import BcosEncoding, Standardize, add_inverse, to_float
 from bcos_train.dataset.folder import ImageFolder, UnreadableImage
@@ -16,12 +18,16 @@ from bcos_train.dataset.seeded import SeededDataset, UnevenImages
 __all__ = [
     "BcosEncoding",
     "Cifar10",
+    "DeviceCache",
+    "DeviceLoader",
+    "DeviceTransform",
     "Digits",
     "EvalBatchSampler",
     "ImageDataset",
     "ImageFolder",
     "ImageNet",
     "ImageSource",
+    "NotCacheable",
     "SeededDataset",
     "Standardize",
     "Stream",

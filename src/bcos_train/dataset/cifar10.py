@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torchvision.datasets import CIFAR10
 
-from bcos_train.dataset.base import ImageDataset, require_root
+from bcos_train.dataset.base import Cache, ImageDataset, check_cache, require_root
 from bcos_train.dataset.folder import ImageFolder
 
 __all__ = ["Cifar10"]
@@ -21,6 +21,9 @@ class Cifar10:
         root: folder that holds ``cifar-10-batches-py``, or will after the download; or one with the images as files,
             ``train/<class>/`` and ``test/<class>/``.
         download: fetch the archive if it is not there.
+        cache: "device" keeps all images as one uint8 tensor on each training device, and loads and augments batches
+            there, without loading processes. Results are the same bit for bit. The images must fit, be of one size, and
+            have no random transform but ``RandomCrop`` and ``RandomHorizontalFlip``.
 
     Raises:
         ValueError: if root is None; later if the files are neither there nor to be had.
@@ -28,9 +31,11 @@ class Cifar10:
 
     name = "cifar10"
 
-    def __init__(self, root: str | Path | None, download: bool = True) -> None:
+    def __init__(self, root: str | Path | None, download: bool = True, cache: Cache | None = None) -> None:
+        check_cache(cache)
         self.root = require_root(root, "CIFAR-10", "set DATA_ROOT or dataset.root")
         self.download = download
+        self.cache = cache
 
     @property
     def class_names(self) -> list[str]:

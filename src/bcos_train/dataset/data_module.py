@@ -11,16 +11,21 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Sampler, Subset
 
 from bcos_train.dataset.base import ImageDataset, ImageSource
+from bcos_train.dataset.device_cache import DeviceCache, DeviceLoader
+from bcos_train.dataset.device_transform import DeviceTransform
 from bcos_train.dataset.randomness import Stream, epoch_length, permutation
 from bcos_train.dataset.sampler import EvalBatchSampler, TrainBatchSampler
 from bcos_train.dataset.seeded import Collate, SeededDataset, Transform
 
 __all__ = ["DataModule"]
 
-Loader = DataLoader[Any]
+#: Samples that are worth asking the worker processes for, which may have to be started first.
+_MANY = 16
+
+Loader = DataLoader[Any] | DeviceLoader
 """Of images uint8 (N,3,H,W), labels int64 (N,), indices in the data set int64 (N,)."""
 
 
@@ -30,7 +35,7 @@ class DataModule(pl.LightningDataModule):
     Build the trainer with ``use_distributed_sampler=False``: the samplers here share the samples out themselves.
 
     Args:
-        dataset: where the images come from.
+        dataset: where the images come from; with ``dataset.cache == "device"`` they are kept on the trainer's device.
         train_transform: PIL image -> uint8 (3,H,W), may be random.
         eval_transform: PIL image -> uint8 (3,H,W), must not be random.
         batch_size: samples of one optimizer step, over all processes and accumulated micro-batches.
@@ -44,6 +49,8 @@ class DataModule(pl.LightningDataModule):
         limit_train, limit_val: use this many samples only, always the same ones; default all.
 
     Raises:
+        NotCacheable: from ``setup``, for a transform that a cached data set can't have; when the loaders are built, for
+            images of several sizes or more than fit.
         ValueError: for sizes out of range; when the loaders are built, for a batch size that does not split evenly.
     """
 
@@ -89,6 +96,11 @@ class DataModule(pl.LightningDataModule):
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
         self.limit_train = limit_train
         self.limit_val = limit_val
+        # A source from elsewhere needn't have the attribute.
+        self._is_cached = getattr(dataset, "cache", None) == "device"
+        self._train_cache: DeviceCache | None = None
+        self._val_cache: DeviceCache | None = None
+        self._val_loader: DataLoader[Any] | None = None
         self._train: ImageDataset | None = None
         self._val: ImageDataset | None = None
         self._train_sampler: TrainBatchSampler | None = None
@@ -124,6 +136,8 @@ class DataModule(pl.LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         if stage in (None, "fit"):
             self._train_part()
+            if self._is_cached:
+                DeviceTransform(self.train_transform)
         self._val_part()
 
     def seek(self, epoch: int, step: int) -> None:
@@ -147,7 +161,13 @@ class DataModule(pl.LightningDataModule):
         if self._sought is not None:
             sampler.seek(*self._sought)
         self._train_sampler = sampler
-        return self._loader(SeededDataset(self._train_part(), self.train_transform), sampler, "augmentation.train")
+        if self._is_cached:
+            transform = DeviceTransform(self.train_transform)
+            if self._train_cache is None:
+                samples = SeededDataset(self._train_part(), transform.fixed)
+                self._train_cache = self._cache(samples, "train", transform.border)
+            return DeviceLoader(self._train_cache, sampler, transform)
+        return self._loader(SeededDataset(self._train_part(), self.train_transform), "train", batch_sampler=sampler)
 
     def val_dataloader(self) -> Loader:
         world_size, rank = self._place()
@@ -156,7 +176,13 @@ class DataModule(pl.LightningDataModule):
                 f"{self.num_val} validation sample(s) for {world_size} processes: every process needs at least one"
             )
         sampler = EvalBatchSampler(self.num_val, max(1, self.eval_batch_size // world_size), world_size, rank)
-        return self._loader(SeededDataset(self._val_part(), self.eval_transform), sampler, "augmentation.eval")
+        samples = SeededDataset(self._val_part(), self.eval_transform)
+        if self._is_cached:
+            if self._val_cache is None:
+                self._val_cache = self._cache(samples, "eval")
+            return DeviceLoader(self._val_cache, sampler)
+        self._val_loader = self._loader(samples, "eval", batch_sampler=sampler)
+        return self._val_loader
 
     def fixed_val_indices(self, n: int) -> list[int]:
         """At most ``n`` indices of validation samples, the same in every run."""
@@ -173,9 +199,25 @@ class DataModule(pl.LightningDataModule):
         return images, labels
 
     def val_samples(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Validation samples by their indices: uint8 (n,3,H,W) and labels (n,)."""
-        part = SeededDataset(self._val_part(), self.eval_transform)
-        images, labels, _ = Collate("augmentation.eval")(part.__getitems__(list(indices)))
+        """Validation samples by their indices: uint8 (n,3,H,W) and labels (n,).
+
+        Not while the validation loader is being iterated: once it is built, its worker processes do the work. The
+        samples of a cached data set are on its device.
+        """
+        if self._val_cache is not None:
+            index = torch.tensor(indices, device=self._val_cache.labels.device)
+            return self._val_cache.images[index].permute(0, 3, 1, 2).contiguous(), self._val_cache.labels[index]
+        collate = Collate("augmentation.eval")
+        if self._val_loader is not None and self.num_workers and len(indices) >= _MANY:
+            sampler = self._val_loader.batch_sampler
+            assert isinstance(sampler, EvalBatchSampler)
+            share = -(-len(indices) // self.num_workers)
+            pieces = [list(indices[i : i + share]) for i in range(0, len(indices), share)]
+            with sampler.requested(pieces):
+                samples = [sample for piece in self._val_loader for sample in zip(*piece, strict=True)]
+        else:
+            samples = SeededDataset(self._val_part(), self.eval_transform).__getitems__(list(indices))
+        images, labels, _ = collate(samples)
         return images, labels
 
     def _train_part(self) -> ImageDataset:
@@ -194,18 +236,37 @@ class DataModule(pl.LightningDataModule):
             return 1, 0
         return self.trainer.world_size, self.trainer.global_rank
 
-    def _loader(self, dataset: SeededDataset, sampler: Any, transform_key: str) -> Loader:
+    def _cache(self, samples: SeededDataset, part: str, border: int = 0) -> DeviceCache:
+        device = torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
+        # Once through, sample by sample: the batches are pieces of work for the loading processes.
+        every_sample = EvalBatchSampler(len(samples), 64)
+        loader = self._loader(samples, part, batch_sampler=every_sample, persistent_workers=False)
+        return DeviceCache.fill(
+            loader, device, f"{self.dataset.name} ({'training' if part == 'train' else 'validation'})", border
+        )
+
+    def _loader(
+        self, dataset: SeededDataset, part: str, batch_sampler: Sampler[Any], persistent_workers: bool = True
+    ) -> DataLoader[Any]:
         return DataLoader(
             dataset,
-            batch_sampler=sampler,
+            batch_sampler=batch_sampler,
             num_workers=self.num_workers,
-            collate_fn=Collate(transform_key),
+            collate_fn=Collate(f"augmentation.{part}"),
             pin_memory=self.pin_memory,
-            persistent_workers=self.num_workers > 0,
+            persistent_workers=persistent_workers and self.num_workers > 0,
+            prefetch_factor=_prefetch_factor(self.num_workers),
             worker_init_fn=_init_worker,
             # The loader draws a number for its workers at every start: not from the generator that training uses.
             generator=torch.Generator().manual_seed(self.seed),
         )
+
+
+def _prefetch_factor(num_workers: int) -> int | None:
+    """Batches that each worker loads ahead: four, with many workers two."""
+    # Two a worker, torch's default, run dry when a few workers meet large images at once. Batches wait in shared
+    # memory: 32 of 256 images of 224 px are 1.2 GB, and a machine with 64 cores and four a worker would hold 10 GB.
+    return max(2, min(4, 32 // num_workers)) if num_workers else None
 
 
 def _limited(dataset: ImageDataset, limit: int | None) -> ImageDataset:

@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from bcos_train.dataset.base import ImageDataset
+from bcos_train.dataset.base import Cache, ImageDataset, check_cache
 from bcos_train.dataset.randomness import Stream, permutation
 
 __all__ = ["Digits"]
@@ -22,17 +22,22 @@ class Digits:
     Args:
         size: side of the square RGB images, in pixels; enlarged from 8 bilinearly.
         val_fraction: share of every class that is kept for validation, in (0, 1).
+        cache: "device" keeps all images as one uint8 tensor on each training device, and loads and augments batches
+            there, without loading processes. Results are the same bit for bit. The images must fit, be of one size, and
+            have no random transform but ``RandomCrop`` and ``RandomHorizontalFlip``.
     """
 
     name = "digits"
 
-    def __init__(self, size: int = 32, val_fraction: float = 0.2) -> None:
+    def __init__(self, size: int = 32, val_fraction: float = 0.2, cache: Cache | None = None) -> None:
+        check_cache(cache)
         if size < 1:
             raise ValueError(f"size must be at least 1, not {size}")
         if not 0 < val_fraction < 1:
             raise ValueError(f"val_fraction must lie between 0 and 1, not {val_fraction}")
         self.size = size
         self.val_fraction = val_fraction
+        self.cache = cache
 
     @property
     def class_names(self) -> list[str]:

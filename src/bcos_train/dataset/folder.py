@@ -11,7 +11,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset, pil_loader
 
-from bcos_train.dataset.base import ImageDataset, require_root
+from bcos_train.dataset.base import Cache, ImageDataset, check_cache, require_root
 
 __all__ = ["FolderImages", "ImageFolder", "list_classes"]
 
@@ -70,6 +70,9 @@ class ImageFolder:
         train: folder name of the training part; may be the same as ``val`` to try things on a small sample.
         val: folder name of the validation part, for instance "test".
         hint: what to set if something is wrong, for the error messages.
+        cache: "device" keeps all images as one uint8 tensor on each training device, and loads and augments batches
+            there, without loading processes. Results are the same bit for bit. The images must fit, be of one size, and
+            have no random transform but ``RandomCrop`` and ``RandomHorizontalFlip``.
 
     Raises:
         ValueError: if root is None; on use if folders are missing or empty, or if the parts differ in their classes.
@@ -83,9 +86,12 @@ class ImageFolder:
         train: str = "train",
         val: str = "val",
         hint: str = "set DATA_ROOT or dataset.root",
+        cache: Cache | None = None,
     ) -> None:
+        check_cache(cache)
         self.root = require_root(root, "the image folder", hint)
         self.hint = hint
+        self.cache = cache
         self.train_folder = train
         self.val_folder = val
 

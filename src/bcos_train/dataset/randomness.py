@@ -28,6 +28,7 @@ __all__ = [
     "sample_seeds",
     "seed_generators",
     "step_seed",
+    "torch_random_words",
 ]
 
 _WORD = 0xFFFFFFFF
@@ -112,6 +113,30 @@ def sample_seeds(seed: int, epoch: int, indices: np.ndarray, repetition: np.ndar
     repetition = np.asarray(repetition, dtype=np.uint64)
     counters = indices.astype(np.uint64) | (repetition << np.uint64(40))
     return (_mix(key, counters) >> np.uint64(1)).astype(np.int64)
+
+
+def torch_random_words(seeds: np.ndarray, n: int) -> np.ndarray:
+    """The first ``n`` numbers of torch's CPU generator for each of ``seeds`` (N,): uint32 (n, N), n in 1 … 227.
+
+    This is the Mersenne Twister MT19937 (Matsumoto, Nishimura 1998) for all seeds at once: seeding torch's own
+    generator and drawing three numbers takes 15 us a sample, this 1 us.
+    """
+    assert 1 <= n <= 624 - 397, n
+    state = seeds.astype(np.uint32)  # torch, too, takes the low 32 bits
+    kept = {0: state}
+    for j in range(1, n + 397):
+        state = np.uint32(1812433253) * (state ^ (state >> np.uint32(30))) + np.uint32(j)
+        if j <= n or j >= 397:
+            kept[j] = state
+    words = np.empty((n, len(seeds)), dtype=np.uint32)
+    for i in range(n):
+        twist = (kept[i] & np.uint32(0x80000000)) | (kept[i + 1] & np.uint32(0x7FFFFFFF))
+        y = kept[i + 397] ^ (twist >> np.uint32(1)) ^ (np.uint32(0x9908B0DF) * (kept[i + 1] & np.uint32(1)))
+        y ^= y >> np.uint32(11)
+        y ^= (y << np.uint32(7)) & np.uint32(0x9D2C5680)
+        y ^= (y << np.uint32(15)) & np.uint32(0xEFC60000)
+        words[i] = y ^ (y >> np.uint32(18))
+    return words
 
 
 def seed_generators(seed: int) -> None:

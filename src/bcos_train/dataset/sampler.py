@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -167,13 +168,26 @@ class EvalBatchSampler(Sampler[list[int]]):
         _check_rank(rank, world_size)
         self.batch_size = batch_size
         self._mine = range(rank, n, world_size)
+        self._requested: Sequence[list[int]] | None = None
 
     def __len__(self) -> int:
         return -(-len(self._mine) // self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
+        if self._requested is not None:
+            yield from self._requested
+            return
         for begin in range(0, len(self._mine), self.batch_size):
             yield list(self._mine[begin : begin + self.batch_size])
+
+    @contextmanager
+    def requested(self, batches: Sequence[list[int]]) -> Iterator[None]:
+        """Yield ``batches`` within the block, so that a loader's worker processes can be asked for any samples."""
+        self._requested = batches
+        try:
+            yield
+        finally:
+            self._requested = None
 
 
 def _check_rank(rank: int, world_size: int) -> None:

@@ -12,7 +12,7 @@ from bcos_train.evaluation.options import ExplanationOptions
 from bcos_train.evaluation.scoring import Case, image_scores, score_grids
 from bcos_train.evaluation.store import ScoreStore
 from bcos_train.evaluation.subject import Subject, draw_grids, grid_input, why_not_grids
-from bcos_train.explanation import evaluating
+from bcos_train.explanation import evaluating, without_tf32
 from bcos_train.explanation.method import CannotExplain, Method
 from bcos_train.metric import cosine_alignment
 
@@ -72,7 +72,7 @@ def measure(
     methods = options.make_methods()
     results = Results(images=list(subject.images))
     passes = []
-    with evaluating(subject.model):
+    with evaluating(subject.model), without_tf32():
         if "grid_pointing" in options.metrics and subject.predictions is not None:
             results.grids = draw_grids(subject.predictions, options.grid_pointing)
             if (reason := why_not_grids(subject, results.grids, options.grid_pointing)) is None:

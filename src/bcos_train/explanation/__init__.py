@@ -3,9 +3,11 @@
 from bcos_train.explanation.dynamic_linear import Explanation, constant_term, explain
 from bcos_train.explanation.image import color_explanation, gradient_to_image, official_dict, plot_contribution_map
 from bcos_train.explanation.mode import evaluating, explanation_mode
+from bcos_train.explanation.precision import allow_tf32, without_tf32
 
 __all__ = [
     "Explanation",
+    "allow_tf32",
     "color_explanation",
     "constant_term",
     "evaluating",
@@ -14,4 +16,5 @@ __all__ = [
     "gradient_to_image",
     "official_dict",
     "plot_contribution_map",
+    "without_tf32",
 ]

@@ -18,9 +18,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torchvision.ops import StochasticDepth
 
 from bcos_train.explanation.mode import explanation_mode
-from bcos_train.nn import cached_weights, live_weights
+from bcos_train.explanation.precision import without_tf32
+from bcos_train.nn import (
+    AllNormUncentered2d,
+    BatchNormUncentered2d,
+    DetachableLayerNorm,
+    Linear,
+    NormedConv2d,
+    NormedLinear,
+    cached_weights,
+    live_weights,
+)
 
 __all__ = ["Explanation", "constant_term", "explain"]
 
@@ -51,8 +62,8 @@ def explain(
     """Explain one class for each image of a batch: one forward and one backward pass for all of them.
 
     Nothing outside is touched: not ``x`` (neither its ``requires_grad`` nor its ``grad``), not the gradients of the
-    parameters, not the state of the model. Works within ``torch.no_grad``, ``torch.inference_mode`` and autocast. A
-    model wrapped in DDP is unwrapped: no communication takes place.
+    parameters, not the state of the model. On CUDA no factor is rounded to TF32. Works within ``torch.no_grad``,
+    ``torch.inference_mode`` and autocast. A model wrapped in DDP is unwrapped: no communication takes place.
 
     Args:
         model: maps (N, C, H, W) to logits (N, K), each image on its own (batch norms in evaluation mode).
@@ -82,6 +93,7 @@ def explain(
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
+        without_tf32(),
         live_or_frozen,
         explanation_mode(network),
         _frozen_buffers(network),
@@ -112,10 +124,12 @@ def constant_term(model: nn.Module, x: Tensor, target: Tensor | int | None = Non
     bias part of FullGrad (Srinivas & Fleuret, NeurIPS 2019, arXiv 1905.00780) on the frozen network. Constants that
     no module adds by itself (a parameter added in a parent's ``forward``) are not seen.
 
-    Costs one forward and backward pass for each image: meant for checks and metrics, not for the training step.
+    Costs little more than one forward and backward pass for the whole batch: meant for checks and metrics, not for the
+    training step. A module whose output has no axis for the images (an embedding that the parent adds) takes one more
+    backward pass for each image.
 
     Args:
-        model: as for :func:`explain`, in evaluation mode.
+        model: as for :func:`explain`, in evaluation mode. Modules keep the images along the first axis.
         x: (N, C, H, W).
         target: as for :func:`explain`.
 
@@ -131,47 +145,91 @@ def constant_term(model: nn.Module, x: Tensor, target: Tensor | int | None = Non
         raise ValueError(
             "constant_term() needs a model in evaluation mode, got one in training mode: call model.eval()"
         )
-    constants: list[tuple[Tensor, Tensor]] = []
-
+    n_images = len(x)
+    constants: list[_Constant] = []
     leaves = [module for module in network.modules() if not any(True for _ in module.children())]
-    terms = []
-    with torch.inference_mode(False), torch.enable_grad(), explanation_mode(network):
-        handles = [module.register_forward_hook(partial(_record_constant, constants)) for module in leaves]
+    leaves = [module for module in leaves if not _is_zero_at_zero(module)]
+    with torch.inference_mode(False), torch.enable_grad(), without_tf32(), explanation_mode(network):
+        handles = [module.register_forward_hook(partial(_record_constant, constants, n_images)) for module in leaves]
         try:
-            for n in range(len(x)):
-                constants.clear()
-                logits = _checked_logits(network(x[n : n + 1].detach().clone().requires_grad_()), 1)
-                wanted = None if target is None else _as_indices(target, logits, len(x))
-                selected = logits.max() if wanted is None else logits[0, wanted[n]]
-                points = [point for point, _ in constants]
-                grads = torch.autograd.grad(selected, points, allow_unused=True) if points else ()
-                parts = [
-                    (grad * constant).sum()
-                    for grad, (_, constant) in zip(grads, constants, strict=True)
-                    if grad is not None
-                ]
-                terms.append(torch.stack(parts).sum() if parts else x.new_zeros(()))
+            logits = _checked_logits(network(x.detach().clone().requires_grad_()), n_images)
         finally:
             for handle in handles:
                 handle.remove()
-    return torch.stack(terms).to(x.dtype)
+        indices = logits.detach().argmax(1) if target is None else _as_indices(target, logits)
+        selected = logits.gather(1, indices[:, None])[:, 0]
+        terms = x.new_zeros(n_images)
+        shared = [constant for constant in constants if not constant.by_image]
+        for constant, grad in _gradients(selected.sum(), [c for c in constants if c.by_image]):
+            terms += (grad * constant.value).flatten(1).sum(1, dtype=x.dtype)
+        for n in range(n_images) if shared else ():
+            for constant, grad in _gradients(selected[n], shared):
+                terms[n] += (grad * constant.value).sum(dtype=x.dtype)
+    return terms
+
+
+@dataclass(frozen=True)
+class _Constant:
+    """The output of a module in the graph, and its output for a zero input.
+
+    ``by_image``: the first axis of the output is that of the images.
+    """
+
+    point: Tensor
+    value: Tensor
+    by_image: bool
+
+
+def _gradients(output: Tensor, constants: list[_Constant]) -> list[tuple[_Constant, Tensor]]:
+    """The gradients of a scalar at those points from which it comes."""
+    if not constants or not output.requires_grad:
+        return []
+    points = [constant.point for constant in constants]
+    grads = torch.autograd.grad(output, points, retain_graph=True, allow_unused=True)
+    return [(constant, grad) for constant, grad in zip(constants, grads, strict=True) if grad is not None]
+
+
+#: Types of modules that return zeros for zeros as long as they have no bias. Subclasses may do otherwise.
+_LINEAR = {
+    nn.AdaptiveAvgPool2d,
+    nn.AvgPool2d,
+    nn.Conv2d,
+    nn.Dropout,
+    nn.Flatten,
+    nn.Identity,
+    nn.Linear,
+    StochasticDepth,
+    NormedConv2d,
+    NormedLinear,
+    Linear,
+    DetachableLayerNorm,
+    BatchNormUncentered2d,
+    AllNormUncentered2d,
+}
+
+
+def _is_zero_at_zero(module: nn.Module) -> bool:
+    """True if the output for a zero input is known to be zero, so that it doesn't have to be computed."""
+    return type(module) in _LINEAR and getattr(module, "bias", None) is None and "forward" not in vars(module)
 
 
 def _record_constant(
-    constants: list[tuple[Tensor, Tensor]], module: nn.Module, args: tuple[Any, ...], output: Any
+    constants: list[_Constant], n_images: int, module: nn.Module, args: tuple[Any, ...], output: Any
 ) -> Tensor | None:
-    """A forward hook that notes (output of the module, its output for a zero input), the latter if not zero itself."""
+    """A forward hook that notes what a module adds by itself."""
+    inputs = [arg for arg in args if isinstance(arg, Tensor)]
     # Only modules on the way from the image: a softmax over detached queries is a dynamic weight, not a constant.
-    on_path = any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
+    on_path = any(arg.requires_grad for arg in inputs)
     if not on_path or not isinstance(output, Tensor) or not output.is_floating_point():
         return None
-    zeros = [torch.zeros_like(arg) if isinstance(arg, Tensor) and arg.requires_grad else arg for arg in args]
+    by_image = output.requires_grad and all(t.ndim > 0 and len(t) == n_images for t in (output, *inputs))
+    # All images have the same constant, unless one of the inputs that are kept differs between them.
+    rows = 1 if by_image and all(arg.requires_grad for arg in inputs) else None
+    zeros = [torch.zeros_like(arg[:rows]) if isinstance(arg, Tensor) and arg.requires_grad else arg for arg in args]
     with torch.no_grad():
-        constant = module.forward(*zeros)
-    if not constant.any():
-        return None
+        value = module.forward(*zeros)
     point = output if output.requires_grad else output.detach().requires_grad_()
-    constants.append((point, constant))
+    constants.append(_Constant(point, value, by_image))
     # A copy goes on, so that `out += identity` further down does not turn `point` into the sum.
     return point.clone()
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bcos_train.explanation import evaluating
+from bcos_train.explanation import evaluating, without_tf32
 from bcos_train.nn.functional import maxout
 from bcos_train.nn.layer import BcosLayer
 
@@ -14,6 +14,7 @@ __all__ = ["cosine_alignment"]
 
 
 @torch.no_grad()
+@without_tf32()
 def cosine_alignment(model: nn.Module, x: Tensor) -> dict[str, float]:
     """Mean |cos(x, w)| of every B-cos layer: what the exponent B - 1 acts on, and what training is to raise.
 

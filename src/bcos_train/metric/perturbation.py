@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bcos_train.explanation import evaluating
+from bcos_train.explanation import evaluating, without_tf32
 from bcos_train.explanation.method.base import check_counts, pairs, perturbable, probabilities, select
 from bcos_train.suggest import join_words, suggest
 
@@ -41,6 +41,7 @@ _BLUR_RADIUS, _BLUR_STD = 5, 5.0  # pixels: the kernel of 11 that RISE takes at 
 
 
 @torch.no_grad()
+@without_tf32()
 def perturbation_curve(
     model: nn.Module,
     x: Tensor,

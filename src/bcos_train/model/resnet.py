@@ -249,8 +249,9 @@ class BcosResNet(BcosConvNet):
         yield self._feature_modules()
 
     def _feature_modules(self) -> list[nn.Module]:
-        names = ("conv1", "bn1", "pool", "layer1", "layer2", "layer3", "layer4")
-        return [module for name in names if (module := getattr(self, name)) is not None]
+        # Not one line with `:=`, at which torch.compile would split the graph on Python 3.11.
+        modules = [getattr(self, name) for name in ("conv1", "bn1", "pool", "layer1", "layer2", "layer3", "layer4")]
+        return [module for module in modules if module is not None]
 
 
 class LongBcosResNet(BcosResNet):

@@ -1,6 +1,6 @@
 """The seam between the definitions in this package and the faster code in `bcos_train.nn.fast`.
 
-A layer asks one of the functions imported here for its output and computes its definition where the answer is None;
+A layer asks ``fast`` for its output and computes its definition where the answer is None;
 `bcos_train.nn.fast.dispatch` says when that is. Without the folder ``fast`` the answer is always None: the package
 then computes the same, more slowly.
 """
@@ -12,49 +12,11 @@ from torch import nn
 from bcos_train.suggest import suggest
 
 try:
-    from bcos_train.nn.fast import (
-        add_shortcut,
-        cached_weights,
-        fast_batch_norm,
-        fast_bcos_conv2d,
-        fast_bcos_linear,
-        fast_linear,
-        live_weights,
-        prepare_backend,
-        unit_weight,
-        why,
-    )
-except ModuleNotFoundError as error:
-    if error.name != "bcos_train.nn.fast":
-        raise
-    from bcos_train.nn.without_fast import (
-        add_shortcut,
-        cached_weights,
-        fast_batch_norm,
-        fast_bcos_conv2d,
-        fast_bcos_linear,
-        fast_linear,
-        live_weights,
-        prepare_backend,
-        unit_weight,
-        why,
-    )
+    from bcos_train.nn import fast
+except ImportError:
+    from bcos_train.nn import without_fast as fast  # type: ignore[no-redef]
 
-__all__ = [
-    "BACKENDS",
-    "Accelerated",
-    "Backend",
-    "add_shortcut",
-    "cached_weights",
-    "fast_batch_norm",
-    "fast_bcos_conv2d",
-    "fast_bcos_linear",
-    "fast_linear",
-    "live_weights",
-    "set_backend",
-    "unit_weight",
-    "why",
-]
+__all__ = ["BACKENDS", "Accelerated", "Backend", "fast", "set_backend"]
 
 Backend = Literal["fused", "compiled", "reference"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
@@ -71,15 +33,16 @@ def set_backend(model: nn.Module, backend: Backend) -> None:
     """Choose how all layers of a model compute.
 
     Args:
-        backend: ``"fused"`` (operations with hand-written derivatives; the default), ``"compiled"`` (their elementwise
-            passes compiled by `torch.compile` at the first steps), or ``"reference"`` (the definitions).
+        backend: ``"fused"`` (operations with hand-written derivatives, on a GPU with Triton kernels; the default),
+            ``"compiled"`` (their elementwise passes compiled by `torch.compile` at the first steps), or
+            ``"reference"`` (the definitions).
 
     Raises:
         ValueError: Unknown name, or no compiler for ``"compiled"``.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r}{suggest(str(backend), BACKENDS)}: one of {', '.join(BACKENDS)}")
-    prepare_backend(backend)
+    fast.prepare_backend(backend)
     for module in model.modules():
         if isinstance(module, Accelerated):
             module.backend = backend

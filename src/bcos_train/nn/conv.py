@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from bcos_train.nn.backend import fast_bcos_conv2d, unit_weight
+from bcos_train.nn.backend import fast
 from bcos_train.nn.functional import PaddingMode, bcos_scale, is_linear, maxout, patch_norm
 from bcos_train.nn.layer import BcosLayer
 
@@ -16,7 +16,7 @@ class NormedConv2d(nn.Conv2d):
     """`nn.Conv2d` whose weight is scaled to unit norm per output channel at every call: ŵ·x."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, unit_weight(self), self.bias)
+        return self._conv_forward(x, fast.unit_weight(self), self.bias)
 
 
 class BcosConv2d(BcosLayer):
@@ -86,8 +86,8 @@ class BcosConv2d(BcosLayer):
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != 4:
             raise ValueError(f"BcosConv2d got an input of shape {tuple(x.shape)}: expected (N, C, H, W).")
-        if (fast := fast_bcos_conv2d(self, x)) is not None:
-            return fast
+        if (out := fast.bcos_conv2d_forward(self, x)) is not None:
+            return out
         out = maxout(self.linear(x), self.max_out, self.unit_dim)
         if is_linear(self.b):
             return out

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bcos_train.nn.backend import Accelerated, fast_bcos_linear, fast_linear, unit_weight
+from bcos_train.nn.backend import Accelerated, fast
 from bcos_train.nn.functional import bcos_scale, feature_norm, is_linear, maxout
 from bcos_train.nn.layer import BcosLayer
 
@@ -15,14 +15,15 @@ class NormedLinear(nn.Linear):
     """`nn.Linear` whose weight is scaled to unit norm per output unit at every call: ŵ·x."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, unit_weight(self), self.bias)
+        return F.linear(x, fast.unit_weight(self), self.bias)
 
 
 class Linear(Accelerated, nn.Linear):
     """`nn.Linear` with a faster matrix product on some CPUs."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) if (fast := fast_linear(self, x)) is None else fast
+        out = fast.linear_forward(self, x)
+        return super().forward(x) if out is None else out
 
 
 class BcosLinear(BcosLayer):
@@ -64,8 +65,8 @@ class BcosLinear(BcosLayer):
         self.linear = make_linear(in_features, out_features * max_out, bias=bias, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        if (fast := fast_bcos_linear(self, x)) is not None:
-            return fast
+        if (out := fast.bcos_linear_forward(self, x)) is not None:
+            return out
         out = maxout(self.linear(x), self.max_out, self.unit_dim)
         if is_linear(self.b):
             return out

@@ -4,16 +4,17 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from bcos_train.nn.functional import normalize_weight
+from bcos_train.nn.functional import normalize_weight, statistics_dtype
 
 
 def no_fast_path(layer: nn.Module, x: Tensor) -> Tensor | None:
     return None
 
 
-fast_batch_norm = fast_bcos_conv2d = fast_bcos_linear = fast_linear = no_fast_path
+batch_norm_forward = bcos_conv2d_forward = bcos_linear_forward = linear_forward = no_fast_path
 
 
 def why(layer: nn.Module, x: Tensor) -> str:
@@ -26,6 +27,11 @@ def prepare_backend(backend: str) -> None:
 
 def unit_weight(module: Any) -> Tensor:
     return normalize_weight(module.weight)
+
+
+def moments(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    var, mean = torch.var_mean(x.to(statistics_dtype(x)), dims, correction=0, keepdim=True)
+    return mean, var
 
 
 def add_shortcut(branch: Tensor, shortcut: Tensor, *last: nn.Module) -> Tensor:

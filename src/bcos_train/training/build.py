@@ -14,11 +14,12 @@ from rich.console import Console
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from bcos_train.compiling import prepare_to_compile
-from bcos_train.config import UserError, blame
+from bcos_train.config import UserError, user_errors_at
 from bcos_train.dataset.data_module import DataModule
+from bcos_train.explanation import allow_tf32
 from bcos_train.nn import RunningNorm2d, sync_batch_norm_
 from bcos_train.training.checkpoint_io import VerifiedCheckpointIO
+from bcos_train.training.module import EndEvaluation
 from bcos_train.training.options import BatchSplit, TrainerOptions
 from bcos_train.training.run_folder import RunFolder
 
@@ -35,11 +36,10 @@ def build_trainer(options: TrainerOptions, accumulate: int = 1) -> pl.Trainer:
     """A trainer whose data order, checkpoints and signals are ours, still without loggers and callbacks.
 
     Raises:
-        ValueError: The machine has no such accelerator, it can't compute with that precision, or it has no C++ compiler
-            to compile with.
+        ValueError: The machine has no such accelerator, or it can't compute with that precision.
     """
-    if options.compile:
-        prepare_to_compile("trainer.compile=true")
+    if options.uses_cuda:
+        allow_tf32(options.tf32)
     strategy: str | Strategy = "auto"
     if options.world_size > 1:
         # Buffers are broadcast before a validation instead (see training.distributed.broadcast_buffers).
@@ -59,7 +59,14 @@ def build_trainer(options: TrainerOptions, accumulate: int = 1) -> pl.Trainer:
     if trainer.precision != precision:
         # Lightning takes another one with no more than a warning.
         raise ValueError(f"trainer.precision={options.precision} needs a GPU: take bf16 or 32")
+    # Lightning asks all processes before each batch whether it has seen SIGTERM, and waits for the answer. Signals are
+    # ours: the Checkpointer asks about them together with the loss.
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing  # type: ignore[method-assign]
     return trainer
+
+
+def _nothing() -> None:
+    pass
 
 
 def _make_trainer(
@@ -77,12 +84,15 @@ def _make_trainer(
         num_sanity_val_steps=0,
         log_every_n_steps=options.log_every_n_steps,
         deterministic=options.deterministic,
+        # cuDNN times its algorithms for each new shape, rather than guess.
+        benchmark=options.uses_cuda and not options.deterministic,
         use_distributed_sampler=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         # The run folder is known only once the processes can talk to each other; both are added then.
         logger=False,
         enable_checkpointing=False,
+        callbacks=[EndEvaluation()],
         plugins=plugins,
     )
 
@@ -97,7 +107,7 @@ def build_model(parts: Any, data: DataModule) -> nn.Module:
         UserError: The model can't be built so, or doesn't go with the data set or the encoding.
     """
     pl.seed_everything(parts.seed, verbose=False)
-    with blame("model"):
+    with user_errors_at("model"):
         model: nn.Module = parts.model(num_classes=choose_num_classes(parts, data))
     channels = getattr(model, "in_chans", parts.encoding.in_channels)
     if channels != parts.encoding.in_channels:
@@ -130,8 +140,14 @@ def print_banner(
     data: DataModule,
     split: BatchSplit,
     folder: RunFolder,
+    compilation: str | None = None,
 ) -> None:
-    """What is about to run, a line each. ``parts`` is a :class:`bcos_train.run.TrainConfig`."""
+    """What is about to run, a line each.
+
+    Args:
+        parts: A :class:`bcos_train.run.TrainConfig`.
+        compilation: How the model is compiled for training, if it is.
+    """
     options: TrainerOptions = parts.trainer
     parameters = sum(p.numel() for p in model.parameters())
     steps = data.steps_per_epoch
@@ -147,9 +163,12 @@ def print_banner(
         "optimizer": f"{name}, learning rate {keywords.get('lr', '?')}",
         "device": f"{options.world_size} x {'cuda' if options.uses_cuda else 'cpu'}, precision {options.precision}, "
         f"seed {parts.seed}",
+        "compile": f"{compilation}: the first step takes a while, up to minutes (trainer.compile=false starts at once)",
         "folder": str(folder.path),
         "state": state,
     }
+    if compilation is None:
+        del lines["compile"]
     for key, text in lines.items():
         console.print(f"{key:>10}  {text}", highlight=False, markup=False, soft_wrap=True)
 

@@ -14,8 +14,9 @@ from pytorch_lightning.callbacks import Checkpoint
 from bcos_train import checkpoint as files
 from bcos_train.evaluation.store import write_json
 from bcos_train.suggest import join_words, suggest
-from bcos_train.training.distributed import largest
+from bcos_train.training.distributed import is_distributed, largest
 from bcos_train.training.interrupt import Interrupted, StopFlag
+from bcos_train.training.launch import SIGNALS
 from bcos_train.training.module import Classifier
 
 BEST = "best.json"
@@ -78,16 +79,23 @@ class Checkpointer(Checkpoint):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.stop.install()
         self._saved_at_time = time.monotonic()
+        assert isinstance(pl_module, Classifier)
+        pl_module.votes = self._votes
         if trainer.is_global_zero and trainer.ckpt_path is not None:
-            assert isinstance(pl_module, Classifier)
             self._restore_best(Path(trainer.ckpt_path), trainer.global_step, pl_module.steps_per_epoch)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         n = batch_idx + 1
-        if n < trainer.num_training_batches and n % trainer.accumulate_grad_batches == 0:
-            self._save_if(trainer, pl_module, self._is_due(trainer))
+        if n == trainer.num_training_batches or n % trainer.accumulate_grad_batches:
+            return
+        assert isinstance(pl_module, Classifier)
+        # Clocks and signals differ between processes; all must save, or leave, at the same step. With several, what
+        # counts is what they knew when the loss was read; alone, what is known now.
+        is_time, *is_sent = pl_module.cast_votes if is_distributed() else self._votes()
+        signum = max((number for number, sent in zip(SIGNALS, is_sent, strict=True) if sent), default=0)
+        self._save_if(trainer, pl_module, is_time or self._is_step(trainer), signum)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, Classifier)
@@ -101,27 +109,36 @@ class Checkpointer(Checkpoint):
             name = f"epoch-{done:04d}-{self._monitor_in_names}-{score:.4f}{files.SUFFIX}"
             self.best.append({"file": name, "score": score, "epoch": done})
             self.best.sort(key=lambda entry: entry["score"], reverse=self.options.mode == "max")
-        due = name is not None or done % self.options.every_n_epochs == 0 or is_end or self._is_due(trainer)
+        due = name is not None or done % self.options.every_n_epochs == 0 or is_end
+        due = due or self._is_step(trainer) or self._is_time()
         complaint = self._unknown_monitor(trainer, pl_module.epoch_metrics) if not self._has_scored else None
         is_unknown = largest(int(complaint is not None), trainer.strategy.root_device)
         # Once all epochs are done there is nothing left to stop.
-        self._save_if(trainer, pl_module, due or bool(is_unknown), name, is_end=is_end)
+        signum = largest(0 if is_end else self.stop.signum or 0, trainer.strategy.root_device)
+        due = bool(is_unknown or largest(int(due), trainer.strategy.root_device))
+        self._save_if(trainer, pl_module, due, signum, name)
         if is_unknown:
             raise UnknownMonitor(complaint)
 
-    def _is_due(self, trainer: pl.Trainer) -> bool:
-        """By time or by count."""
-        minutes, steps = self.options.every_n_minutes, self.options.every_n_steps
-        if steps is not None and trainer.global_step % steps == 0:
-            return True
+    def _is_step(self, trainer: pl.Trainer) -> bool:
+        """True if a checkpoint is due by count: the same in all processes."""
+        steps = self.options.every_n_steps
+        return steps is not None and trainer.global_step % steps == 0
+
+    def _is_time(self) -> bool:
+        """True if a checkpoint is due by this process's clock."""
+        minutes = self.options.every_n_minutes
         return minutes is not None and time.monotonic() - self._saved_at_time >= 60 * minutes
 
+    def _votes(self) -> list[bool]:
+        """For :attr:`Classifier.votes`: whether it is time to save, and whether each of the signals was received."""
+        return [self._is_time(), *(self.stop.signum == number for number in SIGNALS)]
+
     def _save_if(
-        self, trainer: pl.Trainer, module: pl.LightningModule, due: bool, best: str | None = None, is_end: bool = False
+        self, trainer: pl.Trainer, module: pl.LightningModule, due: bool, signum: int, best: str | None = None
     ) -> None:
-        # Clocks and signals differ between processes; all must save, or leave, at the same step.
-        signum = largest(0 if is_end else self.stop.signum or 0, trainer.strategy.root_device)
-        if not (signum or largest(int(due), trainer.strategy.root_device)):
+        """Save if it is due or a signal asks for a stop, and then stop; both are the same in all processes."""
+        if not (signum or due):
             return
         assert isinstance(module, Classifier)
         module.stop_if_not_finite_weights()

@@ -14,7 +14,7 @@ from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 from torch import Tensor, nn
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from bcos_train.config import blame
+from bcos_train.config import user_errors_at
 from bcos_train.dataset import isolated_rng
 from bcos_train.dataset.data_module import DataModule
 from bcos_train.evaluation import ExplanationOptions, Predictions, Results, Subject, measure
@@ -206,7 +206,7 @@ class ExplanationReport(PredictionRecorder):
         if options is None or not options.methods or not options.metrics:
             return
         module.to(self.device)  # a trainer leaves it on the CPU
-        with blame("explanation"):
+        with user_errors_at("explanation"):
             results = evaluate_explanations(
                 make_subject(module, data, options.n_images, self.predictions, self.device),
                 options,

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -49,8 +49,8 @@ def _under_srun() -> bool:
     return int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_ID" in os.environ
 
 
-def run_under_torchrun(module: str, config_path: Path, processes: int) -> int:
-    """Run ``python -m <module> <config_path>`` in ``processes`` processes; the exit code of rank 0.
+def run_under_torchrun(module: str, config_path: Path, processes: int, arguments: Sequence[str] = ()) -> int:
+    """Run ``python -m <module> <config_path> <arguments>`` in ``processes`` processes; the exit code of rank 0.
 
     A signal is passed on to rank 0 alone, which agrees with the others on the step to stop at. torchrun itself would
     end them one by one.
@@ -61,7 +61,8 @@ def run_under_torchrun(module: str, config_path: Path, processes: int) -> int:
         environment = {**os.environ, REPORT: str(report)}
         # As many threads as there are cores, shared out, unless the user has decided otherwise.
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-        child = subprocess.Popen([*command, "-m", module, str(config_path)], env=environment, start_new_session=True)
+        command += ["-m", module, str(config_path), *arguments]
+        child = subprocess.Popen(command, env=environment, start_new_session=True)
         with _forwarding(child, report):
             code = child.wait()
         lines = report.read_text().split() if report.exists() else []

@@ -24,9 +24,12 @@ class TrainerOptions:
         max_batch_per_device: Largest batch that fits on a device; gradients are accumulated over what is left.
         channels_last: Memory format of images and weights, in which convolutions are faster; ``None``: on, but for
             Apple's GPUs.
-        compile: Compile the training step's model with ``torch.compile``: slower to begin, faster from then on. Needs a
-            C++ compiler, on CUDA Triton. What was compiled is kept in ``TORCHINDUCTOR_CACHE_DIR``, by default a folder
-            in ``~/.cache/bcos-train``, for the next start.
+        tf32: On CUDA, let float32 convolutions and matrix products of training round their factors to TF32 (10 bits):
+            several times as fast with ``precision`` 32. Validation, metrics and explanations never do.
+        compile: Compile the network of the training step with ``torch.compile``: slower to begin, faster from then on;
+            a smaller last batch runs uncompiled. ``None``: on CUDA, if the network has at least a million parameters
+            and what it takes is installed. Needs a C++ compiler, on CUDA Triton. What was compiled is kept in
+            ``TORCHINDUCTOR_CACHE_DIR``, by default a folder in ``~/.cache/bcos-train``, for the next start.
         sync_batchnorm: Batch statistics over all processes rather than each device's own.
         deterministic: Deterministic algorithms throughout; slower on CUDA.
         val_every_n_epochs: Epochs between validations.
@@ -46,7 +49,8 @@ class TrainerOptions:
     gradient_clip_algorithm: Literal["agc", "norm", "value"] = "agc"
     max_batch_per_device: int | None = None
     channels_last: bool | None = None
-    compile: bool = False
+    tf32: bool = True
+    compile: bool | None = None
     sync_batchnorm: bool = False
     deterministic: bool = False
     val_every_n_epochs: int = 1
@@ -121,8 +125,8 @@ def split_batch(batch: int, world: int, max_per_device: int | None) -> BatchSpli
 
 
 def default_workers() -> int:
-    """Loading processes for this process: the cores that it may use less one, at most 8; none with two cores."""
+    """Loading processes for this process: its share of the cores less one; none with two cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     share = cores // processes
-    return 0 if share <= 2 else min(share - 1, 8)
+    return 0 if share <= 2 else share - 1

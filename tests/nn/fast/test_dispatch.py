@@ -22,7 +22,7 @@ from bcos_train.nn import (
     set_backend,
     why,
 )
-from bcos_train.nn.fast.dispatch import fast_batch_norm, fast_bcos_conv2d, fast_bcos_linear, fast_linear
+from bcos_train.nn.fast.dispatch import batch_norm_forward, bcos_conv2d_forward, bcos_linear_forward, linear_forward
 
 
 @pytest.fixture(autouse=True)
@@ -72,10 +72,10 @@ TABLE: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str | None]] = 
     "norm, explanation": (lambda: explaining(NoBias(BatchNormUncentered2d)(4)), IMAGE, "explanation mode"),
 }
 FAST: dict[type, Callable[[Any, Tensor], Tensor | None]] = {
-    BcosConv2d: fast_bcos_conv2d,
-    BcosLinear: fast_bcos_linear,
-    Linear: fast_linear,
-    BatchNormUncentered2d: fast_batch_norm,
+    BcosConv2d: bcos_conv2d_forward,
+    BcosLinear: bcos_linear_forward,
+    Linear: linear_forward,
+    BatchNormUncentered2d: batch_norm_forward,
 }
 
 

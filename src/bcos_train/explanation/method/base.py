@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bcos_train.explanation.mode import evaluating
+from bcos_train.explanation.precision import without_tf32
 from bcos_train.nn import cached_weights
 
 __all__ = [
@@ -63,7 +64,7 @@ class Method(Protocol):
 def explaining(model: nn.Module, x: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Evaluation mode and gradients on, whatever the caller has set, with copies of ``x`` and ``targets`` to work on.
 
-    Gradients reach the input only: the weights are frozen.
+    Gradients reach the input only: the weights are frozen. On CUDA no factor is rounded to TF32.
 
     The copies are on the device of ``x`` and ordinary tensors: autograd can't save those made in inference mode.
 
@@ -77,7 +78,13 @@ def explaining(model: nn.Module, x: Tensor, targets: Tensor) -> Iterator[tuple[T
         raise ValueError(
             f"targets must be integers ({len(x)}, T), some for each image; got {targets.dtype} {tuple(targets.shape)}"
         )
-    with torch.inference_mode(False), torch.enable_grad(), evaluating(model), cached_weights(model):
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        without_tf32(),
+        evaluating(model),
+        cached_weights(model),
+    ):
         yield x.detach().clone(), targets.to(device=x.device, dtype=torch.long, copy=True)
 
 

@@ -16,24 +16,26 @@ output size.
 
 from bcos_train.nn.fast.cached_weights import cached_weights, live_weights
 from bcos_train.nn.fast.dispatch import (
-    fast_batch_norm,
-    fast_bcos_conv2d,
-    fast_bcos_linear,
-    fast_linear,
+    batch_norm_forward,
+    bcos_conv2d_forward,
+    bcos_linear_forward,
+    linear_forward,
     prepare_backend,
     unit_weight,
     why,
 )
+from bcos_train.nn.fast.moments import moments
 from bcos_train.nn.fast.residual import add_shortcut
 
 __all__ = [
     "add_shortcut",
+    "batch_norm_forward",
+    "bcos_conv2d_forward",
+    "bcos_linear_forward",
     "cached_weights",
-    "fast_batch_norm",
-    "fast_bcos_conv2d",
-    "fast_bcos_linear",
-    "fast_linear",
+    "linear_forward",
     "live_weights",
+    "moments",
     "prepare_backend",
     "unit_weight",
     "why",

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bcos_train.nn.fast.gpu_batch_norm import gpu_batch_norm, gpu_batch_norm_backward
+from bcos_train.nn.fast.gpu_device import is_on_gpu
 from bcos_train.nn.fast.kernels import Kernels
 from bcos_train.nn.fast.unit_weight import reference_backward
 from bcos_train.nn.functional import statistics_dtype
@@ -20,22 +22,37 @@ class _UncenteredBatchNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, eps: float, kernels: Kernels
     ) -> tuple[Tensor, Tensor, Tensor]:
-        mean, var = _channel_moments(x)
-        inverse = torch.rsqrt(var + eps)
-        ctx.save_for_backward(x, weight, mean, inverse)
-        ctx.options = (eps, kernels)
+        if is_native := is_on_gpu(x) and x.numel() > 0:
+            out, mean, var, constants = gpu_batch_norm(x, weight, eps)
+            ctx.save_for_backward(x, weight, mean, *constants)
+        else:
+            mean, var = _channel_moments(x)
+            inverse = torch.rsqrt(var + eps)
+            out = (x * _as_map(inverse if weight is None else inverse * weight)).to(x.dtype)
+            ctx.save_for_backward(x, weight, mean, inverse)
+        ctx.options = (eps, kernels, is_native)
         ctx.mark_non_differentiable(mean, var)
-        scale = inverse if weight is None else inverse * weight
-        return (x * _as_map(scale)).to(x.dtype), mean, var
+        # Else autograd fills two tensors with zeros for the statistics' gradients, at each call.
+        ctx.set_materialize_grads(False)
+        return out, mean, var
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, inverse = ctx.saved_tensors
-        eps, kernels = ctx.options
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return None, None, None, None
+        x, weight, mean, *constants = ctx.saved_tensors
+        eps, kernels, is_native = ctx.options
         if torch.is_grad_enabled():
             inputs = (x,) if weight is None else (x, weight)
-            grads = reference_backward(lambda x, *w: _plain_batch_norm(x, w[0] if w else None, eps), inputs, grad)
+            grads = reference_backward(lambda x, *w: _reference_batch_norm(x, w[0] if w else None, eps), inputs, grad)
             return *grads, *[None] * (4 - len(grads))
+        if is_native:
+            return (
+                *gpu_batch_norm_backward(grad, x, weight, mean, tuple(constants), ctx.needs_input_grad[0]),
+                None,
+                None,
+            )
+        inverse = constants[0]
         product = _channel_product(grad, x, mean, inverse)
         grad_weight = product * inverse if weight is not None and ctx.needs_input_grad[1] else None
         if not ctx.needs_input_grad[0]:
@@ -58,7 +75,7 @@ def uncentered_batch_norm(
     return _UncenteredBatchNorm.apply(x, weight, eps, kernels)
 
 
-def _plain_batch_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+def _reference_batch_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     scale = torch.rsqrt(x.var((0, 2, 3), correction=0) + eps)
     return x * _as_map(scale if weight is None else scale * weight)
 

@@ -1,27 +1,93 @@
-"""The fused B-cos convolution.
+"""The B-cos convolution as one autograd function.
 
 Axes: N samples, C channels, G groups, O output units, U = O / G units of a group, H W input size, P Q output size.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from bcos_train.nn.fast.geometry import Convolution
-from bcos_train.nn.fast.kernels import Kernels
+from bcos_train.nn.fast.kernels import Kernels, detached_scale, memory_format, scale_backward, scale_output, to_chosen
 from bcos_train.nn.fast.maxout import from_blocked, maxout_with_indices, to_blocked
-from bcos_train.nn.fast.transform import (
-    apply_in_autocast_dtype,
-    detached_scale,
-    scale_backward,
-    scale_output,
-    to_chosen,
-)
 from bcos_train.nn.fast.unit_weight import reference_backward
-from bcos_train.nn.functional import bcos_scale, maxout, patch_norm
+from bcos_train.nn.functional import PATCH_EPS, bcos_scale, maxout, patch_norm, statistics_dtype
 
-__all__ = ["bcos_conv2d", "detached_bcos_conv2d"]
+__all__ = ["Convolution", "bcos_conv2d", "can_box", "detached_bcos_conv2d"]
+
+
+def can_box(kernel_size: Sequence[int], padding: Sequence[int]) -> bool:
+    """True if torch's box filter accepts this padding."""
+    return all(2 * p <= k for p, k in zip(padding, kernel_size, strict=True))
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """A convolution's geometry: zero padding that `can_box` allows, no dilation; pairs are (height, width)."""
+
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    groups: int
+
+    def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.conv2d(x, weight, None, self.stride, self.padding, 1, self.groups)
+
+    def backward(self, grad: Tensor, x: Tensor, weight: Tensor, needs: Sequence[bool]) -> tuple[Tensor, Tensor]:
+        """Gradients of x and of the weight, whichever are needed."""
+        geometry = (self.stride, self.padding, (1, 1), False, (0, 0), self.groups)
+        mask = (needs[0], needs[1], False)
+        grads = torch.ops.aten.convolution_backward(grad, x, weight, None, *geometry, mask)
+        return grads[0], grads[1]
+
+    def energy(self, x: Tensor) -> Tensor:
+        """Sum of squares of each group's channels, (N, C, H, W) -> (N, G, H, W)."""
+        dtype = statistics_dtype(x)
+        if self.groups == x.shape[1]:
+            return x.to(dtype).square()
+        if self.groups == 1:
+            return torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=dtype).square_()
+        return torch.linalg.vector_norm(x.unflatten(1, (self.groups, -1)), dim=2, dtype=dtype).square_()
+
+    def box(self, energy: Tensor) -> Tensor:
+        """Sum over every window, (N, G, H, W) -> (N, G, P, Q)."""
+        if self.kernel_size == (1, 1) and self.padding == (0, 0):
+            return energy[..., :: self.stride[0], :: self.stride[1]]
+        for step in self._separated():
+            energy = F.avg_pool2d(energy, *step, divisor_override=1)
+        return energy
+
+    def box_adjoint(self, grad: Tensor, size: torch.Size) -> Tensor:
+        """The adjoint of `box`, (N, G, P, Q) -> (N, G, H, W)."""
+        opposite = tuple(k - 1 - p for k, p in zip(self.kernel_size, self.padding, strict=True))
+        if self.stride == (1, 1) and can_box(self.kernel_size, opposite):  # a box filter too, of the same window
+            return replace(self, padding=opposite).box(grad)
+        if self.kernel_size == (1, 1) and self.padding == (0, 0):
+            result = grad.new_zeros((*grad.shape[:2], *size))
+            result[..., :: self.stride[0], :: self.stride[1]] = grad
+            return result
+        steps = self._separated()[::-1]
+        sizes = [torch.Size((grad.shape[2], size[1])), size][-len(steps) :]
+        for step, target in zip(steps, sizes, strict=True):
+            blank = grad.new_empty((1,)).expand(*grad.shape[:2], *target)
+            grad = torch.ops.aten.avg_pool2d_backward(grad, blank, *step, False, True, 1)
+        return grad
+
+    def norm(self, x: Tensor) -> Tensor:
+        """‖x‖ of every patch, as :func:`bcos_train.nn.functional.patch_norm`."""
+        return self.box(self.energy(x)).add(PATCH_EPS).sqrt_()
+
+    def _separated(self) -> list[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
+        """The window as one step, or as one for the rows and one for the columns where it is large and not shared."""
+        if self.groups == 1 or self.kernel_size[0] * self.kernel_size[1] <= 9:
+            return [(self.kernel_size, self.stride, self.padding)]
+        return [
+            ((self.kernel_size[0], 1), (self.stride[0], 1), (self.padding[0], 0)),
+            ((1, self.kernel_size[1]), (1, self.stride[1]), (0, self.padding[1])),
+        ]
 
 
 class _BcosConv2d(torch.autograd.Function):
@@ -30,31 +96,30 @@ class _BcosConv2d(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, conv: Convolution, b: float, candidates: int, kernels: Kernels
     ) -> Tensor:
         groups = _viewed_groups(conv, len(weight))
-        norm = conv.norm(x)
-        out = conv(x, to_blocked(weight, candidates, groups))
-        best, choice = maxout_with_indices(_grouped(out, groups), candidates, _unit_dim(groups))
-        y, kept = scale_output(best, _grouped(norm, groups), b, kernels)
-        ctx.save_for_backward(x, weight, norm, kept, choice)
+        norm = kernels.patch_norm(x, conv)
+        best, choice = _candidates(conv, x, weight, candidates, groups)
+        y, saved = scale_output(best, _grouped(norm, groups), b, kernels)
+        ctx.save_for_backward(x, weight, norm, saved, choice)
         ctx.options = (conv, b, candidates, kernels)
         return _ungrouped(y, groups)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, norm, kept, choice = ctx.saved_tensors
+        x, weight, norm, saved, choice = ctx.saved_tensors
         conv, b, candidates, kernels = ctx.options
         if torch.is_grad_enabled():
-            grads = reference_backward(lambda x, w: _plain_conv2d(x, w, conv, b, candidates), (x, weight), grad)
+            grads = reference_backward(lambda x, w: _reference_conv2d(x, w, conv, b, candidates), (x, weight), grad)
             return *grads, *[None] * 4
         groups = _viewed_groups(conv, len(weight))
         dim = _unit_dim(groups)
         norm = _grouped(norm, groups)
         # With a single unit in each group there is nothing to sum over.
         summed = None if len(weight) == conv.groups else dim
-        best, energy = scale_backward(_grouped(grad, groups), kept, norm, b, summed, kernels)
+        best, s = scale_backward(_grouped(grad, groups), saved, norm, b, summed, kernels)
         large = _ungrouped(to_chosen(best, choice, candidates, dim), groups)
         grad_x, grad_weight = conv.backward(large, x, to_blocked(weight, candidates, groups), ctx.needs_input_grad)
         if ctx.needs_input_grad[0]:
-            s = conv.box_adjoint(_small(energy / norm.square(), groups).neg_(), x.shape[2:])
+            s = conv.box_adjoint(_small(s, groups), x.shape[2:])
             inputs = _viewed_groups(conv, x.shape[1])
             total = kernels.add_product(_grouped(grad_x, inputs), _grouped(x, inputs), _grouped(s, inputs))
             grad_x = _ungrouped(total, inputs)
@@ -64,16 +129,15 @@ class _BcosConv2d(torch.autograd.Function):
 
 
 class _DetachedBcosConv2d(torch.autograd.Function):
-    """The B-cos convolution with a constant scale and a constant weight: linear in x. It keeps the scale alone."""
+    """The B-cos convolution with a constant scale and a constant weight: linear in x. It saves only the scale."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, conv: Convolution, b: float, candidates: int) -> Tensor:
         groups = _viewed_groups(conv, len(weight))
-        weight = to_blocked(weight, candidates, groups)
-        best, choice = maxout_with_indices(_grouped(conv(x, weight), groups), candidates, _unit_dim(groups))
+        best, choice = _candidates(conv, x, weight, candidates, groups)
         scale = detached_scale(best, _grouped(conv.norm(x), groups), b)
-        ctx.save_for_backward(weight, scale, choice)
-        ctx.options = (conv, candidates, x.shape, _memory_format(x))
+        ctx.save_for_backward(to_blocked(weight, candidates, groups), scale, choice)
+        ctx.options = (conv, candidates, x.shape, memory_format(x))
         return _ungrouped(best.mul_(scale), groups)
 
     @staticmethod
@@ -90,8 +154,18 @@ class _DetachedBcosConv2d(torch.autograd.Function):
         return grad_x, None, None, None, None
 
 
+def _candidates(
+    conv: Convolution, x: Tensor, weight: Tensor, candidates: int, groups: int
+) -> tuple[Tensor, Tensor | None]:
+    """ŵ·x of the maximal candidate, (N, O, P, Q) or grouped, and the index of the candidate, None for a single one."""
+    if candidates == 1:
+        return _grouped(conv(x, weight), groups), None
+    out = conv(x, to_blocked(weight, candidates, groups))
+    return maxout_with_indices(_grouped(out, groups), candidates, _unit_dim(groups))
+
+
 def _viewed_groups(conv: Convolution, channels: int) -> int:
-    """How many groups `_grouped` is to make of them. With a single channel in each, the two are the same axis."""
+    """Number of groups to view ``channels`` as. With a single channel in each, the two are the same axis."""
     return 1 if channels == conv.groups else conv.groups
 
 
@@ -110,17 +184,12 @@ def _small(x: Tensor, groups: int) -> Tensor:
     return x if groups == 1 else x.squeeze(2)
 
 
-def _memory_format(x: Tensor) -> torch.memory_format:
-    is_channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if is_channels_last else torch.contiguous_format
-
-
 def _grouped(x: Tensor, groups: int) -> Tensor:
-    """(N, G * U, P, Q) -> (N, G, U, P, Q); as it is for one group."""
+    """(N, G * U, P, Q) -> (N, G, U, P, Q); unchanged for one group."""
     return x if groups == 1 else x.unflatten(1, (groups, -1))
 
 
-def _plain_conv2d(x: Tensor, weight: Tensor, conv: Convolution, b: float, candidates: int) -> Tensor:
+def _reference_conv2d(x: Tensor, weight: Tensor, conv: Convolution, b: float, candidates: int) -> Tensor:
     out = maxout(conv(x, weight), candidates, 1)
     norm = patch_norm(x, conv.kernel_size, conv.stride, conv.padding, (1, 1), conv.groups)
     if 1 < conv.groups < out.shape[1]:
@@ -128,16 +197,16 @@ def _plain_conv2d(x: Tensor, weight: Tensor, conv: Convolution, b: float, candid
     return (out * bcos_scale(out, norm, b)).to(out.dtype)
 
 
-def bcos_conv2d(x: Tensor, unit: Tensor, conv: Convolution, b: float, candidates: int, kernels: Kernels) -> Tensor:
-    """The B-cos convolution of x, (N, C, H, W) -> (N, O, P, Q), for B > 1.
+def bcos_conv2d(x: Tensor, weight: Tensor, conv: Convolution, b: float, candidates: int, kernels: Kernels) -> Tensor:
+    """B-cos convolution of x, (N, C, H, W) -> (N, O, P, Q), for B > 1.
 
     Args:
-        unit: ŵ, (O * `candidates`, C / G, kh, kw).
+        weight: ŵ, (O * ``candidates``, C / G, kh, kw).
         candidates: MaxOut over that many consecutive units.
     """
-    return apply_in_autocast_dtype(x, unit, lambda x, unit: _BcosConv2d.apply(x, unit, conv, b, candidates, kernels))
+    return _BcosConv2d.apply(x, weight, conv, b, candidates, kernels)
 
 
-def detached_bcos_conv2d(x: Tensor, unit: Tensor, conv: Convolution, b: float, candidates: int) -> Tensor:
-    """:func:`bcos_conv2d` in explanation mode with a weight that gets no gradient."""
-    return apply_in_autocast_dtype(x, unit, lambda x, unit: _DetachedBcosConv2d.apply(x, unit, conv, b, candidates))
+def detached_bcos_conv2d(x: Tensor, weight: Tensor, conv: Convolution, b: float, candidates: int) -> Tensor:
+    """`bcos_conv2d` in explanation mode with a weight that needs no gradient."""
+    return _DetachedBcosConv2d.apply(x, weight, conv, b, candidates)

@@ -26,11 +26,12 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from bcos_train.compiling import prepare_to_compile
 from bcos_train.nn.fast.batch_norm import uncentered_batch_norm
-from bcos_train.nn.fast.conv import bcos_conv2d, detached_bcos_conv2d
-from bcos_train.nn.fast.geometry import Convolution, can_box
+from bcos_train.nn.fast.conv import Convolution, bcos_conv2d, can_box, detached_bcos_conv2d
+from bcos_train.nn.fast.gpu_device import GPU_TYPES, uses_triton
+from bcos_train.nn.fast.gpu_kernels import GPU
 from bcos_train.nn.fast.kernels import EAGER, Kernels, compiled_kernels
 from bcos_train.nn.fast.linear import bcos_linear, detached_bcos_linear, linear
-from bcos_train.nn.fast.unit_weight import normalize
+from bcos_train.nn.fast.unit_weight import normalize, normalize_on_gpu
 from bcos_train.nn.functional import is_linear, normalize_weight
 
 if TYPE_CHECKING:
@@ -41,13 +42,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CACHE",
-    "fast_batch_norm",
-    "fast_bcos_conv2d",
-    "fast_bcos_linear",
-    "fast_linear",
+    "batch_norm_forward",
+    "bcos_conv2d_forward",
+    "bcos_linear_forward",
     "has_hooks",
     "is_folded",
     "is_traced_or_transformed",
+    "linear_forward",
     "prepare_backend",
     "unit_weight",
     "why",
@@ -86,7 +87,7 @@ CACHE = _Cache()
 
 def is_folded(norm: nn.Module) -> bool:
     """True if the preceding layer has taken over the norm's scaling; see `cached_weights`."""
-    return norm in CACHE.norms and not is_traced_or_transformed()
+    return not is_traced_or_transformed() and norm in CACHE.norms
 
 
 def _cached_weight(module: Any) -> Tensor | None:
@@ -105,7 +106,12 @@ def unit_weight(module: Any) -> Tensor:
     """ŵ = w / ‖w‖ of a module with a ``weight``, of the shape of the weight; cached where `cached_weights` says so."""
     if (cached := _cached_weight(module)) is not None:
         return cached
-    return normalize_weight(module.weight) if is_traced_or_transformed() else normalize(module.weight)
+    weight = module.weight
+    if is_traced_or_transformed():
+        return normalize_weight(weight)
+    if weight.device.type in GPU_TYPES:  # in the dtype to which autocast would cast it
+        return normalize_on_gpu(weight, _autocast_dtype(weight) or weight.dtype)
+    return normalize(weight)
 
 
 def _weight_in_use(module: Any, normalize_weight: bool = False) -> Tensor:
@@ -205,7 +211,7 @@ def why(layer: nn.Module, x: Tensor) -> str:
 # --- the fast paths ---------------------------------------------------------------------------------------------------
 
 
-def fast_bcos_conv2d(layer: "BcosConv2d", x: Tensor) -> Tensor | None:
+def bcos_conv2d_forward(layer: "BcosConv2d", x: Tensor) -> Tensor | None:
     """What ``layer(x)`` computes, as one operation; None where the definition must do it."""
     if _conv_obstacle(layer) is not None:
         return None
@@ -214,31 +220,31 @@ def fast_bcos_conv2d(layer: "BcosConv2d", x: Tensor) -> Tensor | None:
     geometry = Convolution(conv.kernel_size, conv.stride, conv.padding, conv.groups)
     weight = _weight_in_use(conv, layer.normalize_weight)
     if layer.detach and x.requires_grad:
-        return detached_bcos_conv2d(x, weight, geometry, b, layer.max_out)
-    return bcos_conv2d(x, weight, geometry, b, layer.max_out, _kernels(layer))
+        return _apply_in_autocast_dtype(detached_bcos_conv2d, x, weight, geometry, b, layer.max_out)
+    return _apply_in_autocast_dtype(bcos_conv2d, x, weight, geometry, b, layer.max_out, _kernels(layer, x))
 
 
-def fast_bcos_linear(layer: "BcosLinear", x: Tensor) -> Tensor | None:
-    """As `fast_bcos_conv2d`."""
+def bcos_linear_forward(layer: "BcosLinear", x: Tensor) -> Tensor | None:
+    """As `bcos_conv2d_forward`."""
     if _bcos_obstacle(layer) is not None:
         return None
     b: Any = layer.b
     weight = _weight_in_use(layer.linear, layer.normalize_weight)
     if layer.detach and x.requires_grad:
-        return detached_bcos_linear(x, weight, b, layer.max_out)
-    return bcos_linear(x, weight, b, layer.max_out, _kernels(layer))
+        return _apply_in_autocast_dtype(detached_bcos_linear, x, weight, b, layer.max_out)
+    return _apply_in_autocast_dtype(bcos_linear, x, weight, b, layer.max_out, _kernels(layer, x))
 
 
-def fast_linear(layer: "Linear", x: Tensor) -> Tensor | None:
-    """As `fast_bcos_conv2d`."""
+def linear_forward(layer: "Linear", x: Tensor) -> Tensor | None:
+    """As `bcos_conv2d_forward`."""
     if _linear_obstacle(layer) is None:
-        return linear(x, _weight_in_use(layer))
+        return _apply_in_autocast_dtype(linear, x, _weight_in_use(layer))
     cached = _cached_weight(layer)
     return None if cached is None else F.linear(x, cached, layer.bias)
 
 
-def fast_batch_norm(layer: "BatchNormUncentered2d", x: Tensor) -> Tensor | None:
-    """As `fast_bcos_conv2d`; a folded norm returns its input.
+def batch_norm_forward(layer: "BatchNormUncentered2d", x: Tensor) -> Tensor | None:
+    """As `bcos_conv2d_forward`; a folded norm returns its input.
 
     Raises:
         RuntimeError: The norm has been folded in evaluation mode and is in training mode now.
@@ -250,14 +256,42 @@ def fast_batch_norm(layer: "BatchNormUncentered2d", x: Tensor) -> Tensor | None:
     if _batch_norm_obstacle(layer) is not None:
         return None
     layer.check_input(x)
-    out, mean, var = uncentered_batch_norm(x, layer.weight, layer.eps, _kernels(layer))
+    out, mean, var = uncentered_batch_norm(x, layer.weight, layer.eps, _kernels(layer, x))
     if layer.training and layer.running_var is not None:
         layer.update_running_statistics(mean, var, x.numel() // layer.num_features)
     return out
 
 
-def _kernels(layer: Any) -> Kernels:
-    return compiled_kernels() if layer.backend == "compiled" else EAGER
+def _kernels(layer: Any, x: Tensor) -> Kernels:
+    if layer.backend == "compiled":
+        return compiled_kernels()
+    return GPU if x.device.type in GPU_TYPES and uses_triton(x) else EAGER
+
+
+def _autocast_type(x: Tensor) -> str:
+    """Device type whose autocast settings apply to ``x``; meta tensors traced as a GPU's follow CUDA's."""
+    return "cuda" if x.device.type in GPU_TYPES else x.device.type
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast asks for, or None where it is off."""
+    kind = _autocast_type(x)
+    is_on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if is_on else None
+
+
+def _apply_in_autocast_dtype(function: Callable[..., Tensor], x: Tensor, weight: Tensor, *options: Any) -> Tensor:
+    """``function(x, weight, *options)`` with both in the dtype that autocast asks for, and autocast off."""
+    dtype = _autocast_dtype(x)
+    if dtype is None:
+        return function(x, weight, *options)
+    kind = _autocast_type(x)
+    # Not the context manager, which takes ten times as long to enter, some hundred times a step.
+    torch.set_autocast_enabled(kind, False)
+    try:
+        return function(x.to(dtype), weight.to(dtype), *options)
+    finally:
+        torch.set_autocast_enabled(kind, True)
 
 
 def prepare_backend(backend: str) -> None:

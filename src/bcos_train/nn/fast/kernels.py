@@ -1,46 +1,143 @@
-"""The elementwise passes of the fused operations: by hand for eager mode, or compiled.
+"""Elementwise passes of the fast paths: eager in place, or compiled; and the workspace that the eager ones use.
 
 A B-cos layer costs more than an ordinary one not by its arithmetic but by the memory traffic around it, so each
-function reads and writes its large tensors as few times as it can. The eager ones work in place on what they have
-made themselves: a fresh tensor costs more than a pass over an old one. The compiled ones take one pass each.
+function reads and writes its large tensors as few times as it can. The eager ones work in place on tensors that they
+have allocated: a new large tensor costs more than a pass over an existing one. The compiled ones take one pass each.
 
-Shapes: `out`, `y`, `grad` have the output units along axis `dim`; `norm`, ||x||, has 1 there and is in float32 or
-float64.
+Shapes: ``out``, ``y``, ``grad`` have the output units along axis ``dim``; ``norm``, ‖x‖, has size 1 there and is in
+float32 or float64.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from bcos_train.nn.fast.workspace import parts
-from bcos_train.nn.functional import COSINE_EPS
+from bcos_train.nn.fast.maxout import scatter_to_chosen
+from bcos_train.nn.functional import COSINE_EPS, FEATURE_EPS, statistics_dtype
 
-__all__ = ["EAGER", "Kernels", "compiled_kernels"]
+if TYPE_CHECKING:
+    from bcos_train.nn.fast.conv import Convolution
+
+__all__ = [
+    "EAGER",
+    "Kernels",
+    "compiled_kernels",
+    "detached_scale",
+    "has_dispatch_mode",
+    "inner_products",
+    "memory_format",
+    "scale_backward",
+    "scale_output",
+    "to_chosen",
+]
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """
+    """One implementation of the passes.
+
     Attributes:
-        square: (out, norm) -> y = out |out| / ||x||, the B-cos transform with B = 2; it may write into out.
-        square_backward: (grad, y, norm, dim) -> its gradients: d/d out, and -||x|| d/d||x|| summed over `dim` (None:
-            not at all). The output tells all, since |out| = sqrt(|y| ||x||).
-        power: (out, norm, b) -> y = out (|out| / ||x|| + 1e-6)^(B-1).
+        patch_norm: (x, conv) -> ‖x‖ of every patch of a convolution, (N, G, P, Q).
+        feature_norm: (x) -> ‖x‖ + 1e-12 over the last axis, 1 where x = 0.
+        square: (out, norm) -> y = out |out| / ‖x‖, the B-cos transform with B = 2; it may write into out.
+        square_backward: (grad, y, norm, dim) -> d/d out, and s = d/d‖x‖ / ‖x‖ summed over ``dim`` (None: not at
+            all): the gradient of x through its norm is x s. The pre-activation is recovered
+            from the output: |out| = sqrt(|y| ‖x‖).
+        power: (out, norm, b) -> y = out (|out| / ‖x‖ + 1e-6)^(B-1).
         power_backward: (grad, out, norm, b, dim) -> as `square_backward`.
         add_product: (a, x, s) -> a + x s; it may write into a.
         combine: (grad, a, x, b, c) -> a grad + b x + c.
     """
 
+    patch_norm: Callable[[Tensor, "Convolution"], Tensor]
+    feature_norm: Callable[[Tensor], Tensor]
     square: Callable[[Tensor, Tensor], Tensor]
     square_backward: Callable[[Tensor, Tensor, Tensor, int | None], tuple[Tensor, Tensor]]
     power: Callable[[Tensor, Tensor, float], Tensor]
     power_backward: Callable[[Tensor, Tensor, Tensor, float, int | None], tuple[Tensor, Tensor]]
     add_product: Callable[[Tensor, Tensor, Tensor], Tensor]
     combine: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+# --- workspace --------------------------------------------------------------------------------------------------------
+
+#: Elements per part, unless a single row has more: 4 MiB in float32, which a processor's caches hold.
+PART = 2**20
+
+
+def has_dispatch_mode() -> bool:
+    """True if a dispatch mode sees each operation: one that counts them, or replaces tensors by its own."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
+class _Workspace(threading.local):
+    """Reusable buffer (CPU), one per thread and dtype.
+
+    On a CPU a new large tensor costs more than several passes over an existing one, since the system maps and clears
+    its pages first. So intermediate values go, part by part, through a small buffer. On other devices torch's allocator
+    does that.
+    """
+
+    def __init__(self) -> None:
+        self.buffers: dict[torch.dtype, Tensor] = {}
+
+    def like(self, x: Tensor) -> Tensor:
+        """A tensor with the shape, strides and dtype of ``x``, which is dense; its values are arbitrary."""
+        buffer = self.buffers.get(x.dtype)
+        if buffer is None or len(buffer) < x.numel():
+            with torch.inference_mode(False):  # a tensor made in inference mode could not be written outside
+                buffer = torch.empty(max(x.numel(), PART), dtype=x.dtype, device=x.device)
+            self.buffers[x.dtype] = buffer
+        return buffer.as_strided(x.shape, x.stride())
+
+
+_WORKSPACE = _Workspace()
+
+
+def parts(x: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Parts along the first axis of dense tensors of equal length: of ``x``, of the others, and a buffer like ``x``'s.
+
+    The buffer holds arbitrary values, and is the next part's too.
+    """
+    # Tensors of a dispatch mode must not outlive it.
+    if x.device.type != "cpu" or x.dim() < 2 or has_dispatch_mode():
+        yield x, *others, torch.empty_like(x)
+        return
+    if x.numel() <= PART:
+        yield x, *others, _WORKSPACE.like(x)
+        return
+    rows = max(1, PART * len(x) // x.numel())
+    for part, *rest in zip(x.split(rows), *(other.split(rows) for other in others), strict=True):
+        yield part, *rest, _WORKSPACE.like(part)
+
+
+def inner_products(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """Inner product of each row of two matrices, (R, K), (R, K) -> (R,), summed in ``dtype``."""
+    sums = [torch.mul(x, y, out=buffer).sum(1, dtype=dtype) for x, y, buffer in parts(a, b)]
+    return torch.cat(sums)
+
+
+# --- eager and compiled passes ----------------------------------------------------------------------------------------
+
+
+def _patch_norm(x: Tensor, conv: "Convolution") -> Tensor:
+    return conv.norm(x)
+
+
+def _feature_norm(x: Tensor) -> Tensor:
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=statistics_dtype(x))
+    return torch.where(norm == 0, 1, norm + FEATURE_EPS)
+
+
+def _share(energy: Tensor, norm: Tensor) -> Tensor:
+    """-energy / norm²."""
+    return (energy / norm.square()).neg_()
 
 
 def _sum(x: Tensor, dim: int | None, dtype: torch.dtype) -> Tensor:
@@ -64,11 +161,11 @@ def _square(out: Tensor, norm: Tensor) -> Tensor:
 def _square_backward(grad: Tensor, y: Tensor, norm: Tensor, dim: int | None) -> tuple[Tensor, Tensor]:
     if is_compiling():
         wide = grad.to(norm.dtype)
-        return (2 * (y.abs() / norm).sqrt() * wide).to(grad.dtype), _sum(wide * y, dim, norm.dtype)
+        return (2 * (y.abs() / norm).sqrt() * wide).to(grad.dtype), _share(_sum(wide * y, dim, norm.dtype), norm)
     buffer = grad * y
     energy = _sum(buffer, dim, norm.dtype)
     torch.abs(y, out=buffer)
-    return buffer.div_(_suited(norm / 4, y)).sqrt_().mul_(grad), energy
+    return buffer.div_(_suited(norm / 4, y)).sqrt_().mul_(grad), _share(energy, norm)
 
 
 def _power(out: Tensor, norm: Tensor, b: float) -> Tensor:
@@ -84,13 +181,13 @@ def _power_backward(grad: Tensor, out: Tensor, norm: Tensor, b: float, dim: int 
         power = (cosine + COSINE_EPS).pow(b - 2)
         slope = (b - 1) * cosine * power
         energy = _sum(wide * out * slope, dim, norm.dtype)
-        return ((power * (cosine + COSINE_EPS) + slope) * wide).to(grad.dtype), energy
+        return ((power * (cosine + COSINE_EPS) + slope) * wide).to(grad.dtype), _share(energy, norm)
     cosine = out.abs().div_(_suited(norm, out))
     slope = (cosine + COSINE_EPS).pow_(b - 2)
     scale = (cosine + COSINE_EPS).mul_(slope)
     slope.mul_(cosine).mul_(b - 1)
     energy = _sum(cosine.copy_(grad).mul_(out).mul_(slope), dim, norm.dtype)
-    return scale.add_(slope).mul_(grad), energy
+    return scale.add_(slope).mul_(grad), _share(energy, norm)
 
 
 def _add_product(a: Tensor, x: Tensor, s: Tensor) -> Tensor:
@@ -106,6 +203,8 @@ def _combine(grad: Tensor, a: Tensor, x: Tensor, b: Tensor, c: Tensor) -> Tensor
 
 
 EAGER = Kernels(
+    patch_norm=_patch_norm,
+    feature_norm=_feature_norm,
     square=_square,
     square_backward=_square_backward,
     power=_power,
@@ -122,4 +221,51 @@ def compiled_kernels() -> Kernels:
     They are compiled at their first call. What torch doesn't compile (the ninth combination of dtype and layout in one
     process; what some dispatch mode watches) runs eagerly.
     """
-    return Kernels(**{name: torch.compile(kernel, dynamic=True) for name, kernel in vars(EAGER).items()})
+    elementwise = {name: kernel for name, kernel in vars(EAGER).items() if not name.endswith("norm")}
+    return replace(EAGER, **{name: torch.compile(kernel, dynamic=True) for name, kernel in elementwise.items()})
+
+
+# --- the B-cos scale --------------------------------------------------------------------------------------------------
+
+
+def scale_output(out: Tensor, norm: Tensor, b: float, kernels: Kernels) -> tuple[Tensor, Tensor]:
+    """The output, and the tensor to save for its derivative."""
+    if recoverable_from_output(out, b):
+        y = kernels.square(out, norm)
+        return y, y
+    return kernels.square(out.clone(), norm) if b == 2 else kernels.power(out, norm, b), out
+
+
+def recoverable_from_output(x: Tensor, b: float) -> bool:
+    """True if |ŵ·x| can be recovered from the output: with B = 2, but not in float16, where small outputs underflow."""
+    return b == 2 and x.dtype != torch.float16
+
+
+def scale_backward(
+    grad: Tensor, saved: Tensor, norm: Tensor, b: float, dim: int | None, kernels: Kernels
+) -> tuple[Tensor, Tensor]:
+    """Derivative of `scale_output`: as `Kernels.square_backward`."""
+    if recoverable_from_output(saved, b):
+        return kernels.square_backward(grad, saved, norm, dim)
+    return kernels.power_backward(grad, saved, norm, b, dim)
+
+
+def detached_scale(best: Tensor, norm: Tensor, b: float) -> Tensor:
+    """The scale as a constant, for explanation mode."""
+    scale = best.abs().div_(norm)
+    return scale if b == 2 else scale.add_(COSINE_EPS).pow_(b - 1)
+
+
+def to_chosen(grad: Tensor, choice: Tensor | None, candidates: int, dim: int) -> Tensor:
+    """The gradient of all candidates; it can be differentiated again."""
+    if choice is None:
+        return grad
+    if torch.is_grad_enabled():
+        return torch.cat([grad.where(choice == index, 0) for index in range(candidates)], dim)
+    return scatter_to_chosen(grad, choice, candidates, dim)
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """Channels last for a tensor (N, C, H, W) that is dense in that order and not in the usual one, else contiguous."""
+    is_channels_last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if is_channels_last else torch.contiguous_format

@@ -1,4 +1,4 @@
-"""The fused B-cos linear layer, and the plain one; their products are those of :mod:`bcos_train.nn.fast.matmul`."""
+"""The B-cos linear layer and the linear layer as autograd functions, with the matrix product of `matmul`."""
 
 from typing import Any
 
@@ -6,18 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bcos_train.nn.fast.kernels import Kernels
+from bcos_train.nn.fast.kernels import Kernels, detached_scale, scale_backward, scale_output, to_chosen
 from bcos_train.nn.fast.matmul import linear_transform
 from bcos_train.nn.fast.maxout import from_blocked, maxout_with_indices, to_blocked
-from bcos_train.nn.fast.transform import (
-    apply_in_autocast_dtype,
-    detached_scale,
-    scale_backward,
-    scale_output,
-    to_chosen,
-)
 from bcos_train.nn.fast.unit_weight import reference_backward
-from bcos_train.nn.functional import FEATURE_EPS, bcos_scale, feature_norm, maxout, statistics_dtype
+from bcos_train.nn.functional import bcos_scale, feature_norm, maxout
 
 __all__ = ["bcos_linear", "detached_bcos_linear", "linear"]
 
@@ -25,35 +18,34 @@ __all__ = ["bcos_linear", "detached_bcos_linear", "linear"]
 class _BcosLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, b: float, candidates: int, kernels: Kernels) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=statistics_dtype(x))
-        norm = torch.where(norm == 0, 1, norm + FEATURE_EPS)
+        norm = kernels.feature_norm(x)
         out = linear_transform(x, to_blocked(weight, candidates, 1))
         best, choice = maxout_with_indices(out, candidates, x.dim() - 1)
-        y, kept = scale_output(best, norm, b, kernels)
-        ctx.save_for_backward(x, weight, norm, kept, choice)
+        y, saved = scale_output(best, norm, b, kernels)
+        ctx.save_for_backward(x, weight, norm, saved, choice)
         ctx.options = (b, candidates, kernels)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, norm, kept, choice = ctx.saved_tensors
+        x, weight, norm, saved, choice = ctx.saved_tensors
         b, candidates, kernels = ctx.options
         if torch.is_grad_enabled():
-            grads = reference_backward(lambda x, w: _plain_linear(x, w, b, candidates), (x, weight), grad)
+            grads = reference_backward(lambda x, w: _reference_linear(x, w, b, candidates), (x, weight), grad)
             return *grads, *[None] * 3
-        best, energy = scale_backward(grad, kept, norm, b, -1, kernels)
+        best, s = scale_backward(grad, saved, norm, b, -1, kernels)
         large = to_chosen(best, choice, candidates, x.dim() - 1)
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
             grad_x = linear_transform(large, to_blocked(weight, candidates, 1).T)
-            grad_x = kernels.add_product(grad_x, x, (energy / norm.square()).neg_())
+            grad_x = kernels.add_product(grad_x, x, s)
         if ctx.needs_input_grad[1]:
             grad_weight = from_blocked(_outer(large, x), candidates, 1)
         return grad_x, grad_weight, None, None, None
 
 
 class _DetachedBcosLinear(torch.autograd.Function):
-    """The B-cos linear layer with a constant scale and a constant weight: linear in x. It keeps the scale alone."""
+    """The B-cos linear layer with a constant scale and a constant weight: linear in x. It saves only the scale."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, b: float, candidates: int) -> Tensor:
@@ -93,21 +85,21 @@ def _outer(grad: Tensor, x: Tensor) -> Tensor:
     return linear_transform(grad.reshape(-1, grad.shape[-1]).T, x.reshape(-1, x.shape[-1]).T)
 
 
-def _plain_linear(x: Tensor, weight: Tensor, b: float, candidates: int) -> Tensor:
+def _reference_linear(x: Tensor, weight: Tensor, b: float, candidates: int) -> Tensor:
     out = maxout(F.linear(x, weight), candidates, -1)
     return (out * bcos_scale(out, feature_norm(x), b)).to(out.dtype)
 
 
-def bcos_linear(x: Tensor, unit: Tensor, b: float, candidates: int, kernels: Kernels) -> Tensor:
-    """The B-cos linear layer of x, (*, C) -> (*, O), for B > 1; ŵ is (O * `candidates`, C)."""
-    return apply_in_autocast_dtype(x, unit, lambda x, unit: _BcosLinear.apply(x, unit, b, candidates, kernels))
+def bcos_linear(x: Tensor, weight: Tensor, b: float, candidates: int, kernels: Kernels) -> Tensor:
+    """B-cos linear layer of x, (*, C) -> (*, O), for B > 1; ``weight`` is ŵ, (O * ``candidates``, C)."""
+    return _BcosLinear.apply(x, weight, b, candidates, kernels)
 
 
-def detached_bcos_linear(x: Tensor, unit: Tensor, b: float, candidates: int) -> Tensor:
-    """:func:`bcos_linear` in explanation mode with a weight that gets no gradient."""
-    return apply_in_autocast_dtype(x, unit, lambda x, unit: _DetachedBcosLinear.apply(x, unit, b, candidates))
+def detached_bcos_linear(x: Tensor, weight: Tensor, b: float, candidates: int) -> Tensor:
+    """`bcos_linear` in explanation mode with a weight that needs no gradient."""
+    return _DetachedBcosLinear.apply(x, weight, b, candidates)
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """`F.linear`, with the product of :mod:`bcos_train.nn.fast.matmul`."""
-    return apply_in_autocast_dtype(x, weight, _Linear.apply)
+    """`F.linear` without a bias."""
+    return _Linear.apply(x, weight)

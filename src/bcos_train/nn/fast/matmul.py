@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bcos_train.nn.fast.workspace import has_dispatch_mode
+from bcos_train.nn.fast.kernels import has_dispatch_mode
 
 __all__ = ["linear_transform"]
 

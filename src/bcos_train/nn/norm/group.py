@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bcos_train.nn.backend import fast
 from bcos_train.nn.detachable import Detachable
 from bcos_train.nn.norm.base import Norm2d, normalize
-from bcos_train.nn.norm.moments import moments
 
 __all__ = [
     "DetachableGNInstanceNorm2d",
@@ -27,8 +27,8 @@ __all__ = [
 def sample_moments(x: Tensor, dims: tuple[int, ...], detach: bool, centered: bool) -> tuple[Tensor | None, Tensor]:
     """Mean (None if not `centered`) and biased variance (a constant if `detach`) over `dims`."""
     if not centered:
-        return None, moments(x.detach() if detach else x, dims)[1]
-    mean, var = moments(x, dims)
+        return None, fast.moments(x.detach() if detach else x, dims)[1]
+    mean, var = fast.moments(x, dims)
     return mean, var.detach() if detach else var
 
 
@@ -159,7 +159,7 @@ class DetachableLayerNorm(Detachable, nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         if not self.detach:
             return super().forward(x)
-        mean, var = moments(x, tuple(range(-len(self.normalized_shape), 0)))
+        mean, var = fast.moments(x, tuple(range(-len(self.normalized_shape), 0)))
         out = (x - mean) * torch.rsqrt(var.detach() + self.eps)
         if self.weight is not None:
             out = out * self.weight

@@ -7,7 +7,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bcos_train.nn.backend import Accelerated, fast_batch_norm
+from bcos_train.nn.backend import Accelerated, fast
 from bcos_train.nn.functional import statistics_dtype
 from bcos_train.nn.norm.base import Norm2d, normalize
 from bcos_train.nn.norm.sync import combined_statistics, local_statistics
@@ -192,7 +192,8 @@ class BatchNormUncentered2d(Accelerated, RunningNorm2d):
     dims = (0, 2, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) if (fast := fast_batch_norm(self, x)) is None else fast
+        out = fast.batch_norm_forward(self, x)
+        return super().forward(x) if out is None else out
 
 
 class AllNorm2d(RunningNorm2d):

@@ -5,11 +5,12 @@ Axes: R processes, S statistics (one a channel, or a single one).
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.nn.functional import all_reduce
 
+from bcos_train.nn.backend import fast
 from bcos_train.nn.functional import statistics_dtype
-from bcos_train.nn.norm.moments import moments, values_per_statistic
 
 __all__ = ["combined_statistics", "local_statistics"]
 
@@ -20,11 +21,11 @@ def local_statistics(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor, 
     Of an empty batch both are 0, and still part of the graph of `x`, so that this process takes part in the
     collectives of the backward pass.
     """
-    count = values_per_statistic(x, dims)
-    if count == 0:
+    if x.numel() == 0:
         zero = x.sum(dims, keepdim=True, dtype=statistics_dtype(x))
         return zero, zero, 0
-    return *moments(x, dims), count
+    mean, var = fast.moments(x, dims)
+    return mean, var, x.numel() // mean.numel()
 
 
 def combined_statistics(
@@ -37,9 +38,10 @@ def combined_statistics(
     rows, cancels badly in float32.
     """
     shape, size = mean.shape, mean.numel()
-    row = torch.cat([mean.flatten(), var.flatten(), mean.new_tensor([count])])
-    rows = torch.zeros(dist.get_world_size(group), row.numel(), dtype=row.dtype, device=row.device)
-    rows = rows.index_put((torch.tensor(dist.get_rank(group), device=row.device),), row)
+    # Nothing is copied from the host, which on a GPU would wait for all that has been queued.
+    row = torch.cat([mean.flatten(), var.flatten(), mean.new_full((1,), count)])
+    rank, world_size = dist.get_rank(group), dist.get_world_size(group)
+    rows = F.pad(row[None], (0, 0, rank, world_size - 1 - rank))
     rows = all_reduce(rows, group=dist.group.WORLD if group is None else group)
     means_RS, vars_RS, counts_R1 = rows.split([size, size, 1], dim=1)
     total = counts_R1.sum()

@@ -1,0 +1,270 @@
+"""CIFAR-10 in minutes on one GPU: accuracy and explanations of a B-cos ResNet-20 with two norms.
+
+    python benchmarks/gpu_cifar10.py pack cifar10-train.zip cifar10-test.zip data/cifar10.npz     # 60,000 JPEGs, 18 MB
+    python benchmarks/gpu_cifar10.py run data/cifar10.npz              # on the machine with a GPU; it needs no network
+    python benchmarks/gpu_cifar10.py run --dry                         # the same on a CPU with noise for images
+    python benchmarks/gpu_cifar10.py unpack data/cifar10.npz data/cifar10       # the image folder, as `run` makes one
+
+The runs are those of `train.py model=resnet20 dataset=cifar10` with B = 1.25 and MaxOut 2, all norms side by side, for
+so small a network leaves most of a GPU idle. Results are written to JSON and printed as a table. The published figures
+are those of a third-party rerun of the official code with batches of 64 (KTH, B-cos-v2-reproduction).
+"""
+
+import argparse
+import csv
+import io
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from common import ROOT, positive, surroundings, write
+from PIL import Image
+
+#: Top-1 accuracy in percent and median of the grid pointing game (3x3).
+PUBLISHED = {"bnu-linear": (90.82, 0.951), "bn": (90.74, 0.155)}
+METRICS = {
+    "epochs": "epoch",
+    "top-1, %": "val/acc1",
+    "GridPG, median": "explanation/grid_pointing/p50",
+    "GridPG, mean": "explanation/grid_pointing",
+    "grids": "explanation/grid_pointing/n_grids",
+    "completeness error": "explanation/completeness",
+    "alignment": "explanation/alignment",
+}
+FOLDER = re.compile(r"(train|test)/\w+")
+
+
+def pack(archives: Sequence[Path], packed: Path) -> None:
+    """Write the JPEGs of ``train/<class>/0000.jpg`` … ``test/<class>/0000.jpg`` … into one small file.
+
+    Each of these files begins with the same tables, three fifths of it; they are kept once. What follows is compressed
+    already.
+
+    Raises:
+        ValueError: The archives hold other names.
+    """
+    contents = {}
+    for path in archives:
+        with zipfile.ZipFile(path) as archive:
+            contents |= {info.filename: archive.read(info) for info in archive.infolist() if not info.is_dir()}
+    folders = sorted({name.rpartition("/")[0] for name in contents})
+    counts = [sum(name.startswith(f"{folder}/") for name in contents) for folder in folders]
+    if set(contents) != set(names_of(folders, counts)) or not all(map(FOLDER.fullmatch, folders)):
+        raise ValueError("expected train/<class>/0000.jpg … and test/<class>/0000.jpg …, numbered without a gap")
+    files = [contents[name] for name in names_of(folders, counts)]
+    first, last = min(files), max(files)
+    differing = (i for i, pair in enumerate(zip(first, last, strict=False)) if len(set(pair)) > 1)
+    header = first[: next(differing, len(first))]
+    np.savez(
+        packed,
+        folders=np.array(folders),
+        counts=np.array(counts),
+        header=np.frombuffer(header, np.uint8),
+        sizes=np.array([len(file) - len(header) for file in files], np.uint32),
+        bodies=np.frombuffer(b"".join(file[len(header) :] for file in files), np.uint8),
+    )
+
+
+def names_of(folders: Sequence[str], counts: Sequence[int]) -> Iterator[str]:
+    for folder, count in zip(folders, counts, strict=True):
+        yield from (f"{folder}/{i:04d}.jpg" for i in range(count))
+
+
+def packed_files(packed: Path) -> Iterator[tuple[str, bytes]]:
+    """Names and contents of the packed files, which are those that were packed byte for byte."""
+    with np.load(packed, allow_pickle=False) as arrays:
+        folders = arrays["folders"].tolist()
+        header, bodies = arrays["header"].tobytes(), arrays["bodies"].tobytes()
+        sizes, names = arrays["sizes"].tolist(), list(names_of(folders, arrays["counts"].tolist()))
+    if not all(map(FOLDER.fullmatch, folders)):
+        raise ValueError(f"{packed}: unexpected folders {folders}")
+    start = 0
+    for name, size in zip(names, sizes, strict=True):
+        yield name, header + bodies[start : start + size]
+        start += size
+
+
+def unpack(packed: Path, folder: Path) -> None:
+    """Write the image folder that ``dataset=cifar10`` reads."""
+    made = set()
+    for name, content in packed_files(packed):
+        path = folder / name
+        if path.parent not in made:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            made.add(path.parent)
+        path.write_bytes(content)
+
+
+def noise(packed: Path, per_class: int) -> None:
+    """Pack as many images of noise of each class and part, to try everything without the data."""
+    generator = np.random.default_rng(0)
+    from bcos_train.dataset import Cifar10
+
+    archive_path = packed.with_suffix(".zip")
+    with zipfile.ZipFile(archive_path, "w") as archive:
+        folders = [f"{part}/{name}" for part in ("train", "test") for name in Cifar10(packed.parent).class_names]
+        for name in names_of(folders, [per_class] * len(folders)):
+            image = io.BytesIO()
+            Image.fromarray(generator.integers(256, size=(32, 32, 3), dtype=np.uint8)).save(image, "JPEG")
+            archive.writestr(name, image.getvalue())
+    pack([archive_path], packed)
+
+
+def command(norm: str, data: Path, runs: Path, arguments: argparse.Namespace) -> list[str]:
+    """The product's own command, with what costs time between the first and the last epoch switched off."""
+    epochs = arguments.epochs
+    overrides = {
+        "dataset.root": data,
+        "dataset.download": "false",
+        "model.norm_layer": norm,
+        "model.b": 1.25,
+        "model.max_out": 2,
+        "batch_size": arguments.batch_size,
+        "runs": runs,
+        "trainer.max_epochs": epochs,
+        # The grid pointing game after the last epoch needs a validation in that epoch.
+        "trainer.val_every_n_epochs": 10 if epochs % 10 == 0 else epochs,
+        "trainer.log_every_n_steps": 500,
+        "trainer.progress": "false",
+        "checkpointing.every_n_epochs": epochs,
+        # Halfway too, for a run that doesn't get to its end in time.
+        "explanation.every_n_epochs": epochs // 2 if epochs % 20 == 0 else epochs,
+        "explanation.grid_pointing.n_grids": 250,
+    }
+    if not arguments.dry:
+        overrides |= {"dataset.cache": "device", "trainer.compile": "true"}
+    given = [f"{key}={value}" for key, value in overrides.items()]
+    return [sys.executable, "train.py", "model=resnet20", "dataset=cifar10", *given, *arguments.overrides]
+
+
+def train(commands: dict[str, list[str]], logs: Path, seconds: float) -> dict[str, tuple[int, float]]:
+    """Run the commands side by side: exit code and seconds of each. What isn't through in time is told to stop."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])}
+    started = time.monotonic()
+    processes = {}
+    for name, arguments in commands.items():
+        with (logs / f"{name}.log").open("w") as log:
+            processes[name] = subprocess.Popen(
+                arguments, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
+            )
+    ended: dict[str, tuple[int, float]] = {}
+    told = False
+    while len(ended) < len(processes):
+        time.sleep(0.2)
+        passed = time.monotonic() - started
+        for name, process in processes.items():
+            if name not in ended and process.poll() is not None:
+                ended[name] = (process.returncode, passed)
+            elif passed > seconds + 30:  # it had the time to save
+                process.kill()
+        if passed > seconds and not told:
+            told = True
+            for process in processes.values():
+                process.send_signal(signal.SIGTERM)
+    return ended
+
+
+def final_metrics(runs: Path, norm: str) -> dict[str, float | None]:
+    """The last value of each of the `METRICS`; None for one that is missing or not a number."""
+    latest: dict[str, float] = {}
+    for path in runs.glob("*/*/*/metrics.csv"):
+        if f"norm_layer: {norm}\n" in (path.parent / "config.yaml").read_text():
+            with path.open(newline="") as file:
+                for row in csv.DictReader(file):
+                    latest |= {key: float(text) for key, text in row.items() if text}
+    values = {shown: latest.get(key, math.nan) for shown, key in METRICS.items()}
+    values["epochs"] += 1  # logged are those that were done before
+    return {key: value if math.isfinite(value) else None for key, value in values.items()}
+
+
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    """Markdown: one row a norm."""
+    columns = ["published top-1, %", "published GridPG, median", *METRICS, "minutes"]
+    lines = [f"| norm | {' | '.join(columns)} |", "| --- " + "| ---: " * len(columns) + "|"]
+    for norm, row in rows.items():
+        cells = ["–" if row.get(key) is None else f"{row[key]:.4g}" for key in columns]
+        lines.append(f"| `{norm}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        packed = arguments.packed
+        if arguments.dry:
+            packed = folder / "noise.npz"
+            noise(packed, per_class=2)
+        started = time.monotonic()
+        unpack(packed, folder / "data")
+        print(f"unpacked in {time.monotonic() - started:.1f} s", flush=True)
+        runs = (arguments.runs or folder / "runs").resolve()
+        commands = {norm: command(norm, folder / "data", runs, arguments) for norm in arguments.norms}
+        ended = train(commands, folder, arguments.seconds - (time.monotonic() - started))
+        rows: dict[str, dict[str, Any]] = {}
+        for norm, (code, seconds) in ended.items():
+            accuracy, grid_pointing = PUBLISHED.get(norm, (None, None))
+            rows[norm] = {
+                "published top-1, %": accuracy,
+                "published GridPG, median": grid_pointing,
+                **final_metrics(runs, norm),
+                "minutes": round(seconds / 60, 2),
+                "exit code": code,
+                "command": " ".join(commands[norm][1:]),
+            }
+            if code:
+                rows[norm]["log"] = (folder / f"{norm}.log").read_text()[-3000:]
+    output = arguments.output or ROOT / f"benchmarks/results/gpu-cifar10{'-dry' if arguments.dry else ''}.json"
+    content = {"surroundings": surroundings("cpu" if arguments.dry else "cuda"), "results": rows}
+    write(output, content)
+    print(f"{table(rows)}\n\nwritten: {os.path.relpath(output)}")
+    if failed := {norm: row["log"] for norm, row in rows.items() if row["exit code"]}:
+        raise SystemExit("\n".join(f"{norm}:\n{log}" for norm, log in failed.items()))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    packing = commands.add_parser("pack", help="the image-folder zips into one file")
+    packing.add_argument("archives", type=Path, nargs="+")
+    packing.add_argument("packed", type=Path)
+    unpacking = commands.add_parser("unpack", help="that file into an image folder")
+    unpacking.add_argument("packed", type=Path)
+    unpacking.add_argument("folder", type=Path)
+    running = commands.add_parser("run", help="train, one run for each norm")
+    running.add_argument("packed", type=Path, nargs="?", help="made by pack")
+    running.add_argument("--norms", nargs="+", default=list(PUBLISHED), help=f"default: {' '.join(PUBLISHED)}")
+    running.add_argument("--epochs", type=positive, default=100)
+    running.add_argument("--batch-size", type=positive, default=128, help="default: 128, half the published steps")
+    running.add_argument("--seconds", type=positive, default=300, help="after which runs are stopped (default: 300)")
+    running.add_argument("--runs", type=Path, help="keep the run folders here (default: nowhere)")
+    running.add_argument("--dry", action="store_true", help="on a CPU with images of noise")
+    running.add_argument("--output", type=Path, help="JSON; default: benchmarks/results/gpu-cifar10[-dry].json")
+    running.add_argument("--overrides", nargs="*", default=[], help="of train.py's config")
+    arguments = parser.parse_args()
+    if arguments.command == "run" and (arguments.packed is None) != arguments.dry:
+        running.error("give the packed file, or --dry")
+    return arguments
+
+
+def main() -> None:
+    arguments = parse()
+    if arguments.command == "pack":
+        pack(arguments.archives, arguments.packed)
+    elif arguments.command == "unpack":
+        unpack(arguments.packed, arguments.folder)
+    else:
+        run(arguments)
+
+
+if __name__ == "__main__":
+    main()

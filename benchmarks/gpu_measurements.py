@@ -1,0 +1,394 @@
+"""The measurements of benchmarks/gpu_check.py."""
+
+import copy
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from common import ROOT, official_twin, surroundings, use_tf32
+from grid_pointing import draw, official_scores, our_scores
+from isolation import READY, Pairs
+from speed import OFFICIAL, Setting, build, images
+from torch import Tensor, nn
+
+from bcos_train import create_model, explain
+from bcos_train.dataset import BcosEncoding
+from bcos_train.explanation import constant_term
+from bcos_train.nn import BatchNormUncentered2d, cached_weights, set_backend
+from bcos_train.nn.fast.kernels import EAGER, Kernels, compiled_kernels
+from bcos_train.optimizer import adaptive_clip_grad_
+
+QUANTITIES = ("logits", "input gradient", "weight gradients", "running variances")
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much a measurement does.
+
+    Attributes:
+        pixels: Size of ImageNet's images.
+        parity_pixels: Size of the images on which results are compared with those in float64.
+        small: Take the smallest models and batches, and let ``torch.compile`` trace but not compile.
+    """
+
+    device: str
+    pixels: int
+    parity_pixels: int
+    repeats: int
+    small: bool = False
+
+    def model(self, name: str) -> str:
+        if not self.small or name.startswith("simple_vit"):
+            return name
+        return "resnet20"
+
+    def batch_size(self, n: int) -> int:
+        return 2 if self.small else n
+
+
+ON_GPU = Scale("cuda", pixels=224, parity_pixels=64, repeats=10)
+DRY = Scale("cpu", pixels=32, parity_pixels=32, repeats=1, small=True)
+
+
+def synchronize(scale: Scale) -> None:
+    if scale.device == "cuda":
+        torch.cuda.synchronize()
+
+
+def milliseconds(function: Callable[[], Any], scale: Scale, warm_up: int = 3) -> float:
+    """Median time of a call."""
+    for _ in range(1 if scale.small else warm_up):
+        function()
+    synchronize(scale)
+    times = []
+    for _ in range(scale.repeats):
+        if scale.device == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            function()
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end))
+        else:
+            started = time.perf_counter()
+            function()
+            times.append((time.perf_counter() - started) * 1e3)
+    return statistics.median(times)
+
+
+def rounded(value: float) -> float:
+    """Three digits."""
+    return float(f"{value:.3g}")
+
+
+# ---- the card
+
+
+def card(scale: Scale) -> Pairs:
+    """Machine and versions, and the two rates that bound everything else."""
+    if scale.device == "cuda":
+        torch.cuda.init()  # fails at once without a GPU
+        yield "cuDNN", torch.backends.cudnn.version()
+    yield "surroundings", surroundings(scale.device)
+    yield "cores", os.cpu_count()
+    x = torch.randn(2**16 if scale.small else 2**29, device=scale.device).bfloat16()
+    y = torch.empty_like(x)
+    yield "copy, TB/s", rounded(2 * x.nbytes / milliseconds(lambda: y.copy_(x), scale) / 1e9)
+    n = 64 if scale.small else 8192
+    a, b = (torch.randn(n, n, device=scale.device).bfloat16() for _ in range(2))
+    yield "matrix product in bfloat16, TFLOP/s", rounded(2 * n**3 / milliseconds(lambda: a @ b, scale) / 1e9)
+
+
+# ---- is it right?
+
+
+def parity(scale: Scale, model: str) -> Pairs:
+    """Relative errors of a training step in float32 (without TF32) and bfloat16, against float64 on the CPU.
+
+    The fused operations should be no worse than the reference ones. Then how far explanations are from adding up.
+    """
+    use_tf32(False)
+    torch.manual_seed(0)
+    half = torch.rand(4, 3, scale.parity_pixels, scale.parity_pixels)
+    x = torch.cat([half, 1 - half], dim=1).contiguous(memory_format=torch.channels_last)
+    # With a logit bias the logits would be nearly equal whatever the network computes; and a MaxOut unit whose winner
+    # changes is no rounding error.
+    options = {"max_out": 1} if scale.small and model.startswith("resnet") else {}
+    network: Any = create_model(scale.model(model), logit_bias=0.0, **options).to(memory_format=torch.channels_last)
+    direction = torch.randn(len(x), network.num_classes)
+    expected = training_outcome(copy.deepcopy(network).double(), x.double(), direction.double())
+    for dtype, limit in (("float32", 1e-3), ("bfloat16", 0.1)):
+        errors = {}
+        for backend in ("reference", "fused"):
+            candidate = copy.deepcopy(network).to(scale.device)
+            set_backend(candidate, backend)  # type: ignore[arg-type]
+            with torch.autocast(scale.device, torch.bfloat16) if dtype == "bfloat16" else nullcontext():
+                outcome = training_outcome(candidate, x.to(scale.device), direction.to(scale.device))
+            errors[backend] = {
+                key: relative_error(*pair) for key, *pair in zip(QUANTITIES, outcome, expected, strict=True)
+            }
+            yield f"{backend} {dtype}", errors[backend]
+        # The rounding errors of the two are independent.
+        worse = [key for key, value in errors["fused"].items() if value > max(2 * errors["reference"][key], 1e-5)]
+        yield f"{dtype} is right", not worse and errors["reference"]["logits"] < limit
+    network = network.to(scale.device).eval()
+    for tf32 in (False, True):
+        use_tf32(tf32)
+        yield f"completeness error, TF32 {'on' if tf32 else 'off'}", completeness(network, x.to(scale.device))
+
+
+def training_outcome(network: nn.Module, x: Tensor, direction: Tensor) -> list[Tensor]:
+    """The `QUANTITIES` of a step whose loss is the logits' product with ``direction``."""
+    leaf = x.clone().requires_grad_()
+    logits = network.train()(leaf)
+    (logits * direction).sum().backward()
+    assert leaf.grad is not None
+    gradients = [p.grad.flatten() for p in network.parameters() if p.grad is not None]
+    variances = [b.flatten() for name, b in network.named_buffers() if name.endswith("running_var")]
+    return [logits.detach(), leaf.grad, torch.cat(gradients), torch.cat(variances or [leaf.new_zeros(1)])]
+
+
+def relative_error(value: Tensor, expected: Tensor) -> float:
+    value, expected = value.cpu().double(), expected.cpu().double()
+    return rounded(((value - expected).norm() / expected.norm().clamp(min=1e-30)).item())
+
+
+def completeness(network: nn.Module, x: Tensor) -> float:
+    """Largest relative difference between a logit and the sum of its contributions."""
+    explanation = explain(network, x)
+    logit = explanation.logits.gather(1, explanation.target[:, None])[:, 0]
+    total = explanation.contribution_map.sum((1, 2)) + constant_term(network, x, explanation.target)
+    return rounded(((total - logit).abs() / logit.abs()).max().item())
+
+
+# ---- how fast?
+
+
+def training(scale: Scale, model: str, batch_size: int, variants: Sequence[str], prepare: bool = False) -> Pairs:
+    """Throughput of a training step with fused Adam in bfloat16, what of it the CPU needs to queue it, peak memory.
+
+    With ``prepare`` (one variant only) a first step, in which the network is compiled, comes before its turn.
+    """
+    torch.backends.cudnn.benchmark = True
+    use_tf32(True)
+    torch._inductor.config.compile_threads = 2  # several networks are compiled side by side
+    for variant in variants:
+        # The official code runs out of memory first.
+        n = scale.batch_size(batch_size) // (2 if variant in OFFICIAL else 1)
+        setting = Setting(scale.model(model), n, scale.pixels, scale.device, "bfloat16")
+        started = time.perf_counter()
+        try:
+            step = training_step(variant, setting, scale)
+            step()
+            synchronize(scale)
+            first = time.perf_counter() - started
+            if prepare:
+                release_memory(scale)
+                yield READY
+            yield variant, {"images": n, **measure_training(step, n, scale), "first step, s": rounded(first)}
+        except torch.OutOfMemoryError as error:
+            yield variant, {"error": str(error)[:200]}
+        step = None
+        release_memory(scale)
+
+
+def training_step(variant: str, setting: Setting, scale: Scale) -> Callable[[], None]:
+    if scale.small and variant.endswith("whole"):
+        network = build("standard" if variant.startswith("standard") else "fused", setting)
+        network.compile(dynamic=False, backend="eager")
+    else:
+        network = build(variant, setting)
+    x = images(variant, setting)
+    target = torch.rand(len(x), 10 if setting.model == "resnet20" else 1000, device=setting.device)
+    network.train()
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-5, fused=True)
+
+    def step() -> None:
+        with setting.autocast:
+            logits = network(x)
+        F.binary_cross_entropy_with_logits(logits.float(), target).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def measure_training(step: Callable[[], None], n: int, scale: Scale) -> dict[str, float]:
+    if scale.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    time_of_step = milliseconds(step, scale, warm_up=2)
+    started = time.perf_counter()
+    step()
+    queued = (time.perf_counter() - started) * 1e3  # near the step's own time, the CPU is what limits it
+    synchronize(scale)
+    found = {"images/s": rounded(n / time_of_step * 1e3), "ms": rounded(time_of_step), "queued in ms": rounded(queued)}
+    if scale.device == "cuda":
+        found["peak MiB"] = torch.cuda.max_memory_allocated() >> 20
+    return found
+
+
+def release_memory(scale: Scale) -> None:
+    if scale.device == "cuda":
+        torch.cuda.empty_cache()
+
+
+def profile_training(scale: Scale, model: str, batch_size: int) -> Pairs:
+    """The kernels that take the time of an eager step with adaptive clipping, and the number of launches."""
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.backends.cudnn.benchmark = True
+    name = scale.model(model)
+    setting = Setting(name, scale.batch_size(batch_size), scale.pixels, scale.device, "bfloat16")
+    step = training_step("fused", setting, scale)
+    for _ in range(1 if scale.small else 3):
+        step()
+    synchronize(scale)
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if scale.device == "cuda" else [])
+    with profile(activities=activities) as profiled:
+        step()
+        synchronize(scale)
+    time_of = "self_device_time_total" if scale.device == "cuda" else "self_cpu_time_total"
+    rows = sorted(profiled.key_averages(), key=lambda row: getattr(row, time_of), reverse=True)
+    yield "launches", sum(row.count for row in rows if "LaunchKernel" in row.key)
+    parameters = list(create_model(name).to(scale.device, memory_format=torch.channels_last).parameters())
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    yield "adaptive gradient clipping, ms", rounded(milliseconds(lambda: adaptive_clip_grad_(parameters), scale))
+    for i, row in enumerate(rows[:40]):
+        yield f"{i + 1}", {"ms": rounded(getattr(row, time_of) / 1e3), "calls": row.count, "kernel": row.key[:90]}
+
+
+def bandwidth(scale: Scale, shapes: Sequence[tuple[int, int]]) -> Pairs:
+    """TB/s of the elementwise passes at shapes (channels, pixels) of 256 images.
+
+    Counted are the tensors that a pass has to read and to write once; what it moves beyond them lowers the figure.
+    """
+    n = scale.batch_size(256)
+    for channels, pixels in shapes:
+        norm = torch.rand(n, 1, pixels, pixels, device=scale.device) + 2
+        sign, grad, x = (torch.randn(n, channels, pixels, pixels, device=scale.device) for _ in range(3))
+        # Where |out| = norm the transform returns its input: repeated in place, it doesn't run into zeros.
+        values = (sign.sign() * norm, grad, x)
+        out, grad, x = (v.bfloat16().contiguous(memory_format=torch.channels_last) for v in values)
+        norm_layer = BatchNormUncentered2d(channels).to(scale.device).train()
+        leaf = x.clone().requires_grad_()
+        y = norm_layer(leaf)
+        passes: dict[str, tuple[int, Callable[[], Any]]] = {
+            "batch norm": (3, lambda norm_layer=norm_layer, x=x: norm_layer(x)),
+            "batch norm, backward": (5, lambda y=y, leaf=leaf, g=grad: torch.autograd.grad(y, leaf, g, True)),
+        }
+        for kind, kernels in kernel_sets(scale).items():
+            passes |= {
+                f"transform, {kind}": (2, lambda k=kernels, o=out, r=norm: k.square(o.detach(), r)),
+                f"transform, backward, {kind}": (
+                    3,
+                    lambda k=kernels, g=grad, y=out, r=norm: k.square_backward(g, y, r, 1),
+                ),
+                f"add_product, {kind}": (3, lambda k=kernels, a=grad, x=x, s=norm: k.add_product(a, x, s)),
+            }
+        for name, (moved, function) in passes.items():
+            rate = moved * x.nbytes / milliseconds(function, scale) / 1e9
+            yield f"{channels} x {pixels} x {pixels}, {name}", rounded(rate)
+
+
+def kernel_sets(scale: Scale) -> dict[str, Kernels]:
+    if scale.small:
+        return {"eager": EAGER}
+    sets = {"eager": EAGER, "compiled": compiled_kernels()}
+    if find_spec("bcos_train.nn.fast"):
+        from bcos_train.nn.fast.gpu_kernels import GPU
+
+        sets["Triton"] = GPU
+    return sets
+
+
+def stem_channels(scale: Scale, batch_size: int) -> Pairs:
+    """ResNet's first convolution with 6 input channels, and with 8, two of them zero: tensor cores take eights."""
+    torch.backends.cudnn.benchmark = True
+    n = scale.batch_size(batch_size)
+    rgb = torch.randint(256, (n, 3, scale.pixels, scale.pixels), dtype=torch.uint8, device=scale.device)
+
+    def encode(padding: int) -> Tensor:
+        x = BcosEncoding().encode(rgb / 255)
+        x = x if not padding else F.pad(x, (0, 0, 0, 0, 0, padding))
+        return x.contiguous(memory_format=torch.channels_last).bfloat16()
+
+    for padding in (0, 2):
+        x = encode(padding)
+        convolution = nn.Conv2d(x.shape[1], 64, 7, stride=2, padding=3, bias=False, device=scale.device).bfloat16()
+        convolution.to(memory_format=torch.channels_last)
+        grad = torch.randn_like(convolution(x))
+        yield (
+            f"{x.shape[1]} channels",
+            {
+                "encoding, ms": rounded(milliseconds(lambda padding=padding: encode(padding), scale)),
+                "forward, ms": rounded(milliseconds(lambda c=convolution, x=x: c(x), scale)),
+                "and backward, ms": rounded(milliseconds(lambda c=convolution, x=x, g=grad: c(x).backward(g), scale)),
+            },
+        )
+
+
+# ---- explanations, and the product as a whole
+
+
+def grid_pointing(scale: Scale, n_grids: int) -> Pairs:
+    """Milliseconds a grid of 2x2 cells, beside the official procedure, and how far the scores are apart."""
+    name = scale.model("resnet50")
+    official = official_twin(name).eval()
+    ours: Any = create_model(name).eval()
+    ours.load_state_dict(official.state_dict())
+    official, ours = (model.to(scale.device, memory_format=torch.channels_last) for model in (official, ours))
+    generator = torch.Generator().manual_seed(0)
+    n_grids = 1 if scale.small else n_grids
+    grids, targets = draw(n_grids, 2, scale.pixels, scale.device, generator, ours.num_classes)
+    few = slice(4)
+
+    def measured(function: Callable[..., Tensor], model: nn.Module, part: slice) -> float:
+        call = lambda: function(model, grids[part], targets[part], 15)  # noqa: E731
+        return rounded(milliseconds(call, scale, warm_up=1) / len(grids[part]))
+
+    with cached_weights(ours):
+        use_tf32(False)
+        apart = our_scores(ours, grids[few], targets[few], 15) - official_scores(official, grids[few], targets[few], 15)
+        yield "largest difference of scores", rounded(apart.abs().max().item())
+        for tf32 in (False, True):
+            use_tf32(tf32)
+            suffix = f", TF32 {'on' if tf32 else 'off'}"
+            yield f"ours{suffix}, ms a grid", measured(our_scores, ours, slice(None))
+            yield f"official{suffix}, ms a grid", measured(official_scores, official, few)
+
+
+def product_run(scale: Scale, seconds: float, overrides: Sequence[str]) -> Pairs:
+    """``train.py`` for so many seconds; a run that isn't through by then is stopped, saves and leaves."""
+    with tempfile.TemporaryDirectory() as runs:
+        log = Path(runs) / "log"
+        command = [sys.executable, "train.py", f"runs={runs}", "trainer.progress=false", *overrides]
+        command += ["limit_train=64", "limit_val=64", "num_workers=0"] if scale.small else []
+        paths = [str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+        started = time.perf_counter()
+        with log.open("w") as file:
+            process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
+            try:
+                code = process.wait(seconds)
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGTERM)
+                code = process.wait()
+        yield "exit code", code
+        yield "seconds", rounded(time.perf_counter() - started)
+        if code:
+            yield "error", log.read_text()[-1500:]
+        for path in Path(runs).rglob("metrics.csv"):
+            yield "metrics.csv", path.read_text().splitlines()[-1]

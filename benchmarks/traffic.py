@@ -1,0 +1,212 @@
+"""Memory traffic and operations of a training step on a GPU, counted without one.
+
+    python benchmarks/traffic.py --models resnet50 densenet121 --batch-size 256
+
+The step is traced on the meta device along the GPU's code path: bfloat16 as autocast has it, channels last. Every
+operation counts the bytes of the tensors that it reads and writes, once each but for batch norms, which read twice.
+Caches, which spare some of that, and workspace are left out. On a GPU that is kept busy, a step takes at least the time
+of its traffic; one with many small operations is kept waiting by the CPU instead.
+"""
+
+import argparse
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from common import positive
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from bcos_train.model import create_model
+from bcos_train.nn.fast.gpu_device import GPU_TYPES
+from bcos_train.optimizer.clipping import adaptive_clip_grad_
+
+#: What launches nothing on a GPU.
+FREE = {
+    *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"),
+    *("_unsafe_view", "_reshape_alias", "detach", "lift_fresh"),
+}
+#: Reads of its large inputs beyond the first: the statistics or sums are taken before they are used.
+READ_AGAIN = {"native_batch_norm": (0,), "native_batch_norm_backward": (0, 1)}
+
+PARTS = ("forward", "backward", "clipping")
+
+
+@dataclass
+class Part:
+    """Counts of one part of a step.
+
+    Attributes:
+        operations: How many there are, by name.
+        bytes: What they read and write, by name.
+    """
+
+    operations: Counter[str] = field(default_factory=Counter)
+    bytes: Counter[str] = field(default_factory=Counter)
+
+
+class _Count(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = {name: Part() for name in PARTS}
+        self.current = "forward"
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func._schema.name.split("::")[1]
+        if name == "convolution_backward":  # as on a GPU, gradients have the memory formats of their tensors
+            result = tuple(
+                g if g is None or x is None else _like(g, x) for g, x in zip(result, args[1:3], strict=False)
+            )
+            result = (*result, None)
+        if name not in FREE and not func.is_view:
+            part = self.parts[self.current]
+            part.operations[name] += 1
+            part.bytes[name] += _traffic(name, args, kwargs or {}, result)
+        return result
+
+
+def _like(grad: Tensor, x: Tensor) -> Tensor:
+    return torch.empty_strided(grad.shape, x.stride(), dtype=grad.dtype, device="meta")
+
+
+def _traffic(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> int:
+    if name == "convolution_backward":  # two products, each of which reads two tensors and writes one
+        sizes = [_size(x) for x in args[:3]]
+        return sum(sum(sizes) for needed in args[-1][:2] if needed)
+    inputs = {id(x): _size(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+    again = sum(_size(args[index]) for index in READ_AGAIN.get(name, ()))
+    written = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+    if name in ("square_", "add_product_"):  # return nothing
+        written = [args[0]]
+    return sum(inputs.values()) + again + sum(map(_size, written))
+
+
+def _size(x: Tensor) -> int:
+    """Bytes of distinct values."""
+    count = x.element_size()
+    for size, stride in zip(x.shape, x.stride(), strict=True):
+        count *= size if stride else 1
+    return count
+
+
+class _Autocast(TorchFunctionMode):
+    """What autocast does to torch's functions on CUDA; it knows nothing of meta tensors."""
+
+    LOW = (F.conv2d, torch.conv2d, F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, torch.einsum)
+    LOW = (*LOW, F.scaled_dot_product_attention)
+    HIGH = (F.layer_norm, torch.layer_norm, F.softmax, torch.softmax, Tensor.softmax, F.group_norm)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self.LOW:
+            args = tuple(_cast(x, torch.float32, torch.bfloat16) for x in args)
+        elif func in self.HIGH:
+            args = tuple(_cast(x, torch.bfloat16, torch.float32) for x in args)
+        return func(*args, **(kwargs or {}))
+
+
+def _cast(x: Any, source: torch.dtype, target: torch.dtype) -> Any:
+    return x.to(target) if isinstance(x, Tensor) and x.dtype == source else x
+
+
+def _update_stats(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    mean = x.new_empty(x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))
+    return mean, torch.empty_like(mean)
+
+
+def _backward_reduce(grad: Tensor, x: Tensor, mean: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(mean) for _ in range(4))
+
+
+#: Shapes of the operations that torch knows on CUDA alone.
+META = {
+    "batch_norm_update_stats": _update_stats,
+    "batch_norm_elemt": lambda x, *_: torch.empty_like(x),
+    "batch_norm_backward_reduce": _backward_reduce,
+    "batch_norm_backward_elemt": lambda grad, x, *_: torch.empty_like(x),
+}
+
+
+@contextmanager
+def _meta_as_gpu() -> Iterator[None]:
+    """Meta tensors take the GPU's code path, under autocast in bfloat16."""
+    library = torch.library.Library("aten", "IMPL")
+    before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    try:
+        for name, shapes in META.items():
+            library.impl(name, shapes, "Meta")
+        GPU_TYPES.add("meta")
+        torch.set_autocast_enabled("cuda", True)
+        torch.set_autocast_dtype("cuda", torch.bfloat16)
+        yield
+    finally:
+        torch.set_autocast_enabled("cuda", before[0])
+        torch.set_autocast_dtype("cuda", before[1])
+        GPU_TYPES.discard("meta")
+        library._destroy()
+
+
+def count_step(name: str, batch_size: int, size: int = 224) -> dict[str, Part]:
+    """The forward pass, the backward pass and adaptive gradient clipping of a training step of model ``name``.
+
+    Args:
+        name: A model of this package; those that begin with ``standard_`` take images of 3 channels.
+        batch_size, size: Images, and their height and width.
+    """
+    with torch.device("meta"):
+        network = create_model(name)
+    channels = 3 if name.startswith("standard_") else 6
+    return count(network, torch.empty(batch_size, channels, size, size, device="meta"))
+
+
+def count(network: nn.Module, x: Tensor) -> dict[str, Part]:
+    """As `count_step`, for a network and images on the meta device; the network is changed to channels last."""
+    network = network.to(memory_format=torch.channels_last).train()
+    x = x.to(memory_format=torch.channels_last)
+    with _meta_as_gpu(), _Count() as counter, _Autocast():
+        loss = network(x).float().square().mean()
+        counter.current = "backward"
+        loss.backward()
+        counter.current = "clipping"
+        adaptive_clip_grad_(network.parameters())
+    return counter.parts
+
+
+def gigabytes(parts: Mapping[str, Part]) -> float:
+    """Of the forward and the backward pass."""
+    return sum(parts[name].bytes.total() for name in ("forward", "backward")) / 1e9
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", default=["resnet50"])
+    parser.add_argument("--batch-size", type=positive, default=256)
+    parser.add_argument("--size", type=positive, default=224, help="of the images in pixels")
+    parser.add_argument("--details", action="store_true", help="operations with the most traffic")
+    args = parser.parse_args()
+    print("| model | forward + backward | x standard | operations: forward | backward | clipping |")
+    print("| --- " + "| ---: " * 5 + "|")
+    details = []
+    for model in args.models:
+        standard = count_step(f"standard_{model}", args.batch_size, args.size)
+        ours = count_step(model, args.batch_size, args.size)
+        for name, parts in ((f"standard_{model}", standard), (model, ours)):
+            numbers = " | ".join(str(parts[part].operations.total()) for part in PARTS)
+            ratio = gigabytes(parts) / gigabytes(standard)
+            print(f"| {name} | {gigabytes(parts):.1f} GB | {ratio:.2f} | {numbers} |", flush=True)
+            details += [(name, part, *row) for part in PARTS[:2] for row in parts[part].bytes.most_common(12)]
+            details += [(name, part, k, -n) for part in PARTS[:2] for k, n in parts[part].operations.most_common(14)]
+    if args.details:
+        for name, part, operation, number in details:
+            shown = f"{number / 1e9:.2f} GB" if number > 0 else f"{-number} calls"
+            print(f"{name:24s} {part:10s} {operation:32s} {shown}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+"""The commands ``bcos-train`` and ``bcos-evaluate``; in a checkout also ``python train.py`` and ``evaluate.py``."""
+
+import sys
+from typing import Any
+
+try:
+    from bcos_train import run
+    from bcos_train.config.cli import entry_point, overridden_keys
+except ModuleNotFoundError as error:
+    if (error.name or "").startswith("bcos_train"):
+        raise
+    sys.exit(f"{error.name} is not installed; training needs: pip install 'bcos-train[train]'")
+
+__all__ = ["evaluate", "train"]
+
+
+@entry_point(config_name="train", root=run.TrainConfig)
+def train(config: dict[str, Any]) -> int:
+    """Train a network: ``bcos-train model=resnet50 dataset=imagenet``; ``--help`` lists the groups and keys."""
+    return run.train(config)
+
+
+@entry_point(config_name="evaluate", root=run.EvaluateConfig)
+def evaluate(config: dict[str, Any]) -> int:
+    """Evaluate a network: ``bcos-evaluate run=<run folder>`` or ``model=… dataset=… weights=official|<path>``."""
+    return run.evaluate(config, overridden_keys())

@@ -1,0 +1,261 @@
+"""Entry points: from a command line to a validated config, with one short line per mistake and no traceback."""
+
+import functools
+import inspect
+import os
+import sys
+import traceback
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bcos_train.config.composition import (
+    COMPOSITION_ERRORS,
+    FULL_ERROR,
+    Composer,
+    is_sweep_job,
+    job_overrides,
+    one_line,
+    parse_command_line,
+    project_config_dir,
+    run_jobs,
+    to_job_config,
+)
+from bcos_train.config.errors import UserError
+from bcos_train.config.overrides import check_choices, plugins_in_overrides, read_overrides
+from bcos_train.config.plugins import KEY as PLUGINS
+from bcos_train.config.plugins import load_plugins, plugins_in_folder
+from bcos_train.config.validation import Problem, check
+from bcos_train.suggest import suggest
+
+__all__ = ["entry_point", "overridden_keys"]
+
+Task = Callable[[dict[str, Any]], int | None]
+
+#: Exit codes: a user's mistake, an interrupt and a closed pipe as shells report them (128 + signal).
+MISTAKE, INTERRUPTED, PIPE_CLOSED = 2, 130, 141
+#: Exit codes from here on are 128 + a signal's number.
+SIGNALLED = 128
+#: Later jobs of a larger sweep are validated when they start; composing one takes 0.1 s.
+MAX_PREFLIGHT = 1000
+
+
+class JobFailed(Exception):
+    """A job in another process ended with this exit code."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+class SweepStopped(BaseException):
+    """A signal stopped a job of a sweep: do not start the next ones. Hydra would continue after an ``Exception``."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+def entry_point(
+    *, config_name: str, root: Callable[..., Any], config_dir: str | os.PathLike[str] | None = None
+) -> Callable[[Task], Callable[[], None]]:
+    """Turn ``main(config) -> exit code`` into a command with Hydra's command line.
+
+    The config is composed and validated before ``main`` starts; in a sweep (``-m``), every job's before the first one
+    starts. A mistake gives exit code 2 and one line on stderr per problem; ``HYDRA_FULL_ERROR=1`` adds the traceback.
+    Errors that are not the user's keep theirs.
+
+    Args:
+        config_name: Main config.
+        root: The function whose parameters are the top-level keys of the config.
+        config_dir: Folder of the configs; :func:`project_config_dir` by default.
+
+    The decorated function receives plain containers with all interpolations resolved.
+    """
+
+    def decorate(main: Task) -> Callable[[], None]:
+        @functools.wraps(main)
+        def command() -> None:
+            try:
+                code = _run(main, config_name, root, project_config_dir() if config_dir is None else Path(config_dir))
+            except KeyboardInterrupt:
+                code = INTERRUPTED
+            except BrokenPipeError:  # `--help | head`
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                code = PIPE_CLOSED
+            except (UserError, *COMPOSITION_ERRORS) as error:
+                _report(error)
+                code = MISTAKE
+            if code:
+                sys.exit(code)
+
+        return command
+
+    return decorate
+
+
+def overridden_keys() -> list[str]:
+    """The keys and config groups that the running job's command line sets, as typed there."""
+    return [text.lstrip("+~").partition("=")[0].partition("@")[0] for text in job_overrides()]
+
+
+def _run(main: Task, config_name: str, root: Callable[..., Any], config_dir: Path) -> int:
+    arguments = parse_command_line()
+    if arguments.config_path is not None:
+        config_dir = Path(arguments.config_path).absolute()
+    # First, since the models of a plugin are choices.
+    load_plugins(plugins_in_overrides(arguments.overrides))
+    rewritten: dict[str, str] = {}
+    if not (arguments.help or arguments.hydra_help or arguments.info or arguments.shell_completion):
+        composer = Composer(config_dir, arguments.config_dir)
+        rewritten = _preflight(composer, arguments, config_name, root)
+    outcome = _Outcome()
+    extra_dir = None if arguments.config_dir is None else Path(arguments.config_dir).absolute()
+    task = _make_task(main, root, outcome, extra_dir, full_error=os.environ.get(FULL_ERROR))
+    argv = sys.argv
+    sys.argv = [argv[0], *(rewritten.get(argument, argument) for argument in argv[1:])]
+    if arguments.config_path is not None:
+        # Hydra takes the last one; a relative path would be relative to the module of ``main``.
+        sys.argv += ["--config-path", str(config_dir)]
+    try:
+        # With this variable Hydra raises its errors instead of printing them and exiting with code 1.
+        with _environment(FULL_ERROR, "1"):
+            run_jobs(task, config_dir, config_name, extra_dir)
+    except (JobFailed, SweepStopped) as stopped:
+        return stopped.code
+    finally:
+        sys.argv = argv
+    if outcome.error is not None:
+        raise outcome.error
+    return outcome.code
+
+
+def _preflight(composer: Composer, arguments: Namespace, config_name: str, root: Callable[..., Any]) -> dict[str, str]:
+    """Compose and validate every job; returns what to pass to Hydra in place of each override.
+
+    Raises:
+        UserError: All problems of all jobs, one per line.
+    """
+    name = config_name if arguments.config_name is None else arguments.config_name
+    if name.removesuffix(".yaml") not in (choices := composer.main_configs):
+        raise UserError(f"--config-name {name}: no such config{suggest(name, choices)} (choices: {', '.join(choices)})")
+    top_level = inspect.signature(root).parameters
+    rewritten, problems = read_overrides(arguments.overrides, composer, top_level, lambda: _defaults(composer, name))
+    _raise(problems)
+    overrides = [rewritten[text] for text in arguments.overrides]
+    _raise(check_choices(overrides, composer, may_sweep=True))
+    is_sweep = arguments.multirun or composer.is_sweep(name, overrides)
+    all_problems: list[Problem] = []
+    for job in composer.jobs(name, overrides)[:MAX_PREFLIGHT] if is_sweep else [overrides]:
+        problems = check_choices(job, composer)
+        if not problems:
+            config = composer.compose(name, job)
+            _load_plugins(config, job, composer.extra_dir)
+            # --cfg is there to find out what is wrong.
+            problems = [] if arguments.cfg else check(config, root=root)
+        all_problems += problems
+    _raise(all_problems)
+    return rewritten
+
+
+def _load_plugins(config: Mapping[str, Any], overrides: Sequence[str], own_folder: Path | None) -> None:
+    """Import the plugins of a composed config if the user named them.
+
+    Raises:
+        UserError: A plugin is named by another file than those of ``own_folder``, such as the config of a run that is
+            used with ``--config-path``; or it cannot be imported.
+    """
+    names = config.get(PLUGINS) or []
+    if not isinstance(names, list) or not names:
+        return  # ``check`` reports other types
+    allowed = set(plugins_in_overrides(overrides))
+    if own_folder is not None and not allowed.issuperset(names):
+        allowed |= set(plugins_in_folder(own_folder))
+    for name in names:
+        if name not in allowed:
+            where = "on the command line or in a file of your own --config-dir"
+            raise UserError(f"{PLUGINS}={name}: a plugin runs code; it can only be named {where}")
+    load_plugins(names)
+
+
+def _defaults(composer: Composer, name: str) -> dict[str, Any]:
+    """The config without overrides, or an empty one if it is incomplete without them."""
+    try:
+        return composer.compose(name)
+    except UserError:
+        return {}
+
+
+@dataclass
+class _Outcome:
+    """Exit code and error of the jobs in this process."""
+
+    code: int = 0
+    error: Exception | None = None
+
+
+def _make_task(
+    main: Task, root: Callable[..., Any], outcome: _Outcome, own_folder: Path | None, full_error: str | None
+) -> Callable[[Any], None]:
+    """The function that Hydra calls for each job, in this process or, through a launcher, in another."""
+    home = os.getpid()
+
+    @functools.wraps(main)
+    def task(config: Any) -> None:
+        is_sweep = is_sweep_job()
+        with _environment(FULL_ERROR, full_error):
+            try:
+                job = to_job_config(config)
+                _load_plugins(job, job_overrides(), own_folder)  # in another process, or beyond MAX_PREFLIGHT
+                _raise(check(job, root=root))
+                code = main(job) or 0
+            except UserError as error:
+                _report(error)
+                code = MISTAKE
+            except Exception as error:
+                if not is_sweep:
+                    outcome.error = error
+                    return
+                # The other jobs of the sweep still run.
+                traceback.print_exc()
+                code = 1
+        if code and os.getpid() != home:
+            raise JobFailed(code)
+        if is_sweep and code >= SIGNALLED:
+            raise SweepStopped(code)
+        outcome.code = max(outcome.code, code)
+
+    return task
+
+
+def _raise(problems: Iterable[Problem]) -> None:
+    if lines := list(dict.fromkeys(map(str, problems))):
+        raise UserError("\n".join(lines))
+
+
+def _report(error: Exception) -> None:
+    """Print the message on stderr, without the traceback unless asked for."""
+    if os.environ.get(FULL_ERROR) == "1":
+        traceback.print_exception(error)
+    print(error if isinstance(error, UserError) else one_line(error), file=sys.stderr)
+
+
+@contextmanager
+def _environment(name: str, value: str | None) -> Iterator[None]:
+    """Set an environment variable, or unset it with ``None``, within the block."""
+    before = os.environ.get(name)
+    _set(name, value)
+    try:
+        yield
+    finally:
+        _set(name, before)
+
+
+def _set(name: str, value: str | None) -> None:
+    if value is None:
+        os.environ.pop(name, None)
+    else:
+        os.environ[name] = value

@@ -1,0 +1,309 @@
+"""Compose configs with Hydra. This is the only module that imports Hydra.
+
+Hydra's public API composes too, but supports neither ``--config-dir`` nor sweeps, hence the private imports; they are
+listed in CONTRIBUTING.md.
+"""
+
+import os
+import re
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from fnmatch import fnmatchcase
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NoReturn
+
+import hydra
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.utils import create_config_search_path, get_args_parser
+from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, OverrideType
+from hydra.core.utils import setup_globals
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from bcos_train.config.containers import join, to_container
+from bcos_train.config.errors import UserError
+
+__all__ = [
+    "COMPOSITION_ERRORS",
+    "FULL_ERROR",
+    "Composer",
+    "Override",
+    "OverrideError",
+    "OverrideType",
+    "is_sweep_job",
+    "job_overrides",
+    "one_line",
+    "parse_command_line",
+    "parse_override",
+    "project_config_dir",
+    "run_jobs",
+    "to_job_config",
+]
+
+#: Raised while a config is composed; :func:`one_line` shortens their messages.
+COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException)
+#: Raised by :meth:`Composer.parse`.
+OverrideError = HydraException
+
+#: The environment variable with which Hydra's users ask for tracebacks.
+FULL_ERROR = "HYDRA_FULL_ERROR"
+VERSION_BASE = "1.3"
+
+#: Classes that the ``hydra`` node of a config may name.
+HYDRA_TARGETS = (
+    "hydra._internal.core_plugins.basic_launcher.BasicLauncher",
+    "hydra._internal.core_plugins.basic_sweeper.BasicSweeper",
+    "hydra_plugins.hydra_submitit_launcher.submitit_launcher.LocalLauncher",
+    "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher",
+)
+
+#: The key under which a recipe declares what it is for; removed from the job's config.
+SUITS = "suits"
+
+#: Stands for an interpolation that cannot be resolved yet.
+UNRESOLVED = "${…}"
+
+
+def project_config_dir() -> Path:
+    """The folder ``configs``: inside the package once it is installed from a wheel, else at the top of the checkout."""
+    package = Path(__file__).resolve().parents[1]
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parents[1] / "configs"
+
+
+class Composer:
+    """Compose configs from a folder of config groups, and list the choices of each group.
+
+    Args:
+        config_dir: Folder of the main configs.
+        extra_dir: A further folder (``--config-dir``), searched after it. It is the user's own: its files may name
+            plugins.
+
+    Raises:
+        UserError: A folder does not exist.
+    """
+
+    def __init__(self, config_dir: str | os.PathLike[str], extra_dir: str | os.PathLike[str] | None = None) -> None:
+        for folder in (config_dir, extra_dir):
+            if folder is not None and not Path(folder).is_dir():
+                raise UserError(f"{folder}: no such folder of configs")
+        self.extra_dir = None if extra_dir is None else Path(extra_dir)
+        hydra.version.setbase(VERSION_BASE)
+        setup_globals()
+        _offer_models(Path(config_dir), self.extra_dir)
+        search_path = create_config_search_path(os.path.abspath(config_dir))
+        if extra_dir is not None:
+            anchor = SearchPathQuery(provider="schema")
+            search_path.prepend("command-line", f"file://{os.path.abspath(extra_dir)}", anchor)
+        self._loader = ConfigLoaderImpl(config_search_path=search_path)
+        self._parser = OverridesParser.create(config_loader=self._loader)
+        self._choices: dict[str, list[str]] = {}
+
+    @cached_property
+    def groups(self) -> list[str]:
+        """All config groups, the project's before Hydra's."""
+        return sorted(self._groups_below(""), key=lambda group: (group.startswith("hydra"), group))
+
+    def choices(self, group: str) -> list[str]:
+        """The choices of a group, without bases (names that begin with an underscore) and nested groups."""
+        if group not in self._choices:
+            options = self._loader.get_group_options(group, ObjectType.CONFIG)
+            self._choices[group] = sorted(name for name in options if not name.startswith("_"))
+        return self._choices[group]
+
+    @property
+    def main_configs(self) -> list[str]:
+        """The choices of ``--config-name``."""
+        return self.choices("")
+
+    def _groups_below(self, group: str) -> Iterator[str]:
+        for name in sorted(self._loader.list_groups(group)):
+            if name.startswith("_"):
+                continue
+            inner = f"{group}/{name}" if group else name
+            yield inner
+            yield from self._groups_below(inner)
+
+    def parse(self, override: str) -> Override:
+        """Parse one ``key=value``. Raises :data:`OverrideError`."""
+        return self._parser.parse_overrides([override])[0]
+
+    def compose(self, config_name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+        """The config of one job as plain containers, interpolations resolved, without the ``hydra`` node.
+
+        Raises:
+            UserError: The overrides or the files do not make a config, or the recipe is not for these choices.
+        """
+        config = self._load(config_name, overrides, RunMode.RUN)
+        hydra_config = HydraConfig.instance()
+        before = hydra_config.cfg
+        try:
+            # The ${hydra:…} resolver reads this global.
+            hydra_config.set_config(config)
+            return to_job_config(config)
+        finally:
+            hydra_config.cfg = before
+
+    def is_sweep(self, config_name: str, overrides: Sequence[str]) -> bool:
+        """True if the config itself asks for several jobs (``hydra.mode: MULTIRUN``)."""
+        return self._load(config_name, overrides, RunMode.MULTIRUN).hydra.mode == RunMode.MULTIRUN
+
+    def jobs(self, config_name: str, overrides: Sequence[str]) -> list[list[str]]:
+        """The overrides of every job of a sweep."""
+        config = self._load(config_name, overrides, RunMode.MULTIRUN).hydra
+        assert config.sweeper._target_ == HYDRA_TARGETS[1]
+        swept = [f"{key}={value}" for key, value in (config.sweeper.params or {}).items()]
+        swept += _texts(config.overrides.task)
+        fixed = _texts(config.overrides.hydra)
+        batches = BasicSweeper.split_arguments(self._parser.parse_overrides(swept), None)
+        return [[*fixed, *job] for batch in batches for job in batch]
+
+    def _load(self, config_name: str, overrides: Sequence[str], mode: RunMode) -> DictConfig:
+        try:
+            config = self._loader.load_configuration(config_name, list(overrides), run_mode=mode)
+        except (*COMPOSITION_ERRORS, YAMLError, ValueError) as error:
+            raise UserError(one_line(error)) from error
+        _reject_unlisted_targets(config.hydra, "hydra")
+        return config
+
+
+def to_job_config(config: DictConfig) -> dict[str, Any]:
+    """The config of the current Hydra job as plain containers, once its recipe is known to suit the other choices.
+
+    A recipe may declare what it is not for, and for the message what it is for::
+
+        suits:
+          what: B-cos ConvNets on ImageNet
+          not: {model: [standard_*, timm], dataset: [cifar10]}
+
+    Raises:
+        UserError: A choice matches one of these patterns, or an interpolation has no value.
+    """
+    job: dict[str, Any] = to_container(config)
+    suits = job.pop(SUITS, None) or {}
+    choices = dict(HydraConfig.get().runtime.choices)
+    recipe = f"recipe={choices['recipe']}" if "recipe" in choices else "recipe"  # it may be a list of recipes
+    for group, patterns in suits.get("not", {}).items():
+        if any(fnmatchcase(str(choices.get(group)), pattern) for pattern in patterns):
+            raise UserError(f"{recipe}: not for {group}={choices[group]}; it is for {suits['what']}")
+    return job
+
+
+def parse_override(text: str) -> Override:
+    """Parse one ``key=value``. Raises :data:`OverrideError`."""
+    return OverridesParser.create().parse_overrides([text])[0]
+
+
+def job_overrides() -> list[str]:
+    """The overrides of the current job, as typed."""
+    return _texts(HydraConfig.get().overrides.task)
+
+
+def is_sweep_job() -> bool:
+    """True if the current job belongs to a sweep."""
+    return bool(HydraConfig.get().mode == RunMode.MULTIRUN)
+
+
+def parse_command_line() -> Namespace:
+    """Hydra's flags and the ``overrides`` of ``sys.argv``.
+
+    Raises:
+        UserError: An unknown flag, or one that is not supported.
+    """
+    parser = get_args_parser()
+
+    def error(message: str) -> NoReturn:
+        kind, _, rest = message.partition("unrecognized arguments: ")
+        if kind:
+            raise UserError(message)
+        flag = rest.split()[0]
+        setting = flag.lstrip("-") + ("" if "=" in flag else "=…")
+        raise UserError(f"{flag}: no such option; settings are written without dashes: {setting}")
+
+    parser.error = error  # type: ignore[method-assign]
+    arguments = parser.parse_args()
+    if arguments.experimental_rerun is not None:
+        raise UserError("--experimental-rerun: not supported, because it unpickles a file")
+    return arguments
+
+
+def run_jobs(
+    task: Callable[[DictConfig], None], config_dir: Path, config_name: str, extra_dir: Path | None = None
+) -> None:
+    """Let Hydra do what ``sys.argv`` says: run ``task`` once or for every job of a sweep, print help, complete words.
+
+    Raises:
+        UserError: Flags that do not go together. Errors of :data:`COMPOSITION_ERRORS` pass through.
+    """
+    _offer_models(config_dir, extra_dir)
+    run = hydra.main(version_base=VERSION_BASE, config_path=str(config_dir), config_name=config_name)(task)
+    try:
+        run()
+    except ValueError as error:
+        raise UserError(one_line(error)) from error
+
+
+def _offer_models(config_dir: Path, extra_dir: Path | None) -> None:
+    """Add to the group ``model`` of the project's configs each registered model that has no file there."""
+    if config_dir.resolve() != project_config_dir():
+        return
+    # Not before now: the registry imports torch.
+    from bcos_train.config.model_choices import model_choices
+
+    store = ConfigStore.instance()
+    files = {path.stem for folder in (config_dir, extra_dir) if folder for path in (folder / "model").glob("*.yaml")}
+    for name, node in model_choices().items():
+        if name not in files:
+            store.store(group="model", name=name, node=node, package="_global_", provider="models")
+        else:  # Hydra would take the stored one for the schema of the file
+            store.repo.get("model", {}).pop(f"{name}.yaml", None)
+
+
+def one_line(error: Exception) -> str:
+    """The message of an error of Hydra or YAML and that of its cause, without addresses and search paths."""
+    parts = []
+    for cause in filter(None, (error, error.__cause__)):
+        text = re.split(r"\n(?:See http|Config search path|Search path:| +full_key:)", str(cause))[0]
+        parts.append(" ".join(text.split()).rstrip("."))
+    return "; ".join(part for part in parts if part) or type(error).__name__
+
+
+def _reject_unlisted_targets(node: Any, path: str) -> None:
+    """Raise a UserError if the ``hydra`` node names anything outside :data:`HYDRA_TARGETS`.
+
+    Hydra instantiates callbacks, plugins and log handlers from that node without an allow-list.
+    """
+    if isinstance(node, DictConfig):
+        keys: list[Any] = list(node)
+    elif isinstance(node, ListConfig):
+        keys = list(range(len(node)))
+    else:
+        return
+    for key in keys:
+        where = join(path, key)
+        try:
+            value = node[key]
+        except OmegaConfBaseException:
+            # Such as the job's number, known only inside a job. A target must be known now.
+            value = UNRESOLVED
+        rejected = key == "()" or (key == "_target_" and value not in HYDRA_TARGETS)
+        if rejected or (key == "class" and not str(value).startswith("logging.")):
+            raise UserError(f"{where}={value}: not a name that a config may use")
+        _reject_unlisted_targets(value, where)
+
+
+def _texts(node: Any) -> list[str]:
+    """Overrides as written; they may hold interpolations."""
+    texts = OmegaConf.to_container(node, resolve=False)
+    assert isinstance(texts, list)
+    return [str(text) for text in texts]
