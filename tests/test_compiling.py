@@ -1,11 +1,13 @@
 """Where what is compiled is kept."""
 
+import importlib.util
+import sysconfig
 from pathlib import Path
 
 import pytest
 from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
 
-from bcos_train.compiling import prepare_to_compile
+from bcos_train.compiling import missing_for_compiling, prepare_to_compile
 
 
 @pytest.mark.parametrize("given", [None, "default", "elsewhere"])
@@ -34,3 +36,24 @@ def test_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ValueError, match=r"this needs a C\+\+ compiler, and there is no c\+\+-of-my-own; the variable CXX"
     ):
         prepare_to_compile("this")
+
+
+@pytest.mark.parametrize(
+    ("triton", "headers", "expected"),
+    [(True, True, None), (False, True, "needs Triton on CUDA"), (True, False, "needs Python's header files on CUDA")],
+)
+def test_cuda_needs_more(
+    triton: bool, headers: bool, expected: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = tmp_path / "compiler"
+    compiler.touch(mode=0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if triton else None)
+    # Either of the places where they may be.
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": str(tmp_path / "empty")})
+    monkeypatch.setattr(sysconfig, "get_config_var", lambda name: str(tmp_path))
+    if headers:
+        (tmp_path / "Python.h").touch()
+    missing = missing_for_compiling(cuda=True)
+    assert missing is None if expected is None else missing is not None and missing.startswith(expected)
+    assert missing_for_compiling() is None

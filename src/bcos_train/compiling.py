@@ -27,8 +27,9 @@ def missing_for_compiling(cuda: bool = False) -> str | None:
         return f"needs a C++ compiler, and there is no {compiler_name()}; the variable CXX can name another"
     if cuda and importlib.util.find_spec("triton") is None:
         return "needs Triton on CUDA, which is not installed: pip install triton"
-    # Triton compiles an extension module for each kernel.
-    if cuda and not Path(sysconfig.get_paths()["include"], "Python.h").exists():
+    # Triton compiles extension modules. On Debian the first of the folders is one for what the user installs.
+    folders = sysconfig.get_paths()["include"], sysconfig.get_config_var("INCLUDEPY") or ""
+    if cuda and not any(Path(folder, "Python.h").exists() for folder in folders):
         return "needs Python's header files on CUDA, which are not installed: the package python3-dev has them"
     return None
 

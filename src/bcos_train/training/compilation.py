@@ -74,7 +74,7 @@ class CompiledNetwork:
         self.model = model
         self.parts = parts_to_compile(model)
         # What `nn.Module.compile` sets, here only for the time of a call.
-        self._compiled: list[Callable[..., Any]] = [torch.compile(p._call_impl, dynamic=False) for p in self.parts]
+        self._compiled = [torch.compile(_caller(part), dynamic=False) for part in self.parts]
         self._full_batch = 0
         config = torch._dynamo.config
         # Each kind of block is a graph of the same `forward`, of which 8 are allowed by default.
@@ -98,3 +98,12 @@ class CompiledNetwork:
 
     def __str__(self) -> str:
         return "as a whole" if self.parts == [self.model] else f"block by block, {len(self.parts)} parts"
+
+
+def _caller(part: nn.Module) -> Callable[..., Any]:
+    """The uncompiled call as a function of ours: PyTorch 2.11 compiles none of its own, such as a Sequential's."""
+
+    def call(*args: Any) -> Any:
+        return part._call_impl(*args)
+
+    return call
