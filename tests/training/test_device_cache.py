@@ -31,7 +31,7 @@ def test_same_run(workers: int, without_cache: Path, tmp_path: Path) -> None:
     assert_same_run(run_folder(tmp_path), without_cache)
 
 
-@pytest.mark.parametrize("batch", [0, 3, 4, 7])
+@pytest.mark.parametrize("batch", [0, 3, 4, 6])
 def test_resume_with_and_without_the_cache(
     batch: int, without_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -52,7 +52,8 @@ def require_root(root: str | Path | None, what: str, hint: str) -> Path:
 
 
 def check_cache(cache: str | None) -> None:
-    """
+    """Check the argument ``cache`` of a source.
+
     Raises:
         ValueError: for anything but "device" and None.
     """

@@ -18,7 +18,8 @@ def adaptive_clip_grad_(parameters: Iterable[Tensor], clip_factor: float = 0.01,
 
     A unit is a row of a matrix or an output channel of a convolution. A parameter with one axis longer than 1 is one
     unit; in a parameter with three axes (an embedding ``(1, tokens, features)``) a unit runs along the second. These
-    are the units of the official B-cos code. The result equals timm's ``adaptive_clip_grad`` on these units.
+    are the units of the official B-cos code. The result equals timm's ``adaptive_clip_grad`` on these units, on a CPU
+    bit for bit.
 
     Args:
         parameters: Tensors with or without ``grad``.

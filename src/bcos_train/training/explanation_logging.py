@@ -213,7 +213,9 @@ class ExplanationReport(PredictionRecorder):
                 output,
                 title=f"{origin['model']} on {data.dataset.name}",
                 origin={**origin, "dataset": data.dataset.name},
-                identity={key: config[key] for key in IDENTITY},
+                # Where the images are kept changes no score.
+                identity={key: config[key] for key in IDENTITY}
+                | {"dataset": {key: value for key, value in config["dataset"].items() if key != "cache"}},
             )
         # Beside accuracy, under the names that they have in training.
         numbers = logged_metrics(results)
