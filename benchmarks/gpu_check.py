@@ -8,7 +8,8 @@ are written after each; a table in Markdown lies beside the JSON. Networks that 
 the background from the beginning, and what is timed has the machine for itself: the others are stopped meanwhile.
 
 Variants as in `benchmarks/speed.py`: `standard` (torchvision's network), `official channels_last` (PyPI `bcos`),
-`fused` (this package, eager), `standard whole` and `whole` (both compiled). `benchmarks/gpu.md` says what to bring.
+`fused` (this package, eager), `standard whole` and `whole` (both compiled as a whole); and `blocks`, compiled as
+`train.py` does it, which for a ResNet is block by block. `benchmarks/gpu.md` says what to bring.
 """
 
 import argparse
@@ -66,9 +67,10 @@ STEPS = {
     "parity resnet18": Step(45, parity, ("resnet18",), is_timed=False),
     "parity simple_vit_ti": Step(30, parity, ("simple_vit_ti_patch16_224",), is_timed=False),
     "parity densenet121": Step(45, parity, ("densenet121",), is_timed=False),
-    "resnet50 eager": Step(60, training, ("resnet50", 256, EAGER)),
+    "resnet50 eager": Step(75, training, ("resnet50", 256, EAGER)),
     "resnet50 standard compiled": compiled(120, "resnet50", 256, "standard whole"),
     "resnet50 compiled": compiled(120, "resnet50", 256, "whole"),
+    "resnet50 compiled by train.py": compiled(90, "resnet50", 256, "blocks"),
     "profile": Step(30, profile_training, ("resnet50", 128)),
     "bandwidth": Step(40, bandwidth, (SHAPES,)),
     "stem": Step(20, stem_channels, (256,)),

@@ -58,7 +58,8 @@ class Isolated:
                 return
             if pair == READY:
                 when_ready()
-                self._connection.send(None)
+                with contextlib.suppress(BrokenPipeError):  # it has died since; the next turn says so
+                    self._connection.send(None)
             else:
                 yield pair
         self.kill()
