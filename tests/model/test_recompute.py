@@ -39,9 +39,9 @@ VIT: dict[str, Any] = {"dim": 16, "depth": 3, "heads": 2, "mlp_dim": 32, "num_cl
 BUILD: dict[str, Callable[[], nn.Module]] = {
     "resnet": partial(create_model, "resnet20", **RESNET),
     "resnet of bottlenecks": partial(create_model, "resnext29_16x8d", inplanes=8),
-    "resnet with centred norm": partial(create_model, "resnet20", norm_layer="bn", **RESNET),
+    "resnet with centered norm": partial(create_model, "resnet20", norm_layer="bn", **RESNET),
     "densenet": partial(create_model, "densenet52", **DENSE),
-    "densenet with centred norm": partial(create_model, "densenet52", norm_layer="bn", **DENSE),
+    "densenet with centered norm": partial(create_model, "densenet52", norm_layer="bn", **DENSE),
     "convnext": partial(
         create_model,
         "convnext_atto",

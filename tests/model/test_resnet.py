@@ -68,7 +68,7 @@ def test_logit_is_linear_in_the_input(name: str, options: dict[str, Any]) -> Non
 
 @pytest.mark.parametrize("norm", [name for name in NORMS if name.endswith(("u-linear", "u-unaffine"))])
 def test_only_the_logit_bias_is_not_explained(norm: str) -> None:
-    """Uncentred norms without bias leave the network without further constants."""
+    """Uncentered norms without bias leave the network without further constants."""
     model = trained("resnet20", norm_layer=norm)
     constants = constant_term(model, images(32, dtype=torch.float64))
     assert torch.allclose(constants, torch.full((2,), -math.log(9), dtype=torch.float64), rtol=1e-12)
@@ -193,7 +193,7 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
     "no class": ("resnet20", {"num_classes": 0}, r"num_classes=0: at least 1"),
     "certain drop": ("resnet20", {"stochastic_depth_prob": 1.0}, r"stochastic_depth_prob=1.0: .* less than 1"),
     "negative drop": ("resnet20", {"stochastic_depth_prob": -0.1}, r"stochastic_depth_prob=-0.1: at least 0"),
-    "norm": ("resnet20", {"norm_layer": "bnu-liner"}, r"norm 'bnu-liner' is unknown; did you mean bnu-linear\?"),
+    "norm": ("resnet20", {"norm_layer": "bnu-liner"}, r"unknown norm 'bnu-liner'; did you mean bnu-linear\?"),
     "b": ("resnet20", {"b": 0.5}, r"0\.5"),
     "max_out": ("resnet20", {"max_out": 0}, r"0"),
     "temperature": ("resnet20", {"logit_temperature": 0.0}, r"logit_temperature=0\.0"),

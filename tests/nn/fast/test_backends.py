@@ -208,7 +208,7 @@ def test_many_samples_in_several_parts() -> None:
 @pytest.mark.parametrize("wrap", [NoBias, lambda make: lambda c: make(c, affine=False)], ids=["weight", "unaffine"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize(("dtype", "tolerances"), [(torch.float64, (1e-13, 1e-11)), (torch.float32, (1e-5, 1e-4))])
-def test_uncentred_batch_norm(
+def test_uncentered_batch_norm(
     wrap: Callable[..., Any], layout: torch.memory_format, dtype: torch.dtype, tolerances: tuple[float, float]
 ) -> None:
     norm = wrap(BatchNormUncentered2d)(8).to(dtype)
@@ -226,7 +226,7 @@ def test_uncentred_batch_norm(
         assert_close(fast.eval()(x), plain.eval()(x), tolerances[0])
 
 
-def test_uncentred_batch_norm_twice_differentiated() -> None:
+def test_uncentered_batch_norm_twice_differentiated() -> None:
     results = []
     for norm in twins(NoBias(BatchNormUncentered2d)(8).double()):
         x = image()

@@ -1,4 +1,4 @@
-"""Mean and variance, fast and sparing of memory."""
+"""Mean and variance, fast and memory-efficient."""
 
 from typing import Any
 
@@ -11,12 +11,12 @@ __all__ = ["moments", "values_per_statistic"]
 
 
 def moments(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of `x` over `dims`, which stay as axes of size 1; in float32 or float64."""
+    """Return mean and biased variance over ``dims``, kept as axes of size 1; in float32 or float64."""
     return _Moments.apply(x, dims)
 
 
 def values_per_statistic(x: Tensor, dims: tuple[int, ...]) -> int:
-    """How many values of `x` each mean over `dims` is of."""
+    """Number of values that are reduced to one statistic over ``dims``."""
     count = 1
     for dim in dims:
         count *= x.shape[dim]
@@ -24,14 +24,14 @@ def values_per_statistic(x: Tensor, dims: tuple[int, ...]) -> int:
 
 
 class _Moments(torch.autograd.Function):
-    """What `torch.var_mean` computes. For the backward pass it keeps the input as it is, not a float32 copy of it."""
+    """``torch.var_mean`` that saves the input in its own dtype for the backward pass, not a float32 copy of it."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         values = x.to(statistics_dtype(x))
-        if x.device.type == "cpu":  # `var_mean` takes one value at a time there, and more than ten times as long
+        if x.device.type == "cpu":  # `var_mean` isn't vectorized on the CPU: more than ten times slower
             mean = values.mean(dims, keepdim=True)
             return mean, (values - mean).square().mean(dims, keepdim=True)
         var, mean = torch.var_mean(values, dims, correction=0, keepdim=True)
