@@ -1,7 +1,7 @@
-"""A B-cos ResNet, its explanations and their colour image in one file that needs torch alone.
+"""B-cos ResNet with explanations and color images, in one file that only needs PyTorch.
 
-For reading, and for copying into a project that wants the published weights without a further dependency. Names of
-parameters equal those of the official files (github.com/B-cos/B-cos-v2), which load with ``strict=True``.
+For reading, and for copying into projects that need the published weights without another dependency. Parameter names
+equal those of the official checkpoints (github.com/B-cos/B-cos-v2), which load with ``strict=True``.
 
     model = bcos_resnet("resnet50")
     model.load_state_dict(torch.load("resnet_50-ead259efe4.pth", weights_only=True))
@@ -31,10 +31,10 @@ from torch import Tensor, nn
 
 
 class BcosConv2d(nn.Module):
-    """out = |cos(x, w)|^(B-1) ŵ·x for B = 2: x a patch, ŵ the weight scaled to length 1, cos the cosine between them.
+    """B-cos convolution for B = 2: out = |cos(x, w)|^(B-1) ŵ·x, with a patch x, unit-norm weight ŵ and their cosine.
 
-    A unit answers strongly only where its weight points in the direction of the patch, so training aligns the two:
-    that is why w(x) looks like the image. |cos| is the non-linearity; there is no bias and no activation function.
+    A unit's output is large only if its weight is aligned with the patch, so training aligns the two, and w(x) looks
+    like the image. |cos| is the nonlinearity; there is no bias and no activation function.
     """
 
     def __init__(self, in_channels: int, out_channels: int, size: int, stride: int = 1, padding: int = 0) -> None:
@@ -50,17 +50,17 @@ class BcosConv2d(nn.Module):
         squares = x.square().sum(1, keepdim=True)
         sums = F.avg_pool2d(squares, conv.kernel_size, conv.stride, conv.padding, divisor_override=1)
         cos = out.abs() / (sums + 1e-6).sqrt()  # |ŵ·x| / ||x||
-        # Held fixed, the factor makes the layer a matrix: autograd then multiplies the matrices of all layers.
+        # With a constant factor the layer is a matrix, and autograd multiplies the matrices of all layers.
         return (cos.detach() if self.is_explaining else cos) * out
 
 
 class BatchNormUncentered2d(nn.Module):
-    """Divides each channel by its standard deviation and subtracts nothing: a factor, so w(x) · x stays complete."""
+    """Batch norm without mean subtraction: a pure scaling of each channel, so w(x) · x stays complete."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(channels))
-        self.register_buffer("running_mean", torch.zeros(channels))  # unused, but in the files
+        self.register_buffer("running_mean", torch.zeros(channels))  # unused, but in the checkpoints
         self.register_buffer("running_var", torch.ones(channels))
         self.register_buffer("num_batches_tracked", torch.tensor(0))
 
@@ -110,7 +110,7 @@ class Bottleneck(nn.Module):
 
 
 class BcosResNet(nn.Module):
-    """``(N, 6, H, W) -> (N, K)``; the input holds each colour and its complement, see :func:`add_inverse`."""
+    """``(N, 6, H, W) -> (N, K)``; the input contains each color and its complement, see :func:`add_inverse`."""
 
     def __init__(self, block: type[BasicBlock] | type[Bottleneck], depths: tuple[int, ...], num_classes: int) -> None:
         super().__init__()
@@ -129,13 +129,13 @@ class BcosResNet(nn.Module):
                 channels = out_channels
             self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
         self.fc = BcosConv2d(channels, num_classes, 1)
-        # The only constant of the network: with it, a zero output means a probability (sigmoid) of 1 / K.
+        # The only constant of the network; it maps a zero output to a probability (sigmoid) of 1 / K.
         self.logit_bias = -math.log(max(num_classes - 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.pool(self.bn1(self.conv1(x)))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        # First classify each position, then average: every position goes through the same map.
+        # Classification before the average: all positions pass through the same map.
         return self.fc(x).mean((2, 3)) + self.logit_bias
 
 
@@ -149,7 +149,7 @@ ARCHITECTURES: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, .
 
 
 def bcos_resnet(name: str, num_classes: int = 1000) -> BcosResNet:
-    """One of :data:`ARCHITECTURES`, with random weights."""
+    """Build one of :data:`ARCHITECTURES` with random weights."""
     return BcosResNet(*ARCHITECTURES[name], num_classes)
 
 
@@ -157,13 +157,13 @@ def bcos_resnet(name: str, num_classes: int = 1000) -> BcosResNet:
 
 
 def add_inverse(rgb: Tensor) -> Tensor:
-    """``(N, 3, H, W)`` in [0, 1] to [r, g, b, 1-r, 1-g, 1-b]: every colour, black too, is a direction of its own."""
+    """Encode ``(N, 3, H, W)`` in [0, 1] as [r, g, b, 1-r, 1-g, 1-b]: each color, also black, is its own direction."""
     return torch.cat([rgb, 1 - rgb], dim=1)
 
 
 @contextmanager
 def explanation_mode(model: nn.Module) -> Iterator[None]:
-    """Inside, the gradient of a logit with respect to the input is w(x)."""
+    """Context in which the gradient of a logit with respect to the input is w(x)."""
     before = {module: module.is_explaining for module in model.modules() if isinstance(module, BcosConv2d)}
     try:
         for conv in before:
@@ -178,7 +178,7 @@ def explain(model: nn.Module, x: Tensor, class_index: int | None = None) -> dict
     """Explain one class, by default the predicted one, for one image ``x`` ``(1, 6, H, W)``.
 
     Returns ``prediction``, ``explained_class_idx``, ``dynamic_linear_weights`` w(x) ``(1, 6, H, W)``, the
-    ``contribution_map`` ``(1, H, W)``, whose sum is the logit less its bias, and ``explanation`` ``(H, W, 4)``.
+    ``contribution_map`` ``(1, H, W)``, whose sum is the logit minus its bias, and ``explanation`` ``(H, W, 4)``.
     """
     if model.training or x.shape[:2] != (1, 6):
         raise ValueError(f"needs x (1, 6, H, W) and model.eval(), got {tuple(x.shape)} and {model.training=}")
@@ -198,11 +198,11 @@ def explain(model: nn.Module, x: Tensor, class_index: int | None = None) -> dict
 
 
 def color_image(x: Tensor, weights: Tensor, smooth: int = 15, percentile: float = 99.5) -> Tensor:
-    """w(x) as colours: ``(6, H, W)`` twice ``-> (H, W, 4)``, red, green, blue and opacity in [0, 1].
+    """Convert w(x) to a color image: ``(6, H, W)`` and ``(6, H, W) -> (H, W, 4)``, RGB and opacity in [0, 1].
 
-    A pixel's weights for r and 1-r say how red it should be for the logit to grow. It is the more opaque the longer its
-    weights are, and transparent where it speaks against the class; ``smooth`` is the (odd) width of the window over
-    which opacity is averaged, ``percentile`` the one from which on it is full.
+    A pixel's positive weights for r and 1-r determine how red it is. Its opacity grows with the norm of its weights; it
+    is transparent where its contribution is negative. ``smooth`` is the (odd) width of the window over which opacity is
+    averaged; from ``percentile`` on, pixels are fully opaque.
     """
     positive = (weights / (weights.abs().amax(0, keepdim=True) + 1e-12)).clamp(min=0)
     rgb = positive[:3] / (positive[:3] + positive[3:] + 1e-12)
@@ -216,7 +216,7 @@ def color_image(x: Tensor, weights: Tensor, smooth: int = 15, percentile: float 
 
 
 def load_image(path: str) -> Tensor:
-    """An image file, its shorter side scaled to 256 pixels, the centre of 224 x 224: ``(1, 6, 224, 224)``."""
+    """Load an image file, resize its shorter side to 256 pixels, crop the center 224 x 224: ``(1, 6, 224, 224)``."""
     from PIL import Image
 
     image = Image.open(path).convert("RGB")

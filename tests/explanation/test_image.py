@@ -1,4 +1,4 @@
-"""Colour explanations and contribution maps: the official numbers, and the cases that break the official code."""
+"""Color explanations and contribution maps: the official numbers, and the cases that break the official code."""
 
 import bcos
 import matplotlib
@@ -142,5 +142,5 @@ def test_official_dict():
     assert result["dynamic_linear_weights"] is weights
     assert result["contribution_map"].shape == (1, 20, 24)
     np.testing.assert_array_equal(result["explanation"], gradient_to_image(x[0], weights[0], 3, 90))
-    with pytest.raises(ValueError, match="one image is needed, got x of 2"):
+    with pytest.raises(ValueError, match="expected one image, got x of 2"):
         official_dict(explanation, torch.cat([x, x]))

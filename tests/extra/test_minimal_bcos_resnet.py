@@ -26,7 +26,7 @@ def batch(size: int, n: int = 1, seed: int = 0) -> Tensor:
 
 
 def twins(name: str, num_classes: int) -> tuple[Any, Any]:
-    """Both networks with the same random weights and statistics, in evaluation mode."""
+    """Build both networks with the same random weights and statistics, in evaluation mode."""
     torch.manual_seed(0)
     package: Any = create_model(name, num_classes=num_classes)
     with torch.no_grad():
@@ -58,7 +58,7 @@ def test_outputs_and_explanations(name: str, size: int, target: int | None) -> N
     x = batch(size)
     with torch.no_grad():
         assert error(ours(x), package(x)) < 1e-6
-    # In float64: a colour is divided by the greatest of its pixel's weights, which float32 may have rounded to nothing.
+    # In float64: a color is divided by the largest of its pixel's weights, which float32 may have rounded to nothing.
     ours, package, x = ours.double(), package.double(), x.double()
     found, expected = minimal.explain(ours, x, target), package.explain(x, target)
     assert found.keys() == expected.keys()

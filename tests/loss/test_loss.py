@@ -76,7 +76,7 @@ def test_equals_the_formula(loss: nn.Module, change: Callable[[Tensor], Tensor],
 
 
 def test_off_label_of_zero_is_not_taken_for_the_default() -> None:
-    """The official code has `off_label or 1/K`, which makes 0.0 into 1/K."""
+    """The official code replaces 0.0 by 1/K, through ``off_label or 1/K``."""
     official = UniformOffLabelsBCEWithLogitsLoss(off_label=0.0)(LOGITS, INDICES)
     ours = UniformOffLabelBinaryCrossEntropy(off_label=0.0)(LOGITS, INDICES)
     assert ours == BinaryCrossEntropy()(LOGITS, INDICES)
@@ -112,7 +112,7 @@ def test_large_logits_stay_finite() -> None:
 
 
 def test_as_many_classes_as_images() -> None:
-    """Indices (N,) are no distribution (N, K), whatever the sizes."""
+    """Class indices (N,) are not taken for a distribution (N, K) if N equals K."""
     logits, indices = LOGITS[:5, :5], torch.tensor([0, 1, 2, 3, 4])
     dense = torch.eye(5, dtype=torch.float64)
     for loss, _ in PAIRS.values():

@@ -1,4 +1,4 @@
-"""What several tests of metrics share."""
+"""Fixtures of the metric tests."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -11,7 +11,7 @@ from torch import nn
 
 @contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
-    """The block leaves the model and the random state as they are."""
+    """Assert that the block doesn't change the model or the random state."""
     state, modes = copy.deepcopy(model.state_dict()), [module.training for module in model.modules()]
     random_state = torch.get_rng_state()
     yield

@@ -1,4 +1,4 @@
-"""Mean |cos| of each layer, against patches cut out one by one."""
+"""Mean |cos| of each layer, against unfolded patches."""
 
 import copy
 import math
@@ -13,7 +13,7 @@ from bcos_train.nn import BatchNormUncentered2d, BcosConv2d, BcosLinear
 
 
 def patch_cosines(layer: BcosConv2d, x: Tensor) -> Tensor:
-    """|cos| of each patch with the best of its MaxOut candidates, through unfolded patches: slow and plain."""
+    """Slow reference: |cos| of each unfolded patch with the best of its MaxOut candidates."""
     conv = layer.linear
     channels = x.shape[1] // conv.groups
     outputs = conv.weight.shape[0] // conv.groups
@@ -93,7 +93,7 @@ def test_names_shared_and_unused_layers():
 
 
 @pytest.mark.parametrize("fails", [False, True], ids=["completes", "raises"])
-def test_model_is_left_as_it_was(fails: bool):
+def test_model_is_unchanged(fails: bool):
     net = Net().train()
     net.norm.eval()
     state, rng = copy.deepcopy(net.state_dict()), torch.get_rng_state()

@@ -39,7 +39,7 @@ def test_agrees_with_scipy(statistic: str) -> None:
 
 
 def test_by_hand() -> None:
-    # Of two samples 0 and 1 the mean is 0, ½ and 1 with chances ¼, ½ and ¼; the median is the same.
+    # Of two samples 0 and 1 the mean is 0, ½ and 1 with probabilities ¼, ½ and ¼; the median is the same.
     for statistic in ("mean", "median"):
         assert bootstrap_interval(torch.tensor([0.0, 1.0]), statistic, confidence=0.95) == (0.0, 1.0)
         assert bootstrap_interval(torch.tensor([0.0, 1.0]), statistic, confidence=0.4) == (0.5, 0.5)
@@ -74,13 +74,13 @@ def test_seed_and_random_state() -> None:
         assert bootstrap_interval(SCORES.float()) == pytest.approx(first, rel=1e-5)
 
 
-def test_many_samples_are_drawn_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_samples_are_drawn_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = bootstrap_interval(SCORES, n_resamples=50)
-    monkeypatch.setattr(bootstrap, "_VALUES_AT_ONCE", 70)
+    monkeypatch.setattr(bootstrap, "_CHUNK_SIZE", 70)
     assert bootstrap_interval(SCORES, n_resamples=50) == expected
 
 
-def test_interval_covers_the_true_mean_as_often_as_it_says() -> None:
+def test_coverage_of_the_true_mean_equals_the_confidence() -> None:
     generator = torch.Generator().manual_seed(0)
     intervals = [bootstrap_interval(torch.randn(40, generator=generator), n_resamples=400) for _ in range(200)]
     assert 0.88 < sum(low < 0 < high for low, high in intervals) / 200 < 0.99

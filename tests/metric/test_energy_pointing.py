@@ -12,7 +12,7 @@ INF = math.inf
 
 
 def slow_energy(attribution: Tensor, mask: Tensor) -> float:
-    """One map, one pixel at a time."""
+    """Reference for one map, one pixel at a time."""
     inside = total = 0.0
     for y in range(attribution.shape[0]):
         for x in range(attribution.shape[1]):
@@ -69,7 +69,7 @@ def test_by_hand() -> None:
     [[0.0, 0.0], [-1.0, -2.0], [math.nan, 1.0], [1.0, math.nan], [INF, 1.0], [-1.0, -INF]],
     ids=["zero", "negative", "nan-inside", "nan-outside", "infinite", "minus-infinite"],
 )
-def test_without_evidence_0(score, values: list[float]) -> None:
+def test_without_evidence_scores_0(score, values: list[float]) -> None:
     assert score(torch.tensor([values]), torch.tensor([[True, False]])).item() == 0
 
 
@@ -81,7 +81,7 @@ def test_empty_and_full_mask(score) -> None:
 
 
 @pytest.mark.parametrize("scale", [1e-44, 1e-30, 1e37])
-def test_the_scale_does_not_matter(scale: float) -> None:
+def test_scale_invariance(scale: float) -> None:
     maps = scale * torch.tensor([[8.0, 8.0, 8.0, 8.0]])
     assert energy_pointing_scores(maps, torch.tensor([[True, False, False, False]])).item() == pytest.approx(0.25)
 
@@ -93,7 +93,7 @@ def test_half_precision_is_summed_in_float32() -> None:
     assert energy_pointing_scores(maps, mask).item() == pytest.approx(1 / 3, abs=1e-6)
 
 
-def test_several_largest_values_count_by_their_share() -> None:
+def test_tied_largest_values_count_by_their_share() -> None:
     maps = torch.tensor([[2.0, 2.0, 2.0, 1.0]])
     assert pointing_game_scores(maps, torch.tensor([[True, True, False, True]])).item() == pytest.approx(2 / 3)
 
@@ -136,10 +136,10 @@ def test_boxes_by_hand() -> None:
         ((4, 0, 9, 1), [0, 0, 0, 0]),
         ((2, 0, 2, 1), [0, 0, 0, 0]),
     ],
-    ids=["fractions", "centres", "beyond-the-image", "outside", "empty"],
+    ids=["fractions", "centers", "beyond-the-image", "outside", "empty"],
 )
 @pytest.mark.parametrize("as_tensor", [False, True])
-def test_pixels_whose_centres_are_inside(box: tuple[float, ...], columns: list[int], as_tensor: bool) -> None:
+def test_pixels_whose_centers_are_inside(box: tuple[float, ...], columns: list[int], as_tensor: bool) -> None:
     boxes = torch.tensor([box]) if as_tensor else [box]
     assert boxes_to_masks([boxes], 1, 4)[0, 0].int().tolist() == columns
 
@@ -150,5 +150,5 @@ def test_pixels_whose_centres_are_inside(box: tuple[float, ...], columns: list[i
     ids=["reversed", "three-numbers", "nan", "no-list"],
 )
 def test_wrong_boxes(boxes) -> None:
-    with pytest.raises(ValueError, match=r"boxes of an image are \[\(x0, y0, x1, y1\), ...\] with x0 <= x1"):
+    with pytest.raises(ValueError, match=r"boxes of an image must be \[\(x0, y0, x1, y1\), ...\] with x0 <= x1"):
         boxes_to_masks([boxes], 2, 2)

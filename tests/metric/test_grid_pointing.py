@@ -1,4 +1,4 @@
-"""The grid pointing game against a plain, loop-by-loop transcription of its definition, and by hand."""
+"""The grid pointing game against a loop-by-loop transcription of its definition, and by hand."""
 
 import math
 
@@ -43,7 +43,7 @@ def test_equals_the_definition(n: int, smooth: int) -> None:
 
 
 def test_by_hand() -> None:
-    # Cells of 1x1 pixels: reading order, negative values count as nothing.
+    # Cells of 1x1 pixels: reading order, negative values count as 0.
     maps = torch.tensor([[[[3.0, 1.0], [0.0, -9.0]], [[3, 1], [0, 0]], [[-1, -1], [-1, -1]], [[0, 0], [0, 2]]]])
     assert grid_pointing_scores(maps, smooth=1).tolist() == [[0.75, 0.25, 0.0, 1.0]]
 
@@ -55,7 +55,7 @@ def test_no_positive_attribution_scores_0(value: float) -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_one_value_that_is_not_finite_spoils_its_map_only(value: float) -> None:
+def test_one_non_finite_value_affects_its_map_only(value: float) -> None:
     maps = torch.ones(1, 4, 4, 4)
     maps[0, 2, 3, 3] = value
     assert grid_pointing_scores(maps, smooth=1).tolist() == [[0.25, 0.25, 0.0, 0.25]]
@@ -109,7 +109,7 @@ def test_mistakes(maps: Tensor, smooth: int, message: str) -> None:
         grid_pointing_scores(maps, smooth)
 
 
-# Which images.
+# Choice of images.
 
 
 @pytest.fixture
@@ -123,7 +123,7 @@ def data_set() -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.mark.parametrize("n", [2, 3])
 @pytest.mark.parametrize("threshold", [0.0, 0.5])
-def test_grids_hold_the_right_images(data_set: tuple[Tensor, Tensor, Tensor], n: int, threshold: float) -> None:
+def test_images_of_the_grids(data_set: tuple[Tensor, Tensor, Tensor], n: int, threshold: float) -> None:
     labels, predictions, confidences = data_set
     grids = choose_grids(*data_set, n, 8, threshold=threshold)
     assert grids.shape == (8, n * n)
@@ -132,14 +132,14 @@ def test_grids_hold_the_right_images(data_set: tuple[Tensor, Tensor, Tensor], n:
         assert len(set(labels[grid].tolist())) == n * n
         assert torch.equal(labels[grid], predictions[grid])
         assert (confidences[grid] > threshold).all()
-    for label in range(10):  # the most confident first, none passed over
+    for label in range(10):  # the most confident first, none skipped
         used = [i for i in grids.flatten().tolist() if labels[i] == label]
         usable = ((labels == label) & (predictions == label) & (confidences > threshold)).nonzero()[:, 0]
         expected = usable[confidences[usable].argsort(descending=True)][: len(used)]
         assert used == expected.tolist()
 
 
-def test_the_seed_decides(data_set: tuple[Tensor, Tensor, Tensor]) -> None:
+def test_seed(data_set: tuple[Tensor, Tensor, Tensor]) -> None:
     first = choose_grids(*data_set, 2, 5)
     assert torch.equal(first, choose_grids(*data_set, 2, 5, seed=42))
     assert not torch.equal(first, choose_grids(*data_set, 2, 5, seed=43))
@@ -155,7 +155,7 @@ def test_fewer_grids_where_images_do_not_suffice() -> None:
 
 
 def slow_choice(labels: Tensor, predictions: Tensor, confidences: Tensor, n: int, threshold: float) -> list[list[int]]:
-    """As in the official evaluation, which stops where no more than n² classes are left: one grid too early."""
+    """Reference: the official evaluation, which stops one grid too early, as soon as only n² classes are left."""
     sorted_of_class: dict[int, list[tuple[float, int]]] = {}
     for i in range(len(labels)):
         if labels[i] == predictions[i]:

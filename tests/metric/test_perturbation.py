@@ -11,7 +11,7 @@ from bcos_train.nn import BcosConv2d, LogitLayer
 
 
 class BcosNet(nn.Module):
-    """With dropout, which evaluation mode must switch off."""
+    """Model with dropout, which evaluation mode must disable."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class BcosNet(nn.Module):
 
 
 class Sum(nn.Module):
-    """Two logits: the sum of the pixels, and 0."""
+    """Model with two logits: the sum of the pixels, and 0."""
 
     def forward(self, x: Tensor) -> Tensor:
         total = x.sum((1, 2, 3))
@@ -45,7 +45,7 @@ def slow_curve(
     block: int,
     fractions: tuple[float, ...],
 ) -> list[float]:
-    """One image (3, H, W) of a B-cos model: probabilities."""
+    """Probabilities of a B-cos model for one image (3, H, W)."""
     height, width = attribution.shape
     corners = [(y, x) for y in range(0, height, block) for x in range(0, width, block)]
     sums = [attribution[y : y + block, x : x + block].sum().item() for y, x in corners]
@@ -131,7 +131,7 @@ def test_by_hand() -> None:
     assert probability.tolist() == [[0.5]]  # softmax of (0, 0)
 
 
-def test_only_the_image_is_perturbed_and_encoded_anew() -> None:
+def test_only_the_image_is_perturbed_and_encoded_again() -> None:
     seen = []
 
     class Recorder(nn.Module):
@@ -160,7 +160,7 @@ def test_ties_go_in_reading_order(order: str, value: float) -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
-def test_what_is_not_finite_counts_as_0(value: float) -> None:
+def test_non_finite_values_count_as_0(value: float) -> None:
     x = torch.tensor([[[[1.0, 2.0, 4.0]]]])
     attribution = torch.tensor([[[-1.0, value, 1.0]]])
     curves = perturbation_curve(
@@ -200,7 +200,7 @@ def test_blur() -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("inference", [True, False])
-def test_model_is_left_as_it_was(case, untouched, training: bool, inference: bool) -> None:
+def test_model_is_unchanged(case, untouched, training: bool, inference: bool) -> None:
     model, x, attributions, target = case
     expected = perturbation_curve(model, x, attributions, target, block=4)
     model.train(training)
@@ -263,9 +263,9 @@ def test_mistakes(arguments: tuple[Tensor, ...], options: dict, message: str) ->
 @pytest.mark.parametrize(
     ("curves", "fractions", "message"),
     [
-        (torch.ones(3), (0, 1), r"must be \(\*, 2\), as there are fractions; got \(3,\)"),
-        (torch.ones(2), (0.5, 0.5), "at least two numbers that increase"),
-        (torch.ones(1), (0.5,), "at least two numbers that increase"),
+        (torch.ones(3), (0, 1), r"must be \(\*, 2\), one value per fraction; got \(3,\)"),
+        (torch.ones(2), (0.5, 0.5), "at least two increasing numbers"),
+        (torch.ones(1), (0.5,), "at least two increasing numbers"),
     ],
     ids=["length", "equal", "single"],
 )

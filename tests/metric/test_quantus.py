@@ -1,4 +1,4 @@
-"""The metrics that Quantus has too, compared with it; its known faults are shown, not imitated.
+"""Metrics that Quantus also has, compared with it; its known faults are shown, not imitated.
 
 Its faults: the pointing game scores an empty mask as a hit and a constant map likewise; shares have 1e-9 added to
 their total, and the Gini index 1e-7 to each pixel, so that both depend on the scale of the map.
@@ -60,7 +60,7 @@ def test_energy_pointing_is_their_relevance_mass_of_positive_maps(maps: Tensor, 
     assert torch.allclose(energy_pointing_scores(maps, masks), scores, atol=1e-12)
 
 
-def test_energy_pointing_is_their_attribution_localisation(maps: Tensor, masks: Tensor) -> None:
+def test_energy_pointing_is_their_attribution_localization(maps: Tensor, masks: Tensor) -> None:
     metric = quantus.AttributionLocalisation(positive_attributions=True, **QUIET)
     assert torch.allclose(energy_pointing_scores(maps, masks), theirs(metric, maps, masks), atol=1e-9)
 
@@ -94,7 +94,7 @@ def test_empty_mask_and_no_positive_energy(maps: Tensor, masks: Tensor) -> None:
 def test_gini_index_is_their_sparseness(maps: Tensor) -> None:
     scores = theirs(quantus.Sparseness(**{**QUIET, "abs": True}), maps)
     assert torch.allclose(gini_index(maps), scores, atol=1e-6)
-    # Their summand: at this scale it makes up half of the map.
+    # Their stabilizing term: at this scale it makes up half of the map.
     small = theirs(quantus.Sparseness(**{**QUIET, "abs": True}), 1e-7 * maps)
     assert (small < 0.7 * scores).all()
     assert torch.allclose(gini_index(1e-7 * maps), gini_index(maps))

@@ -1,4 +1,4 @@
-"""Windows over a large image, one window at a time and by hand."""
+"""Windows over a large image, against one window at a time and by hand."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from bcos_train.nn import BcosConv2d, BcosLinear
 
 
 class FixedSize(nn.Module):
-    """Takes 8 x 8 pixels and no other size, as a vision transformer does."""
+    """Model that only accepts 8 x 8 pixels, like a vision transformer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ def test_equals_one_window_at_a_time(case, stride: int, tops, lefts) -> None:
 
 def test_by_hand() -> None:
     def count(model: nn.Module, x: Tensor, targets: Tensor) -> Tensor:
-        """Every window is told apart by its first pixel."""
+        """Fill each window with its first pixel, which identifies it."""
         return x[:, :1, :1, :1].expand(-1, 1, *x.shape[2:])
 
     x = torch.arange(5.0).view(1, 1, 1, 5).expand(1, 1, 3, 5)
@@ -83,7 +83,7 @@ def test_a_grid_of_windows_side_by_side_is_its_images(case) -> None:
 
 @pytest.mark.parametrize("inference", [True, False])
 @pytest.mark.parametrize("training", [True, False])
-def test_model_is_left_as_it_was(case, untouched, training: bool, inference: bool) -> None:
+def test_model_is_unchanged(case, untouched, training: bool, inference: bool) -> None:
     model, x, targets = case
     method = SlidingWindow(Bcos(), 8, 4)
     expected = method(model, x, targets)
@@ -101,7 +101,7 @@ def test_model_is_left_as_it_was(case, untouched, training: bool, inference: boo
     [
         ((0, 1), "size=0: an integer of at least 1"),
         ((8, 0), "stride=0: an integer of at least 1"),
-        ((8, 9), "stride=9 would leave pixels out between windows: at most size=8"),
+        ((8, 9), "stride=9 would skip pixels between windows: at most size=8"),
         ((8, 8, 0), "batch_size=0: an integer of at least 1"),
     ],
     ids=str,

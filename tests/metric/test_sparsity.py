@@ -48,7 +48,7 @@ def test_by_hand(values: list[list[float]], expected: float) -> None:
 
 
 @pytest.mark.parametrize("scale", [1e-40, 1e-6, 1e37, -2.0])
-def test_the_scale_does_not_matter(scale: float) -> None:
+def test_scale_invariance(scale: float) -> None:
     maps = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
     assert gini_index(scale * maps).item() == pytest.approx(0.25, rel=1e-4)
 

@@ -1,4 +1,4 @@
-"""Stability under shifts and noise: methods whose answer is known, and loops over single maps."""
+"""Stability under shifts and noise, against loops over single maps and for methods with known scores."""
 
 import math
 
@@ -29,12 +29,12 @@ def case() -> tuple[nn.Module, Tensor, Tensor]:
 
 
 def pixels(model: nn.Module, x: Tensor, targets: Tensor) -> Tensor:
-    """Follows the image."""
+    """Method that follows the image."""
     return x[:, :1].expand(-1, targets.shape[1], -1, -1)
 
 
 def place(model: nn.Module, x: Tensor, targets: Tensor) -> Tensor:
-    """Depends on the place only: rising from left to right."""
+    """Method that depends on the position only, increasing from left to right."""
     return torch.arange(x.shape[3], dtype=x.dtype).expand(len(x), targets.shape[1], *x.shape[2:])
 
 
@@ -73,7 +73,7 @@ def test_shift_equals_the_loop(case) -> None:
 def test_shift_of_known_methods(case) -> None:
     model, x, targets = case
     assert torch.allclose(shift_stability(pixels, model, x, targets), torch.ones(2, 3, dtype=torch.float64))
-    # On columns 1, 2 of four: [1, 2] against itself twice, [0, 1] and [2, 3] when moved left and right.
+    # On columns 1, 2 of four: [1, 2] against itself twice, [0, 1] and [2, 3] when shifted left and right.
     stability = shift_stability(place, model, torch.rand(1, 6, 5, 4), targets[:1], shift=1)
     cosines = [1, 1, 2 / math.sqrt(5), 8 / math.sqrt(5 * 13)]
     assert stability[0].tolist() == pytest.approx([sum(cosines) / 4] * 3)
@@ -110,7 +110,7 @@ def test_noise_equals_the_loop(case) -> None:
             assert stability[n, t].item() == pytest.approx(sum(similarities) / 3)
 
 
-def test_noise_of_standardised_input_is_not_clamped(case) -> None:
+def test_noise_of_standardized_input_is_not_clamped(case) -> None:
     x = torch.full((1, 3, 40, 50), -2.0, dtype=torch.float64)
     seen = []
 
@@ -124,7 +124,7 @@ def test_noise_of_standardised_input_is_not_clamped(case) -> None:
     assert (seen[1] - x).mean().item() == pytest.approx(0, abs=0.05)
 
 
-def test_noise_is_the_seeds_and_does_not_depend_on_the_batch(case) -> None:
+def test_noise_depends_on_the_seed_and_not_on_the_batch(case) -> None:
     model, x, targets = case
     scores = noise_stability(Bcos(), model, x, targets)
     assert torch.equal(scores, noise_stability(Bcos(), model, x, targets, seed=0))
@@ -139,7 +139,7 @@ def test_noise_is_the_seeds_and_does_not_depend_on_the_batch(case) -> None:
 @pytest.mark.parametrize("stability", [shift_stability, noise_stability])
 @pytest.mark.parametrize("inference", [True, False])
 @pytest.mark.parametrize("training", [True, False])
-def test_model_is_left_as_it_was(case, untouched, stability, training: bool, inference: bool) -> None:
+def test_model_is_unchanged(case, untouched, stability, training: bool, inference: bool) -> None:
     model, x, targets = case
     expected = stability(Bcos(), model, x, targets)
     model.train(training)
@@ -155,7 +155,7 @@ def test_model_is_left_as_it_was(case, untouched, stability, training: bool, inf
     ("options", "message"),
     [
         ({"shift": 0}, "shift=0: an integer of at least 1"),
-        ({"shift": 6}, "shift=6 leaves nothing of an image of 11x14 pixels"),
+        ({"shift": 6}, "shift=6 is too large for an image of 11x14 pixels"),
         ({"std": -1}, "std=-1 must be at least 0"),
         ({"std": math.nan}, "std=nan must be at least 0"),
         ({"n_samples": 0}, "n_samples=0: an integer of at least 1"),
@@ -178,6 +178,6 @@ def test_wrong_shapes(case, stability) -> None:
 
 
 def test_replicated_border_is_what_pad_gives() -> None:
-    """The reference above moves pixel by pixel; this is the same in one line, so that it isn't wrong itself."""
+    """The pixel-by-pixel reference above equals ``F.pad``, which checks the reference itself."""
     row = torch.arange(4.0).view(1, 1, 1, 4)
     assert F.pad(row, [2, 2, 0, 0], mode="replicate").flatten().tolist() == [0, 0, 0, 1, 2, 3, 3, 3]

@@ -1,4 +1,4 @@
-"""What the convolutional networks share, and what each family adds: head, memory, options, transforms."""
+"""Convolutional networks and the additions of each family: head, memory, options, transforms."""
 
 import copy
 import math
@@ -23,7 +23,7 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.fixture(params=TINY)
 def tiny(request: pytest.FixtureRequest) -> Any:
-    """One network of each family, float64, in evaluation mode."""
+    """Build one network of each family, in float64 and evaluation mode."""
     name, options = TINY[request.param]
     torch.manual_seed(0)
     model: Any = create_model(name, **options).double()
@@ -39,7 +39,7 @@ def batch(n: int = 2, seed: int = 0) -> Tensor:
 
 
 def test_classifier_is_called_as_a_module(tiny: Any) -> None:
-    """Hooks on it see the logits at each position."""
+    """Hooks on the classifier see the logits at each position."""
     seen: list[Tensor] = []
     tiny.get_classifier().register_forward_hook(lambda module, args, output: seen.append(output))
     logits = tiny(batch())
@@ -47,7 +47,7 @@ def test_classifier_is_called_as_a_module(tiny: Any) -> None:
 
 
 def test_new_classifier_has_the_weights_of_the_family(tiny: Any) -> None:
-    """Drawn as in the constructor: same spread, other numbers."""
+    """Weights are drawn as in the constructor: same spread, other numbers."""
     last: Any = list(tiny.get_classifier().modules())[-1]
     old = last.weight.detach().clone()
     tiny.reset_classifier(10)
@@ -65,7 +65,7 @@ def test_new_classifier_leaves_the_rest(tiny: Any) -> None:
     assert list(after) == keys
     changed = [key for key in keys if before[key].shape != after[key].shape or not torch.equal(before[key], after[key])]
     assert len(changed) == 1
-    assert changed[0].startswith(tiny.logits_name)
+    assert changed[0].startswith(tiny.logit_conv_name)
 
 
 def test_new_classifier_keeps_the_temperature() -> None:
@@ -76,7 +76,7 @@ def test_new_classifier_keeps_the_temperature() -> None:
 
 
 def test_convolution_may_come_in_a_sequence() -> None:
-    """A conv_layer that makes several modules is replaced as a whole."""
+    """A ``conv_layer`` of several modules is replaced as a whole."""
 
     def conv(*channels: int, **options: Any) -> nn.Module:
         return nn.Sequential(BcosConv2d(*channels, **options), nn.Identity())
@@ -151,7 +151,7 @@ def test_cifar_densenets_have_the_norm_study_s_options() -> None:
 
 
 def test_transforms_of_the_rows() -> None:
-    """Those of the long recipe are resized to 232 px rather than 256 before the crop; small images stay as they are."""
+    """The long recipe resizes to 232 px instead of 256 before the crop; small images are not resized."""
     long = {"resnet50_long", "resnet152_long", "densenet121_long", "convnext_tiny", "convnext_base_bnu"}
     names = {*long, "resnet50", "densenet121", "vgg11_bnu", "densenet52", "resnet20"}
     sizes: dict[str, int | None] = {}
@@ -176,7 +176,7 @@ WRONG: dict[str, tuple[Any, dict[str, Any], str]] = {
     "vgg layers": (BcosVGG, {"layers": (1, 1)}, r"layers=\(1, 1\): 5 numbers of at least 1"),
     "vgg empty stage": (BcosVGG, {"layers": (1, 0, 1, 1, 1)}, r"layers=\(1, 0, 1, 1, 1\): 5 numbers"),
     "stages": (BcosConvNeXt, {"layers": (1, 1), "channels": (8,)}, r"layers=\(1, 1\), channels=\(8,\): one number"),
-    "no stage": (BcosConvNeXt, {"layers": (), "channels": ()}, r"layers=\(\), channels=\(\): one number a stage"),
+    "no stage": (BcosConvNeXt, {"layers": (), "channels": ()}, r"layers=\(\), channels=\(\): one number per stage"),
     "certain drop": (
         BcosConvNeXt,
         {"layers": (1,), "channels": (8,), "stochastic_depth_prob": 1.0},

@@ -1,4 +1,4 @@
-"""What every B-cos model promises, of whatever architecture: a sweep over all that are registered."""
+"""Contract of all B-cos models: a sweep over the registry."""
 
 import copy
 import re
@@ -28,7 +28,7 @@ MODELS = [
 
 
 def size_of(model: Any) -> tuple[int, int]:
-    """Height and width of the images here: odd ones, but of ViTs, which take multiples of their patch."""
+    """Return height and width of the test images: odd, except for ViTs, which take multiples of their patch size."""
     if not isinstance(model, BcosConvNet):
         return 32, 48
     return (17, 13) if model.min_size < 29 else (45, 37)
@@ -42,7 +42,7 @@ def batch(model: Any, n: int = 2, seed: int = 0) -> Tensor:
 
 @pytest.fixture(scope="module", params=MODELS)
 def model(request: pytest.FixtureRequest) -> Any:
-    """In float64 and evaluation mode, its norms' parameters and running statistics no longer the initial ones."""
+    """Build a model in float64 and evaluation mode, with perturbed norm parameters and running statistics."""
     torch.manual_seed(0)
     options = {"b": 1.25} if without_norm(request.param) else {}
     model: Any = create_model(request.param, **options).double()
@@ -53,7 +53,7 @@ def model(request: pytest.FixtureRequest) -> Any:
 
 
 def test_cached_weights_change_nothing(model: Any) -> None:
-    """Logits, and the dynamic weights of two classes."""
+    """Return logits and the dynamic weights of two classes."""
     x = batch(model).requires_grad_()
 
     def results() -> list[Tensor]:
@@ -118,7 +118,7 @@ def test_parts_make_the_whole(model: Any) -> None:
 
 
 def test_image_counts_alone(model: Any) -> None:
-    """A batch of one gives what its image gives among others."""
+    """The result for an image doesn't depend on the rest of the batch."""
     x = batch(model, n=3)
     with torch.no_grad():
         assert relative_error(model(x[1:2]), model(x)[1:2]) < 1e-12
@@ -145,7 +145,7 @@ def test_reset_classifier(model: Any) -> None:
 
 
 def test_pooling(model: Any) -> None:
-    """As in timm: with 0 classes it can be left out, and then the vectors of all positions come out."""
+    """As in timm: with 0 classes the average can be removed, and the model returns the vectors of all positions."""
     model = copy.deepcopy(model)
     x = batch(model)
     with torch.no_grad():
@@ -162,7 +162,7 @@ def test_pooling(model: Any) -> None:
             assert relative_error(out.mean((2, 3)), average) < 1e-12
         model.reset_classifier(0)
         assert torch.equal(model(x), out)
-        with pytest.raises(ValueError, match=r"global_pool='' \(no average\) goes with num_classes=0, got 3: .*='avg'"):
+        with pytest.raises(ValueError, match=r"global_pool='' \(no average\) requires num_classes=0, got 3; .*'avg'"):
             model.reset_classifier(3)
         model.reset_classifier(logits.shape[1], "avg")
         assert model.global_pool == "avg"
@@ -199,7 +199,7 @@ LEAST_SIZES: dict[str, tuple[str, dict[str, Any], int]] = {
 
 @pytest.mark.parametrize(("name", "options", "least"), LEAST_SIZES.values(), ids=LEAST_SIZES)
 def test_least_size(name: str, options: dict[str, Any], least: int) -> None:
-    """Exactly the images that leave the features a position are taken."""
+    """Exactly the images with a feature map that is not empty are accepted."""
     with torch.device("meta"):
         model: Any = create_model(name, **options).eval()
     assert model.min_size == least
@@ -238,9 +238,9 @@ def test_what_is_explained(shape: tuple[int, ...], message: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["resnet20", "simple_vit_ti_patch16_224"])
-def test_colour_images_need_six_channels(name: str) -> None:
+def test_color_images_need_six_channels(name: str) -> None:
     model: Any = create_model(name, in_chans=3).eval()
-    message = "but this model takes (1, 3, H, W): bcos_train.explain gives its W(x) and contribution map"
+    message = "but this model takes (1, 3, H, W): bcos_train.explain returns its W(x) and contribution map"
     for channels in (3, 6):
         with pytest.raises(ValueError, match=re.escape(message)):
             model.explain(torch.rand(1, channels, 32, 32))

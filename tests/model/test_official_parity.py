@@ -1,4 +1,4 @@
-"""Every convolutional B-cos network against the official one of the same name: weights, outputs, explanations."""
+"""Convolutional B-cos networks against the official ones: weights, outputs, explanations."""
 
 import copy
 import warnings
@@ -111,7 +111,7 @@ class Pair:
 
 
 def build_pair(name: str, seed: int = 0, **options: Any) -> Pair:
-    """Both models, each built after setting the same seed; with " narrow" after the name with fewer channels."""
+    """Build both models with the same seed; ``" narrow"`` after the name: with fewer channels."""
     if name.endswith(" narrow"):
         return build_narrow_pair(name.removesuffix(" narrow"), seed, **options)
     torch.manual_seed(seed)
@@ -122,7 +122,7 @@ def build_pair(name: str, seed: int = 0, **options: Any) -> Pair:
 
 
 def build_narrow_pair(name: str, seed: int = 0, **options: Any) -> Pair:
-    """Both models with a fraction of their channels; `options` have the same names in both."""
+    """Build both models with a fraction of their channels; ``options`` have the same names in both."""
     divisor = DIVISORS[name]
     if name.startswith("convnext"):
         sizes = {"small": 96, "base": 128, "large": 192}
@@ -148,7 +148,7 @@ def build_narrow_pair(name: str, seed: int = 0, **options: Any) -> Pair:
 
 
 def share_state(pair: Pair) -> None:
-    """Ours loaded into the official model and back."""
+    """Load our state into the official model and back."""
     pair.official.load_state_dict(pair.ours.state_dict(), strict=True)
     pair.ours.load_state_dict(pair.official.state_dict(), strict=True)
 
@@ -158,13 +158,13 @@ def share_state(pair: Pair) -> None:
     params=[*(pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in CONV_NETS), *NARROW],
 )
 def pair(request: pytest.FixtureRequest) -> Pair:
-    """As built: not to be changed."""
+    """Build both models; tests must not modify them."""
     return build_pair(request.param)
 
 
 @pytest.fixture(scope="module")
 def trained(pair: Pair) -> Pair:
-    """The same weights; after the float32 outputs in float64, with the running statistics of the batch."""
+    """Build both with the same weights; after the float32 outputs in float64, with the batch's running statistics."""
     own = copy.deepcopy(pair)
     perturb_(own.ours)
     share_state(own)
@@ -203,7 +203,7 @@ def test_parameters_are_in_the_same_order(pair: Pair) -> None:
 
 @pytest.mark.parametrize("name", sorted(SLOW))
 def test_same_shapes_without_values(name: str) -> None:
-    """In full size, those that take long to fill with numbers."""
+    """Networks in full size that take long to initialize."""
     with torch.device("meta"):
         ours, official = create_model(name), build_official(name)
     shapes = [[(key, tensor.shape, tensor.dtype) for key, tensor in m.state_dict().items()] for m in (ours, official)]

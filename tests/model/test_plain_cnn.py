@@ -1,4 +1,4 @@
-"""The nine-layer network of the first paper against one put together from the official code's layers."""
+"""Nine-layer network of the first paper, against a network of the official layers."""
 
 import copy
 import math
@@ -31,7 +31,7 @@ PAPER = {
 
 
 def reference(b: float, max_out: int = 2) -> Any:
-    """The authors' network: nine scaled layers in a row, the average over positions, temperature and bias."""
+    """Reference network: nine scaled layers in sequence, average over positions, temperature and bias."""
     scale, temperature = PAPER[b]
     channels = [6, 64, 64, 128, 128, 128, 256, 256, 256, 10]
     kernels, strides = [3] * 8 + [1], [1, 1, 2, 1, 1, 2, 1, 1, 1]

@@ -1,4 +1,4 @@
-"""What the B-cos ResNets promise on their own: completeness, options, errors, the parts' agreement."""
+"""B-cos ResNets: completeness, options, errors, consistency of features and head."""
 
 import copy
 import math
@@ -34,7 +34,7 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def trained(name: str, **options: Any) -> Any:
-    """A float64 network in evaluation mode, its norms' parameters and running statistics no longer the initial ones."""
+    """Build a float64 network in evaluation mode, with perturbed norm parameters and running statistics."""
     torch.manual_seed(0)
     model = create_model(name, **options).double()
     perturb_(model)
@@ -45,7 +45,7 @@ def trained(name: str, **options: Any) -> Any:
 
 
 def batch(model: Any, seed: int, n: int = 2) -> Tensor:
-    """Float64 images, smaller for the networks that reduce them less."""
+    """Make float64 images, smaller for networks that downsample less."""
     return images(16 if model.pool is None else 32, n, in_chans=model.in_chans, seed=seed, dtype=torch.float64)
 
 
@@ -68,14 +68,14 @@ def test_logit_is_linear_in_the_input(name: str, options: dict[str, Any]) -> Non
 
 @pytest.mark.parametrize("norm", [name for name in NORMS if name.endswith(("u-linear", "u-unaffine"))])
 def test_only_the_logit_bias_is_not_explained(norm: str) -> None:
-    """Uncentred norms without bias leave the network without further constants."""
+    """With uncentered norms without bias, the logit bias is the only constant."""
     model = trained("resnet20", norm_layer=norm)
     constants = constant_term(model, images(32, dtype=torch.float64))
     assert torch.allclose(constants, torch.full((2,), -math.log(9), dtype=torch.float64), rtol=1e-12)
 
 
 def test_dynamic_weights_depend_on_the_input_alone() -> None:
-    """W(x) of an image is the same in any batch."""
+    """W(x) of an image doesn't depend on the batch."""
     model = trained("resnet20")
     x = images(32, n=3, dtype=torch.float64)
     together = explain(model, x).weights
@@ -170,7 +170,7 @@ def test_norm_and_convolution_can_be_callables() -> None:
 
 
 def test_zero_init_residual_starts_as_the_identity() -> None:
-    """Without its branches a stage is its first block's shortcut."""
+    """With zero branches a stage equals the shortcut of its first block."""
     torch.manual_seed(0)
     model: Any = create_model("resnet20", zero_init_residual=True, norm_layer="bnu").eval()
     x = torch.rand(1, 16, 8, 8)
@@ -193,7 +193,7 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
     "no class": ("resnet20", {"num_classes": 0}, r"num_classes=0: at least 1"),
     "certain drop": ("resnet20", {"stochastic_depth_prob": 1.0}, r"stochastic_depth_prob=1.0: .* less than 1"),
     "negative drop": ("resnet20", {"stochastic_depth_prob": -0.1}, r"stochastic_depth_prob=-0.1: at least 0"),
-    "norm": ("resnet20", {"norm_layer": "bnu-liner"}, r"norm 'bnu-liner' is unknown; did you mean bnu-linear\?"),
+    "norm": ("resnet20", {"norm_layer": "bnu-liner"}, r"unknown norm 'bnu-liner'; did you mean bnu-linear\?"),
     "b": ("resnet20", {"b": 0.5}, r"0\.5"),
     "max_out": ("resnet20", {"max_out": 0}, r"0"),
     "temperature": ("resnet20", {"logit_temperature": 0.0}, r"logit_temperature=0\.0"),

@@ -1,4 +1,4 @@
-"""torchvision's networks under the project's interface."""
+"""Networks of torchvision under this package's interface."""
 
 import copy
 import inspect
@@ -37,7 +37,7 @@ def shapes(model: nn.Module) -> dict[str, torch.Size]:
 
 @cache
 def twins(name: str) -> tuple[Any, nn.Module]:
-    """Ours, and torchvision's with the same tensors; not to be changed."""
+    """Build our and torchvision's network with the same tensors, which tests must not modify."""
     torch.manual_seed(0)
     ours = create_model(f"standard_{name}", num_classes=7)
     with torch.device("meta"):
@@ -123,13 +123,13 @@ def test_pooling() -> None:
         with pytest.raises(ValueError, match=f"global_pool='{pooling}': "):
             model.reset_classifier(num_classes, pooling)
     assert model.num_classes == 3
-    with pytest.raises(ValueError, match="torchvision's ResNet takes 'avg' alone"):
+    with pytest.raises(ValueError, match="torchvision's ResNet only takes 'avg'"):
         model.reset_classifier(0, "")
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_least_size(name: str) -> None:
-    """Exactly the images that leave the features a position are taken."""
+    """Exactly the images with a feature map that is not empty are accepted."""
     with torch.device("meta"):
         model: Any = create_model(f"standard_{name}").eval()
     least = model.min_size

@@ -1,4 +1,4 @@
-"""Any model of timm by name."""
+"""Models of timm by name."""
 
 import copy
 from pathlib import Path
@@ -87,7 +87,7 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
         r"timm's resnet18 has no weights 'a1_in1'; did you mean a1_in1k\?; it has: .*a3_in1k",
     ),
     "no class": ("resnet18", {"num_classes": 0}, "num_classes=0: at least 1"),
-    "channels": ("resnet18", {"in_chans": 4}, "in_chans=4: 3 for standardised RGB or 6"),
+    "channels": ("resnet18", {"in_chans": 4}, "in_chans=4: 3 for standardized RGB or 6"),
     "keyword": ("resnet18", {"model_args": {"dept": 3}}, r"resnet18 can't be built with \{'dept': 3\} \(.*'dept'\)"),
     "no stochastic depth": ("vgg11", {"drop_path_rate": 0.1}, r"vgg11 can't be built with \{'drop_path_rate': 0.1\}"),
     **{

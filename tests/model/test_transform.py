@@ -1,4 +1,4 @@
-"""The inference transform that belongs to a model."""
+"""Inference transforms of models."""
 
 import numpy as np
 import pytest

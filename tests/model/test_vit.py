@@ -1,4 +1,4 @@
-"""What the vision transformers promise on their own: completeness, constant attention, sizes, heads, errors."""
+"""Vision transformers: completeness, constant attention, sizes, heads, errors."""
 
 import copy
 import math
@@ -30,7 +30,7 @@ BCOS_KINDS = [kind for kind in KINDS if not kind.startswith("standard")]
 
 
 def small(kind: str, **options: Any) -> Any:
-    """A float64 network in evaluation mode, its norms' parameters no longer the initial ones."""
+    """Build a float64 network in evaluation mode with perturbed norm parameters."""
     torch.manual_seed(0)
     name, defaults = KINDS[kind]
     model = create_model(name, **{**defaults, **options}).double()
@@ -43,7 +43,7 @@ def batch(model: Any, n: int = 2, size: int = 16) -> Tensor:
 
 
 def is_constant(model: nn.Module) -> list[bool]:
-    """Whether each attention matrix is a constant now."""
+    """Return for each attention layer if its matrix is a constant."""
     return [module.is_in_explanation_mode for module in model.modules() if isinstance(module, Attention)]
 
 
@@ -98,7 +98,7 @@ def attention(dim: int = 8, heads: int = 2) -> Attention:
 
 
 def attention_matrices(module: Attention, normed_TD: Tensor) -> Tensor:
-    """One image, one head after the other, from the definition: ``(A, T, T)``, rows sum to one."""
+    """Compute attention matrices by definition, per image and head: ``(A, T, T)``, with rows that sum to one."""
     dim = normed_TD.shape[1]
     size = dim // module.heads
     matrices = []
@@ -111,7 +111,7 @@ def attention_matrices(module: Attention, normed_TD: Tensor) -> Tensor:
 
 
 def slow_attention(module: Attention, x_TD: Tensor, is_matrix_constant: bool) -> Tensor:
-    """The attention layer from its definition; norm and output layer are the module's own."""
+    """Compute the attention layer by definition, with the norm and output layer of the module."""
     normed, dim = module.norm(x_TD), x_TD.shape[1]
     matrices = attention_matrices(module, normed)
     if is_matrix_constant:
@@ -143,7 +143,7 @@ def test_attention_is_its_definition(is_explaining: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_explanation_mode_leaves_the_output(kind: str, dtype: torch.dtype) -> None:
-    """The fused attention gives what the one written out gives."""
+    """Fused attention equals the explicit computation."""
     model = small(kind).to(dtype)
     x = batch(model).to(dtype)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Every vision transformer against the official one of the same name: weights, outputs, explanations."""
+"""Vision transformers against the official ones: weights, outputs, explanations."""
 
 import warnings
 from typing import Any
@@ -21,7 +21,7 @@ def marked(names: list[str]) -> list[Any]:
 
 @pytest.fixture(scope="module", params=marked(list(PUBLISHED)))
 def pair(request: pytest.FixtureRequest) -> Pair:
-    """Of one seed, then with norms that differ from channel to channel; evaluation mode, float32."""
+    """Build both with one seed, with norms that differ from channel to channel; evaluation mode, float32."""
     pair = build_pair(request.param)
     state, expected = pair.ours.state_dict(), pair.official.state_dict()
     pair.differences = [key for key in expected if key not in state or not torch.equal(state[key], expected[key])]
@@ -56,7 +56,7 @@ def test_same_outputs(pair: Pair) -> None:
 
 
 def test_same_dynamic_weights(pair: Pair) -> None:
-    """And of the standard networks the same gradient, in float32 and in float64."""
+    """The gradients of the standard networks are equal in float32 and in float64."""
     x = images(32, 2, in_chans=pair.ours.in_chans)
     for dtype, tolerance in ((torch.float32, 1e-4), (torch.float64, 1e-9)):
         pair.to(dtype)
@@ -91,7 +91,7 @@ def test_same_explanation(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in BCOS if "_ti_" in name])
 def test_same_gradient_of_an_explanation(name: str) -> None:
-    """Losses on W(x) train the same parameters in the same direction: the graph goes on through the values alone."""
+    """Losses on W(x) have the same gradients: the graph continues through the values only."""
     pair = share_state(build_pair(name)).to(torch.float64)
     x = images(32, 2, dtype=torch.float64)
     explain(pair.ours, x, 3, create_graph=True).weights.square().sum().backward()

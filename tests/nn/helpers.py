@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def assert_near(ours: Tensor, reference: Tensor, tolerance: float, what: str = "value") -> None:
-    """The greatest difference is within `tolerance` of the greatest magnitude of the reference."""
+    """Assert that the largest difference is within ``tolerance`` times the largest magnitude of the reference."""
     assert ours.shape == reference.shape, f"{what}: {tuple(ours.shape)} is not {tuple(reference.shape)}"
     assert torch.isfinite(ours).all(), f"{what} is not finite"
     error = (ours.double() - reference.double()).abs().max().item()
@@ -19,7 +19,7 @@ def pair(value: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def padded(x: Tensor, kernel_size, padding, dilation, padding_mode: str) -> Tensor:
-    """The input as the convolution sees it: all channels padded."""
+    """Pad the input as the convolution does."""
     (kh, kw), (dh, dw) = pair(kernel_size), pair(dilation)
     if padding == "valid":
         return x
@@ -44,7 +44,7 @@ def slow_bcos_conv2d(
     max_out: int = 1,
     explain: bool = False,
 ) -> Tensor:
-    """Every patch and every weight laid out as vectors, one product for each unit and patch."""
+    """Unfold every patch and weight into vectors and take one product per unit and patch."""
     units, _, kh, kw = weight.shape
     x = padded(x, (kh, kw), padding, dilation, padding_mode)
     n, c, h, w = x.shape

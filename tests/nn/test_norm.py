@@ -44,8 +44,8 @@ def kind(variant: str) -> str:
     return variant.split("-")[0]
 
 
-def randomise(norm: nn.Module, seed: int = 0) -> nn.Module:
-    """Affine parameters and running statistics that are not 0 and 1."""
+def randomize(norm: nn.Module, seed: int = 0) -> nn.Module:
+    """Move affine parameters and running statistics away from 0 and 1."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, value in (*norm.named_parameters(), *norm.named_buffers()):
@@ -56,7 +56,7 @@ def randomise(norm: nn.Module, seed: int = 0) -> nn.Module:
 
 def official_norm(variant: str, channels: int) -> nn.Module:
     suffix = variant.removeprefix(kind(variant))
-    return randomise(WRAPPERS[suffix](OFFICIAL[kind(variant)])(channels))
+    return randomize(WRAPPERS[suffix](OFFICIAL[kind(variant)])(channels))
 
 
 def run(norm: nn.Module, x: Tensor) -> dict[str, Tensor]:
@@ -75,7 +75,7 @@ def run(norm: nn.Module, x: Tensor) -> dict[str, Tensor]:
     ids=str,
 )
 def test_equals_official(variant, shape, mode):
-    norms = randomise(make_norm(variant)(shape[1])), official_norm(variant, shape[1])
+    norms = randomize(make_norm(variant)(shape[1])), official_norm(variant, shape[1])
     assert list(norms[0].state_dict()) == list(norms[1].state_dict())
     for norm in norms:
         norm.train("train" in mode)
@@ -101,7 +101,7 @@ def test_running_statistics_follow_the_official_ones(name, momentum):
 
 
 @pytest.mark.parametrize("name", UNCENTRED)
-def test_uncentred_divides_by_the_deviation_about_the_mean(name):
+def test_uncentered_divides_by_the_deviation_about_the_mean(name):
     x = torch.randn(3, 6, 5, 5, dtype=torch.float64) + 10
     norm = make_norm(name)(6).double()
     expected = torch.empty_like(x)
@@ -124,8 +124,8 @@ def test_uncentred_divides_by_the_deviation_about_the_mean(name):
 
 @pytest.mark.parametrize("variant", [name + suffix for name in NORM_NAMES for suffix in ("", "-linear")])
 def test_gradient_in_explanation_mode_is_the_linear_map(variant):
-    """W(x) x, and what does not depend on x (bias and running mean), are the whole output."""
-    norm = randomise(make_norm(variant)(6)).double().eval()
+    """The output is W(x) x plus the terms that don't depend on x (bias and running mean)."""
+    norm = randomize(make_norm(variant)(6)).double().eval()
     norm.set_explanation_mode()
     x = torch.randn(2, 6, 3, 4, dtype=torch.float64, requires_grad=True)
     out = norm(x)
@@ -141,7 +141,7 @@ def test_gradient_in_explanation_mode_is_the_linear_map(variant):
 
 @pytest.mark.parametrize(("name", "mode"), [(n, m) for n in NORM_NAMES for m in MODES[2:] if has_mode(n, m)])
 def test_explanation_mode_changes_no_output(name, mode):
-    norm = randomise(make_norm(name)(6)).double().train(mode == "explanation-train")
+    norm = randomize(make_norm(name)(6)).double().train(mode == "explanation-train")
     x = torch.randn(2, 6, 3, 4, dtype=torch.float64)
     expected = copy.deepcopy(norm)(x)
     norm.set_explanation_mode()
@@ -153,7 +153,7 @@ def test_explanation_mode_changes_no_output(name, mode):
 
 @pytest.mark.parametrize("name", NORM_NAMES)
 def test_gradcheck_twice(name):
-    norm = randomise(make_norm(name)(4)).double()
+    norm = randomize(make_norm(name)(4)).double()
     x = torch.randn(2, 4, 2, 2, dtype=torch.float64, requires_grad=True)
     names, values = zip(*norm.named_parameters(), strict=True)
 
@@ -165,7 +165,7 @@ def test_gradcheck_twice(name):
 
 
 @pytest.mark.parametrize("name", ["an", "bn"])
-def test_centred_batch_statistics_cannot_be_explained(name):
+def test_centered_batch_statistics_cannot_be_explained(name):
     norm = make_norm(name)(4)
     x = torch.rand(2, 4, 3, 3)
     with pytest.raises(RuntimeError, match="eval"):
@@ -191,7 +191,7 @@ def test_without_running_statistics(name):
 
 
 @pytest.mark.parametrize(("name", "shape"), [("bn", (1, 4, 1, 1)), ("an", (1, 1, 1, 1))])
-def test_one_value_cannot_be_centred(name, shape):
+def test_one_value_cannot_be_centered(name, shape):
     with pytest.raises(ValueError, match="more than"):
         make_norm(name)(shape[1])(torch.rand(shape))
 
@@ -212,7 +212,7 @@ def test_wrong_groups():
 @pytest.mark.parametrize("explain", [False, True], ids=["plain", "explanation"])
 @pytest.mark.parametrize("name", NORM_NAMES)
 def test_autocast_keeps_the_statistics_in_float32(name, explain, dtype):
-    """The variance of values about ±300 is beyond float16, and the 1e-5 beside a variance of 0 is next to nothing."""
+    """In float16 the variance of values about ±300 overflows, and eps = 1e-5 is almost lost."""
     norm = make_norm(name)(4)
     if explain:
         norm = norm.eval() if name in ("an", "bn") else norm
@@ -251,7 +251,7 @@ def test_keeps_channels_last(variant, explain):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_copies_and_pickles(variant):
-    norm = randomise(make_norm(variant)(4)).eval()
+    norm = randomize(make_norm(variant)(4)).eval()
     norm.set_explanation_mode()
     x = torch.rand(2, 4, 3, 3)
     before = x.clone()
@@ -284,7 +284,7 @@ def test_compiles_as_one_graph():
 
 
 @pytest.mark.parametrize("name", RUNNING)
-def test_torch_cannot_turn_it_into_a_centred_sync_batch_norm(name):
+def test_torch_cannot_turn_it_into_a_centered_sync_batch_norm(name):
     net = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(make_norm(name)(4)))
     assert isinstance(net[0], RunningNorm2d)
     assert not isinstance(net[0], nn.modules.batchnorm._BatchNorm)
@@ -302,7 +302,7 @@ def test_layer_norm_of_tokens_equals_official(normalized_shape, kwargs, mode):
         official_norms.DetachableLayerNorm(normalized_shape, **kwargs),
     )
     for norm in norms:
-        randomise(norm).set_explanation_mode(mode == "explanation")
+        randomize(norm).set_explanation_mode(mode == "explanation")
     assert list(norms[0].state_dict()) == list(norms[1].state_dict())
     mine, theirs = (run(norm, torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0))) for norm in norms)
     for what, reference in theirs.items():
@@ -342,12 +342,12 @@ def test_unknown_name(wrong, right):
 
 
 @pytest.mark.parametrize("wrapper", [NoBias, Unaffine])
-def test_nothing_to_take_away(wrapper):
+def test_nothing_to_remove(wrapper):
     with pytest.raises(ValueError, match="affine=False"):
         wrapper(BatchNorm2d)(4, affine=False)
 
 
-def test_wrapper_passes_arguments_on():
+def test_wrapper_forwards_arguments():
     assert NoBias(BatchNorm2d)(4, momentum=0.3).momentum == 0.3
     with pytest.raises(TypeError, match="momentun"):
         NoBias(BatchNorm2d)(4, momentun=0.3)

@@ -1,4 +1,4 @@
-"""Two processes against one that has the concatenated batch."""
+"""Two processes against one process with the concatenated batch."""
 
 from pathlib import Path
 
@@ -96,8 +96,8 @@ def test_two_processes_equal_one(results, case):
                 assert_near(result[what], reference, 1e-10, what)
 
 
-def test_without_synchronisation_the_processes_would_differ():
-    """What the test above rests on."""
+def test_without_synchronization_the_processes_differ():
+    """The premise of the test above."""
     x, cotangent = batch()
     whole, half = (two_steps(build("bnu", False), x[:n], cotangent[:n])["output"][:4] for n in (8, 4))
     assert (whole[:4] - half).abs().max() > 0.1
@@ -109,7 +109,7 @@ def test_half_precision(results):
     assert_near(out, make_norm("bnu")(4)(batch()[0].float()).detach(), 2e-3)
 
 
-def test_one_process_is_left_as_it_was():
+def test_one_process_is_unchanged():
     model = nn.Sequential(BcosConv2d(4, 4), make_norm("bnu")(4), nn.Sequential(make_norm("an")(4)), make_norm("lnu")(4))
     x = torch.rand(2, 4, 3, 3)
     expected = model(x)

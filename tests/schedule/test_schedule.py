@@ -1,4 +1,4 @@
-"""The schedules against the official factory's chains of torch schedulers, stepped as Lightning steps them."""
+"""Schedules against the official factory's chains of PyTorch schedulers, stepped as by Lightning."""
 
 import itertools
 import math
@@ -42,7 +42,7 @@ CASES = [
 
 
 def official_rates(factory: LRSchedulerFactory, epochs: int, steps_per_epoch: int, lr: float) -> list[float]:
-    """The rate of every optimizer step."""
+    """Return the learning rate of every optimizer step."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=lr)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -75,7 +75,7 @@ def test_equals_the_official_schedule(name: str, interval: str, warmup: str, met
     }
     official = official_rates(LRSchedulerFactory(name.split()[0], **common), EPOCHS, STEPS_PER_EPOCH, LR)
     ours = our_rates(make(**common), STEPS_PER_EPOCH, LR)
-    # The chained schedulers multiply step by step; a cosine that has reached zero is left with that rounding.
+    # The chained schedulers multiply step by step; a cosine that has reached zero keeps their rounding error.
     assert ours == pytest.approx(official, rel=1e-9, abs=1e-15)
     assert len(set(ours)) > 1 or name == "steplr long"
 
@@ -97,7 +97,7 @@ def test_published_runs(factory: LRSchedulerFactory, ours: Schedule) -> None:
 
 
 def test_exponential_by_step_decays_as_much_as_by_epoch() -> None:
-    """The official one multiplies by gamma at every step then, which is down to nothing within an epoch."""
+    """The official schedule then multiplies by gamma at every step, so it vanishes within an epoch."""
     by_step = schedule.Exponential(epochs=4, gamma=0.5, interval="step")
     by_epoch = schedule.Exponential(epochs=4, gamma=0.5)
     for epoch in range(4):
@@ -124,8 +124,8 @@ def test_rates_by_hand() -> None:
     assert our_rates(step, 1, 8.0) == [8, 8, 4, 4, 2]
 
 
-def test_step_falls_at_the_epoch_whatever_the_number_of_steps() -> None:
-    """Sums of fractions such as 1/7 must not put the fall one step late."""
+def test_step_decays_at_the_epoch_for_any_number_of_steps() -> None:
+    """Rounding of sums of fractions such as 1/7 must not delay the decay by one step."""
     for steps_per_epoch in (3, 7, 49, 1563, 5005):
         made = schedule.Step(epochs=90, interval="step")
         for epoch in (30, 60):
@@ -159,7 +159,7 @@ def test_after_the_end_the_cosine_stays_at_its_minimum() -> None:
             {"epochs": 3, "warmup_steps": -1, "interval": "step"},
             "schedule.warmup_steps=-1: at least 0",
         ),
-        (schedule.Cosine, {"epochs": 3, "warmup_steps": 10}, "schedule.warmup_steps needs schedule.interval=step"),
+        (schedule.Cosine, {"epochs": 3, "warmup_steps": 10}, "schedule.warmup_steps requires schedule.interval=step"),
         (schedule.Exponential, {"epochs": 3, "warmup_decay": 0.0}, "schedule.warmup_decay=0.0: more than 0"),
         (schedule.Constant, {"epochs": 3, "warmup_decay": 1.5}, "schedule.warmup_decay=1.5: .*at most 1"),
         (schedule.Step, {"epochs": 3, "step_size": 0}, "schedule.step_size=0: at least 1"),
@@ -177,6 +177,6 @@ def test_a_quarter_of_a_cosine() -> None:
 
 
 @pytest.mark.parametrize("periods", [0.0, -0.5, 0.6])
-def test_wrong_part_of_a_cosine(periods: float) -> None:
+def test_periods_out_of_range(periods: float) -> None:
     with pytest.raises(ValueError, match=r"schedule.periods=.*: more than 0, at most 0.5"):
         schedule.Cosine(epochs=3, periods=periods)

@@ -10,7 +10,7 @@ import torch
 from timm.models import group_parameters
 from timm.optim import param_groups_layer_decay
 
-from bcos_train.model.recompute import Blocks
+from bcos_train.model.grad_checkpointing import CheckpointedBlocks
 
 from .timm_names import ALL, image, on_meta
 
@@ -29,7 +29,7 @@ def test_without_pooling() -> None:
 
 
 def test_pooling_needs_the_classifier_gone() -> None:
-    message = "global_pool='' (no average) goes with num_classes=0, got 7: global_pool='avg'"
+    message = "global_pool='' (no average) requires num_classes=0, got 7; with classes, 'avg'"
     with pytest.raises(ValueError, match=re.escape(message)):
         on_meta("bcos_resnet18", global_pool="", num_classes=7)
 
@@ -195,8 +195,8 @@ def test_networks_without_stochastic_depth(own_name: str) -> None:
 # ---- less memory
 
 
-def blocks_of(model: Any) -> Iterator[Blocks]:
-    return (module for module in model.modules() if isinstance(module, Blocks))
+def blocks_of(model: Any) -> Iterator[CheckpointedBlocks]:
+    return (module for module in model.modules() if isinstance(module, CheckpointedBlocks))
 
 
 @pytest.mark.parametrize("own_name", [name for name in ALL if name != "bcos_plain_cnn9"])

@@ -1,4 +1,4 @@
-"""Explanation mode, dynamic linear weights W(x), contribution maps and colour images."""
+"""Explanation mode, dynamic linear weights W(x), contribution maps and color images."""
 
 from bcos_train.explanation.dynamic_linear import Explanation, constant_term, explain
 from bcos_train.explanation.image import color_explanation, gradient_to_image, official_dict, plot_contribution_map

@@ -1,7 +1,7 @@
 """Losses on logits.
 
-Axes: N images, K classes. Targets are class indices ``(N,)`` int64 or label distributions ``(N, K)`` in [0, 1], as
-MixUp and CutMix give. Every loss is the mean over N and K (cross entropy: over N).
+Axes: N images, K classes. Targets are class indices ``(N,)`` int64 or label distributions ``(N, K)`` in [0, 1], as from
+MixUp and CutMix. Every loss is the mean over N and K (cross-entropy: over N).
 """
 
 import torch
@@ -17,8 +17,8 @@ __all__ = [
 ]
 
 
-def _dense(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits in at least float32 and the target as a distribution of the same type."""
+def _to_dense(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the logits in at least float32 and the target as a distribution of the same dtype."""
     if target.shape[0] != logits.shape[0]:
         raise ValueError(f"{logits.shape[0]} rows of logits but {target.shape[0]} targets")
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -30,12 +30,12 @@ def _dense(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 def binary_cross_entropy(
     logits: Tensor, target: Tensor, smoothing: float = 0.0, target_threshold: float | None = None
 ) -> Tensor:
-    """Mean binary cross-entropy over all classes.
+    """Compute the mean binary cross-entropy over all classes.
 
     Smoothing follows ``torch.nn.CrossEntropyLoss``: targets become ``(1 - s) t + s / K`` (Szegedy et al.,
-    arXiv 1512.00567, sec. 7). A threshold then makes them 0 or 1, as in "ResNet strikes back" (arXiv 2110.00476).
+    arXiv 1512.00567, sec. 7). A threshold then binarizes them, as in "ResNet strikes back" (arXiv 2110.00476).
     """
-    logits, target = _dense(logits, target)
+    logits, target = _to_dense(logits, target)
     if smoothing > 0:
         target = target * (1 - smoothing) + smoothing / logits.shape[1]
     if target_threshold is not None:
@@ -44,24 +44,24 @@ def binary_cross_entropy(
 
 
 def uniform_off_label_binary_cross_entropy(logits: Tensor, target: Tensor, off_label: float | None = None) -> Tensor:
-    """Mean binary cross-entropy whose targets are at least ``off_label`` (default: 1/K).
+    """Compute the mean binary cross-entropy with targets of at least ``off_label`` (default: 1/K).
 
-    The loss of the official ImageNet models: the wrong classes' probability is drawn to 1/K rather than to 0, where the
-    logits would have to run to minus infinity.
+    The loss of the official ImageNet models. The probabilities of the other classes are trained towards 1/K instead of
+    0, for which the logits would have to go to minus infinity.
     """
-    logits, target = _dense(logits, target)
+    logits, target = _to_dense(logits, target)
     off_label = 1.0 / logits.shape[1] if off_label is None else off_label
     return F.binary_cross_entropy_with_logits(logits, target.clamp(min=off_label))
 
 
 class BinaryCrossEntropy(nn.Module):
-    """:func:`binary_cross_entropy` as a module.
+    """Module version of :func:`binary_cross_entropy`.
 
     Raises:
         ValueError: ``smoothing`` outside [0, 1) or ``target_threshold`` outside [0, 1).
     """
 
-    #: Logits -> the probabilities that this loss fits.
+    #: Map from logits to the probabilities that this loss fits.
     probabilities = staticmethod(torch.sigmoid)
 
     def __init__(self, smoothing: float = 0.0, target_threshold: float | None = None) -> None:
@@ -81,7 +81,7 @@ class BinaryCrossEntropy(nn.Module):
 
 
 class UniformOffLabelBinaryCrossEntropy(nn.Module):
-    """:func:`uniform_off_label_binary_cross_entropy` as a module.
+    """Module version of :func:`uniform_off_label_binary_cross_entropy`.
 
     Raises:
         ValueError: ``off_label`` outside [0, 1].
@@ -92,7 +92,7 @@ class UniformOffLabelBinaryCrossEntropy(nn.Module):
     def __init__(self, off_label: float | None = None) -> None:
         super().__init__()
         if off_label is not None and not 0 <= off_label <= 1:
-            raise ValueError(f"off_label={off_label}: from 0 to 1, or none for 1/K")
+            raise ValueError(f"off_label={off_label}: from 0 to 1, or null for 1/K")
         self.off_label = off_label
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ class UniformOffLabelBinaryCrossEntropy(nn.Module):
 
 
 class CrossEntropy(nn.Module):
-    """Softmax cross-entropy, mean over the images; ``smoothing`` as in :func:`binary_cross_entropy`.
+    """Mean softmax cross-entropy over the images; ``smoothing`` as in :func:`binary_cross_entropy`.
 
     Raises:
         ValueError: ``smoothing`` outside [0, 1).
@@ -117,6 +117,7 @@ class CrossEntropy(nn.Module):
 
     @staticmethod
     def probabilities(logits: Tensor) -> Tensor:
+        """Map logits to the probabilities that this loss fits."""
         return logits.softmax(-1)
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:

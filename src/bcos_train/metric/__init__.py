@@ -1,4 +1,4 @@
-"""Explanation metrics, as pure functions."""
+"""Explanation metrics as pure functions."""
 
 from bcos_train.metric.alignment import cosine_alignment
 from bcos_train.metric.bootstrap import Interval, bootstrap_interval

@@ -1,7 +1,7 @@
-"""Alignment: how well the weights of each B-cos layer point along its inputs."""
+"""Alignment of the weights of B-cos layers with their inputs."""
 
 from collections import defaultdict
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -16,24 +16,25 @@ __all__ = ["cosine_alignment"]
 @torch.no_grad()
 @without_tf32()
 def cosine_alignment(model: nn.Module, x: Tensor) -> dict[str, float]:
-    """Mean |cos(x, w)| of every B-cos layer: what the exponent B - 1 acts on, and what training is to raise.
+    """Compute the mean |cos(x, w)| of every B-cos layer.
 
-    Averaged over images, positions and output units, after MaxOut (Böhle et al., arXiv 2205.10268, eq. 3), in
-    evaluation mode. The model's modes, buffers and the state of the random generators stay as they were.
+    This is the factor that the exponent B - 1 applies to, and that training increases. It is averaged over images,
+    positions and output units, after MaxOut (Böhle et al., arXiv 2205.10268, eq. 3), in evaluation mode. The model's
+    modes and buffers and the states of the random number generators are unchanged.
 
     Args:
-        model: holds BcosConv2d or BcosLinear layers.
-        x: (N, C, H, W), what the model takes.
+        model: Model with BcosConv2d or BcosLinear layers.
+        x: (N, C, H, W), the model's input.
 
     Returns:
-        layer name (as in ``named_modules``) -> mean in [0, 1], in the order of the model. Layers that were not called
-        are left out; one called several times is averaged over its calls.
+        Layer name (as in ``named_modules``) -> mean in [0, 1], in the order of the model. Layers that were not called
+        are omitted; a layer that is called several times is averaged over its calls.
     """
     sums: defaultdict[str, float] = defaultdict(float)
     counts: defaultdict[str, int] = defaultdict(int)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, BcosLayer)}
 
-    def recorder(name: str, layer: BcosLayer) -> Any:
+    def recorder(name: str, layer: BcosLayer) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def record(_: nn.Module, args: tuple[Tensor, ...], product: Tensor) -> None:
             cosine = maxout(product, layer.max_out, layer.unit_dim) / layer.input_norm(args[0])
             sums[name] += cosine.abs().float().mean().item() * cosine.numel()

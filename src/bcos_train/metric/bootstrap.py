@@ -1,4 +1,4 @@
-"""How far a mean or median over samples can be trusted."""
+"""Bootstrap confidence intervals of a mean or median over samples."""
 
 from typing import Literal, NamedTuple
 
@@ -10,11 +10,11 @@ from bcos_train.suggest import join_words, suggest
 __all__ = ["Interval", "bootstrap_interval"]
 
 _STATISTICS = ("mean", "median")
-_VALUES_AT_ONCE = 2**22
+_CHUNK_SIZE = 2**22  # values that are resampled at once
 
 
 class Interval(NamedTuple):
-    """A confidence interval, in units of the scores."""
+    """Confidence interval, in units of the scores."""
 
     low: float
     high: float
@@ -28,25 +28,25 @@ def bootstrap_interval(
     n_resamples: int = 2000,
     seed: int = 0,
 ) -> Interval:
-    """Percentile bootstrap interval (Efron & Tibshirani, "An Introduction to the Bootstrap", 1993, ch. 13).
+    """Compute a percentile bootstrap interval (Efron & Tibshirani, "An Introduction to the Bootstrap", 1993, ch. 13).
 
-    M samples are drawn with replacement from the M given ones, ``n_resamples`` times; the interval spans the middle
-    ``confidence`` of the statistics, interpolated between neighbours. What one sample has several scores for (the
-    cells of a grid) is drawn together, since such scores aren't independent.
+    M samples are drawn with replacement from the M samples, ``n_resamples`` times. The interval spans the middle
+    ``confidence`` of the resulting statistics, with linear interpolation. All scores of a sample (such as the cells of
+    a grid) are drawn together, since they aren't independent.
 
     Args:
-        scores: (M,) or (M, ...), M samples; the statistic is taken over all scores.
-        statistic: the median of an even number is the mean of the middle two.
-        confidence: above 0 and below 1.
-        n_resamples: at least 1.
-        seed: of the draw; the global random state is neither used nor changed.
+        scores: (M,) or (M, ...) for M samples; the statistic is taken over all scores.
+        statistic: ``"mean"`` or ``"median"``; the median of an even number of scores is the mean of the middle two.
+        confidence: Above 0 and below 1.
+        n_resamples: At least 1.
+        seed: Seeds the resampling; the global random state is neither used nor changed.
 
     Returns:
-        (low, high), within the range of the scores; both the score itself for one sample or equal ones, both NaN where
-        a score is not finite.
+        (low, high), within the range of the scores. Both equal the score if there is one sample or all scores are
+        equal; both are NaN if a score is not finite.
 
     Raises:
-        ValueError: no scores, or an argument out of the ranges above.
+        ValueError: No scores, or an argument out of the ranges above.
     """
     if scores.ndim < 1 or scores.numel() == 0:
         raise ValueError(f"scores must be (M, ...) with at least one sample, got {tuple(scores.shape)}")
@@ -58,7 +58,7 @@ def bootstrap_interval(
     if not values.isfinite().all():
         return Interval(float("nan"), float("nan"))
     generator = torch.Generator().manual_seed(seed)
-    rows = max(1, _VALUES_AT_ONCE // values.numel())
+    rows = max(1, _CHUNK_SIZE // values.numel())
     statistics = []
     for first in range(0, n_resamples, rows):
         shape = (min(rows, n_resamples - first), len(values))

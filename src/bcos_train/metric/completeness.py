@@ -1,4 +1,4 @@
-"""Completeness: how far the contributions are from adding up to the logit."""
+"""Completeness: distance between the sum of the contributions and the logit."""
 
 import torch
 from torch import Tensor
@@ -7,24 +7,24 @@ __all__ = ["completeness_error"]
 
 
 def completeness_error(logit: Tensor, contribution_sum: Tensor, constant: Tensor | float) -> Tensor:
-    """|contribution_sum + constant - logit| / |logit|; zero for an exact explanation, up to rounding.
+    """Compute |contribution_sum + constant - logit| / |logit|, which is zero for an exact explanation, up to rounding.
 
-    It finds activations, norms and attention that are not frozen and constants that are not counted. It cannot find a
-    B-cos layer that is not: such a layer is homogeneous of degree one, so its gradient times its input is its output
-    (Euler) in either mode.
+    The error detects activations, norms and attention that are not detached, and constants that are missing. It cannot
+    detect a B-cos layer that is not detached: the layer is homogeneous of degree one, so its gradient times its input
+    is its output in either mode (Euler).
 
     Args:
-        logit: any shape (*).
+        logit: (*), any shape.
         contribution_sum: (*), the sum of the contribution map over its pixels.
-        constant: (*) or a number, the part of the logit that is not the input's
-            (:func:`bcos_train.explanation.constant_term`; for networks without other biases the logit bias).
+        constant: (*) or a number: the part of the logit that doesn't depend on the input
+            (:func:`bcos_train.explanation.constant_term`; the logit bias for networks without other biases).
 
     Returns:
-        (*), without unit; where the logit is 0 the residual itself, in units of the logit; NaN where an argument is:
-        a map that can't be added up is no explanation, and is not to be taken for an exact one.
+        (*), dimensionless. Where the logit is 0, the absolute residual in units of the logit. NaN where an argument is
+        NaN, so that a broken map is not mistaken for an exact explanation.
 
     Raises:
-        ValueError: the shapes differ.
+        ValueError: The shapes differ.
     """
     shapes = {tuple(t.shape) for t in (logit, contribution_sum, constant) if isinstance(t, Tensor)}
     if len(shapes) > 1:

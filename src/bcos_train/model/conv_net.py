@@ -1,8 +1,7 @@
-"""What the convolutional B-cos networks share.
+"""Base class of the convolutional B-cos networks.
 
-Their classifier is a convolution that gives a logit at each position; the global average comes after it (Böhle et al.,
-TPAMI 2024, arXiv 2306.10898, sec. 4). So every position's contribution to a logit passes through one and the same
-linear map, and images of any size can be classified.
+The classifier is a convolution with a logit at each position, followed by the global average (Böhle et al., TPAMI 2024,
+arXiv 2306.10898, sec. 4). So all positions pass through the same linear map, and images of any size can be classified.
 
 Axes: N images, C channels, H height, W width, K classes.
 """
@@ -21,115 +20,115 @@ from bcos_train.nn import BcosConv2d, LogitLayer, make_norm
 
 __all__ = [
     "CIFAR_OPTIONS",
-    "LONG_TRANSFORM",
-    "PLAIN_TRANSFORM",
+    "LONG_RECIPE_TRANSFORM",
+    "NO_RESIZE_TRANSFORM",
     "BcosConvNet",
-    "Layer",
+    "LayerFactory",
     "linear_drop_probs",
     "make_logit_layer",
     "resolve_conv",
     "resolve_norm",
 ]
 
-#: A norm is called with the number of channels, a convolution as :class:`~bcos_train.nn.BcosConv2d` is.
-Layer = Callable[..., nn.Module]
+#: Builds a norm from the number of channels, or a convolution with the arguments of :class:`~bcos_train.nn.BcosConv2d`.
+LayerFactory = Callable[..., nn.Module]
 
-#: Of the networks for small images: the image as it is.
-PLAIN_TRANSFORM = InferenceTransform(None, 224, BcosEncoding())
-#: Of the published networks of the long recipe (`bcos_final_long`), which were evaluated on a tighter crop.
-LONG_TRANSFORM = InferenceTransform(232, 224, BcosEncoding())
+#: Transform of networks for small images, without resizing and cropping.
+NO_RESIZE_TRANSFORM = InferenceTransform(None, 224, BcosEncoding())
+#: Transform of the published networks of the long recipe (``bcos_final_long``), evaluated with a tighter crop.
+LONG_RECIPE_TRANSFORM = InferenceTransform(232, 224, BcosEncoding())
 
-#: The CIFAR-10 networks of the norm study: MaxOut over two units, as in the official `norm_ablations_final`.
+#: Options of the CIFAR-10 networks of the norm study: MaxOut over two units, as in ``norm_ablations_final``.
 CIFAR_OPTIONS: dict[str, Any] = {"num_classes": 10, "small_inputs": True, "max_out": 2}
 
 
 class BcosConvNet(BcosModel):
-    """Features ``(N, C, H', W')``, a classifier at each position, the global average, temperature and bias.
+    """Convolutional network: features ``(N, C, H', W')``, classifier at each position, global average, logit layer.
 
     Subclasses set the attributes below and define ``get_feature_extractor`` and ``init_conv``.
     """
 
-    #: Where the convolution that gives the logits is registered. A path with a dot names the last part of the
-    #: classifier, an ``nn.Sequential``.
-    logits_name: str = "classifier"
-    #: Least height and width of an image, in pixels, of which the features have a position left.
+    #: Path of the convolution that computes the logits. With a dot, it is the last module of the classifier, an
+    #: ``nn.Sequential``.
+    logit_conv_name: str = "classifier"
+    #: Minimum height and width of an image in pixels, so that the feature map is not empty.
     min_size: int = 1
     logit_layer: LogitLayer
-    conv_layer: Layer
+    conv_layer: LayerFactory
 
     def __init__(self) -> None:
         super().__init__()
         self.avgpool = nn.AdaptiveAvgPool2d(1)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Feature map before the classifier: ``(N, in_chans, H, W) -> (N, num_features, H', W')``.
+        """Compute the feature map before the classifier: ``(N, in_chans, H, W) -> (N, num_features, H', W')``.
 
         Raises:
-            ValueError: Another number of axes or channels, or H or W below ``min_size``.
+            ValueError: The number of axes or channels is wrong, or H or W is below ``min_size``.
         """
         check_images(x, self.in_chans, self.min_size, type(self).__name__)
         return self.get_feature_extractor()(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Feature map ``(N, num_features, H', W') -> (N, K)``, or ``(N, head_hidden_size)`` with ``pre_logits``.
+        """Compute logits ``(N, K)``, or ``(N, head_hidden_size)`` with ``pre_logits``, from the feature map.
 
-        Without the average (``global_pool=""``) the latter is ``(N, head_hidden_size, H', W')``.
+        Without average (``global_pool=""``) the latter is ``(N, head_hidden_size, H', W')``.
         """
         if self.num_classes and not pre_logits:
             return self.logit_layer(self.avgpool(self.get_classifier()(x)).flatten(1))
-        if "." in self.logits_name:
+        if "." in self.logit_conv_name:
             for module in list(self.get_classifier().children())[:-1]:
                 x = module(x)
         return self.avgpool(x).flatten(1) if self.global_pool else x
 
     def get_classifier(self) -> nn.Module:
-        """What gives a logit at each position; the global average comes after it."""
-        return getattr(self, self.logits_name.partition(".")[0])
+        """Return the module that computes logits at each position, before the global average."""
+        return getattr(self, self.logit_conv_name.partition(".")[0])
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Put a new last convolution with random weights in the place of the present one.
+        """Replace the last convolution by a new one with random weights.
 
-        The logits keep their temperature; their bias becomes the default for the new number of classes.
+        The logit temperature is unchanged; the logit bias becomes the default for the new number of classes.
 
         Args:
-            num_classes: K; 0 leaves that convolution out, and temperature and bias unused: the model then gives
+            num_classes: K; 0 removes the convolution and doesn't apply temperature and bias: the model then returns
                 ``(N, head_hidden_size)``.
             global_pool: ``"avg"``; with 0 classes also ``""``, no average: ``(N, head_hidden_size, H', W')``. ``None``:
-                as it is.
+                unchanged.
 
         Raises:
-            ValueError: A negative number, or another ``global_pool``.
+            ValueError: ``num_classes`` is negative, or ``global_pool`` is another value.
         """
         self.global_pool = resolve_pooling(num_classes, global_pool, self.global_pool)
         reference = next(self.parameters())
-        new: nn.Module = nn.Identity()
+        logit_conv: nn.Module = nn.Identity()
         if num_classes:
-            new = self.conv_layer(self.head_hidden_size, num_classes, kernel_size=1)
-            for module in new.modules():
+            logit_conv = self.conv_layer(self.head_hidden_size, num_classes, kernel_size=1)
+            for module in logit_conv.modules():
                 if isinstance(module, nn.Conv2d):
                     self.init_conv(module)
-        new.to(device=reference.device, dtype=reference.dtype).train(self.training)
-        self.set_submodule(self.logits_name, new)
+        logit_conv.to(device=reference.device, dtype=reference.dtype).train(self.training)
+        self.set_submodule(self.logit_conv_name, logit_conv)
         if num_classes:
             self.logit_layer = make_logit_layer(num_classes, self.logit_layer.logit_temperature, None)
         self.num_classes = num_classes
 
     def init_conv(self, conv: nn.Conv2d) -> None:
-        """Draw a convolution's initial weights."""
+        """Initialize the weights of a convolution."""
         raise NotImplementedError
 
     def init_convs(self) -> None:
-        """Draw the initial weights of all convolutions, in the order of registration."""
+        """Initialize the weights of all convolutions, in the order of registration."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 self.init_conv(module)
 
 
 def make_logit_layer(num_classes: int, logit_temperature: float | None, logit_bias: float | None) -> LogitLayer:
-    """Temperature and bias; the bias is ``-log(K - 1)`` by default, with which a zero output means a probability 1/K.
+    """Build the logit layer; the default bias ``-log(K - 1)`` maps a zero output to the probability 1/K.
 
     Raises:
-        ValueError: ``num_classes`` below 1.
+        ValueError: ``num_classes`` is below 1.
     """
     if num_classes < 1:
         raise ValueError(f"num_classes={num_classes}: at least 1")
@@ -138,21 +137,21 @@ def make_logit_layer(num_classes: int, logit_temperature: float | None, logit_bi
     return LogitLayer(logit_temperature=logit_temperature, logit_bias=logit_bias)
 
 
-def resolve_norm(norm_layer: str | Layer) -> Layer:
-    """A norm by name (:func:`bcos_train.nn.make_norm`) or as it is."""
+def resolve_norm(norm_layer: str | LayerFactory) -> LayerFactory:
+    """Return the norm factory for a name (see :func:`bcos_train.nn.make_norm`), or the given factory."""
     return make_norm(norm_layer) if isinstance(norm_layer, str) else norm_layer
 
 
-def resolve_conv(conv_layer: Layer | None, b: float, max_out: int) -> Layer:
-    """The given convolution, or the B-cos convolution with these options."""
+def resolve_conv(conv_layer: LayerFactory | None, b: float, max_out: int) -> LayerFactory:
+    """Return the given factory, or one of B-cos convolutions with these options."""
     return partial(BcosConv2d, b=b, max_out=max_out) if conv_layer is None else conv_layer
 
 
 def linear_drop_probs(last: float, n: int) -> Iterator[float]:
-    """The drop probabilities of ``n`` blocks: a straight line, as in arXiv 1603.09382, but from 0 for the first.
+    """Return drop probabilities of ``n`` blocks that increase linearly, as in arXiv 1603.09382, but from 0.
 
     Raises:
-        ValueError: ``last`` outside [0, 1).
+        ValueError: ``last`` is outside [0, 1).
     """
     if not 0 <= last < 1:
         raise ValueError(f"stochastic_depth_prob={last}: at least 0 and less than 1")

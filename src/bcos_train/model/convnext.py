@@ -3,8 +3,7 @@
 The architecture is ConvNeXt (Liu et al. 2022, arXiv 2201.03545) with every convolution and the classifier replaced by a
 B-cos transform, no activation function, and the classifier applied at each position *before* the global average (Böhle
 et al., TPAMI 2024, arXiv 2306.10898, sec. 4). Layer norm over the channels becomes position norm without bias, or
-uncentred batch norm. Parameter names, shapes and the order in which random numbers are drawn equal those of the
-official models.
+uncentered batch norm. Parameter names, shapes and the order of random draws equal those of the official models.
 
 Axes: N images, C channels, H height, W width, K classes.
 """
@@ -18,24 +17,29 @@ from torchvision.ops import StochasticDepth
 
 from bcos_train.model.base import GroupMatcher
 from bcos_train.model.conv_net import (
-    LONG_TRANSFORM,
+    LONG_RECIPE_TRANSFORM,
     BcosConvNet,
-    Layer,
+    LayerFactory,
     linear_drop_probs,
     make_logit_layer,
     resolve_conv,
     resolve_norm,
 )
-from bcos_train.model.recompute import Blocks
+from bcos_train.model.grad_checkpointing import CheckpointedBlocks
 from bcos_train.model.registry import register_model
 from bcos_train.nn import add_shortcut, make_norm
 
 
 class ConvNeXtBlock(nn.Module):
-    """Depthwise 7x7 convolution, norm, 1x1 convolutions to four times the channels and back, each channel scaled."""
+    """Depthwise 7x7 convolution, norm, 1x1 convolutions to four times the channels and back, and layer scale."""
 
     def __init__(
-        self, channels: int, layer_scale: float, stochastic_depth_prob: float, norm_layer: Layer, conv_layer: Layer
+        self,
+        channels: int,
+        layer_scale: float,
+        stochastic_depth_prob: float,
+        norm_layer: LayerFactory,
+        conv_layer: LayerFactory,
     ) -> None:
         super().__init__()
         self.block = nn.Sequential(
@@ -56,8 +60,8 @@ class BcosConvNeXt(BcosConvNet):
     """B-cos ConvNeXt.
 
     Args:
-        layers: Blocks of each stage.
-        channels: Channels of each stage.
+        layers: Blocks per stage.
+        channels: Channels per stage.
         num_classes: K.
         in_chans: C; 6 for the encoding ``[r, g, b, 1-r, 1-g, 1-b]``.
         norm_layer: Name for :func:`bcos_train.nn.make_norm` (``"bnu-linear"``, ``"none"``, …) or a callable
@@ -65,21 +69,21 @@ class BcosConvNeXt(BcosConvNet):
         conv_layer: Callable with the signature of :class:`~bcos_train.nn.BcosConv2d`. Default: ``BcosConv2d`` with
             ``b`` and ``max_out``.
         b: Exponent B of the B-cos transform (arXiv 2205.10268, eq. 3), at least 1.
-        max_out: Units per output channel, of which the largest counts.
-        logit_bias: Added to every logit. Default: ``-log(K - 1)``, with which a zero output means a probability 1/K.
+        max_out: Units per output channel; the output is their maximum.
+        logit_bias: Added to every logit. Default: ``-log(K - 1)``, which maps a zero output to the probability 1/K.
         logit_temperature: Divides every logit before the bias is added.
-        stochastic_depth_prob: Drop probability of the last block; the others' rises linearly from 0.
+        stochastic_depth_prob: Drop probability of the last block; it increases linearly from 0 at the first.
         layer_scale: Initial factor of each residual branch.
 
     Shape: ``(N, in_chans, H, W) -> (N, K)``, H and W at least ``min_size``, 32 with four stages.
 
     Raises:
-        ValueError: An option out of its range.
+        ValueError: An option is out of range.
     """
 
-    logits_name = "classifier.1"
-    # The published ones are of the long recipe.
-    transform = LONG_TRANSFORM
+    logit_conv_name = "classifier.1"
+    # The published networks were trained with the long recipe.
+    transform = LONG_RECIPE_TRANSFORM
 
     def __init__(
         self,
@@ -88,8 +92,8 @@ class BcosConvNeXt(BcosConvNet):
         *,
         num_classes: int = 1000,
         in_chans: int = 6,
-        norm_layer: str | Layer | None = None,
-        conv_layer: Layer | None = None,
+        norm_layer: str | LayerFactory | None = None,
+        conv_layer: LayerFactory | None = None,
         b: float = 2,
         max_out: int = 1,
         logit_bias: float | None = None,
@@ -99,7 +103,7 @@ class BcosConvNeXt(BcosConvNet):
     ) -> None:
         super().__init__()
         if not layers or len(layers) != len(channels):
-            raise ValueError(f"layers={tuple(layers)}, channels={tuple(channels)}: one number a stage in both")
+            raise ValueError(f"layers={tuple(layers)}, channels={tuple(channels)}: one number per stage in both")
         norm_layer = partial(make_norm("pn-linear"), eps=1e-6) if norm_layer is None else resolve_norm(norm_layer)
         self.conv_layer = conv_layer = resolve_conv(conv_layer, b, max_out)
 
@@ -108,10 +112,10 @@ class BcosConvNeXt(BcosConvNet):
         stages: list[nn.Module] = [stem, norm_layer(channels[0])]
         for stage, (depth, width) in enumerate(zip(layers, channels, strict=True)):
             blocks = [ConvNeXtBlock(width, layer_scale, next(drop_probs), norm_layer, conv_layer) for _ in range(depth)]
-            stages.append(Blocks(*blocks))
+            stages.append(CheckpointedBlocks(*blocks))
             if stage + 1 < len(channels):
-                halve = conv_layer(width, channels[stage + 1], kernel_size=2, stride=2)
-                stages.append(nn.Sequential(norm_layer(width), halve))
+                downsample = conv_layer(width, channels[stage + 1], kernel_size=2, stride=2)
+                stages.append(nn.Sequential(norm_layer(width), downsample))
         self.features = nn.Sequential(*stages)
         self.min_size = 4 * 2 ** (len(channels) - 1)
 
@@ -131,7 +135,7 @@ class BcosConvNeXt(BcosConvNet):
         return self.features
 
     def group_matcher(self, coarse: bool = False) -> GroupMatcher:
-        """A group for the stem, each block (``coarse``: each stage), the halving before it with it, and the head."""
+        """Group the stem, each block (``coarse``: each stage) with the downsampling before it, and the head."""
         blocks: list[tuple[str, tuple[int, ...] | None]] = []
         for stage in range(2, len(self.features), 2):
             first = f"{stage}" if coarse else rf"{stage}\.0"
@@ -140,7 +144,7 @@ class BcosConvNeXt(BcosConvNet):
         return {"stem": r"features\.[01]\.", "blocks": blocks}
 
 
-#: Name: blocks and channels of each stage, drop probability of the last block.
+#: Name -> blocks and channels per stage, drop probability of the last block.
 _SIZES = {
     "atto": ((2, 2, 6, 2), (40, 80, 160, 320), 0.1),
     "tiny": ((3, 3, 9, 3), (96, 192, 384, 768), 0.1),

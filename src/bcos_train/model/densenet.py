@@ -1,7 +1,7 @@
 """B-cos DenseNet for ImageNet and CIFAR-10.
 
 The architecture is DenseNet-BC (Huang et al. 2017, arXiv 1608.06993) with every convolution and the classifier replaced
-by a B-cos transform, no activation function, average in place of maximum pooling, and the classifier applied at each
+by a B-cos transform, no activation function, average instead of maximum pooling, and the classifier applied at each
 position *before* the global average (Böhle et al., TPAMI 2024, arXiv 2306.10898, sec. 4). Parameter names, shapes and
 the order in which random numbers are drawn equal those of the official models.
 
@@ -19,23 +19,29 @@ from torch.nn import functional as F
 from bcos_train.model.base import PREVIOUS_GROUP, GroupMatcher
 from bcos_train.model.conv_net import (
     CIFAR_OPTIONS,
-    LONG_TRANSFORM,
-    PLAIN_TRANSFORM,
+    LONG_RECIPE_TRANSFORM,
+    NO_RESIZE_TRANSFORM,
     BcosConvNet,
-    Layer,
+    LayerFactory,
     make_logit_layer,
     resolve_conv,
     resolve_norm,
 )
-from bcos_train.model.recompute import Blocks
+from bcos_train.model.grad_checkpointing import CheckpointedBlocks
 from bcos_train.model.registry import register_model
 
 
 class DenseLayer(nn.Module):
-    """From all feature maps of the block so far to ``growth_rate`` new ones, through ``bn_size`` times as many."""
+    """Bottleneck layer: all feature maps of the block -> ``bn_size * growth_rate`` -> ``growth_rate`` new ones."""
 
     def __init__(
-        self, inplanes: int, growth_rate: int, bn_size: int, drop_rate: float, norm_layer: Layer, conv_layer: Layer
+        self,
+        inplanes: int,
+        growth_rate: int,
+        bn_size: int,
+        drop_rate: float,
+        norm_layer: LayerFactory,
+        conv_layer: LayerFactory,
     ) -> None:
         super().__init__()
         width = bn_size * growth_rate
@@ -50,14 +56,14 @@ class DenseLayer(nn.Module):
         return F.dropout(self.conv2(self.norm2(out)), self.drop_rate, self.training)
 
     def chains(self) -> Iterator[Sequence[nn.Module]]:
-        """For :func:`~bcos_train.nn.cached_weights`."""
+        """Yield sequences of modules for :func:`~bcos_train.nn.cached_weights`."""
         yield self.norm1, self.conv1, self.norm2, self.conv2
 
 
-class DenseBlock(Blocks):
-    """Layers that each see the block's input and the outputs of all layers before them.
+class DenseBlock(CheckpointedBlocks):
+    """Dense block: the input of each layer is the block's input and the outputs of all layers before it.
 
-    ``make_layer`` is called with each layer's number of input channels; ``out_channels`` is that of the block's output.
+    ``make_layer`` builds a layer from its number of input channels; ``out_channels`` is that of the block's output.
     """
 
     def __init__(self, depth: int, inplanes: int, growth_rate: int, make_layer: Callable[[int], DenseLayer]) -> None:
@@ -68,7 +74,7 @@ class DenseBlock(Blocks):
     def forward(self, x: Tensor) -> Tensor:
         features = [x]
         for layer in self:
-            features.append(self.run([layer], *features))
+            features.append(self.run_block([layer], *features))
         return torch.cat(features, dim=1)
 
 
@@ -76,11 +82,11 @@ class BcosDenseNet(BcosConvNet):
     """B-cos DenseNet with any number of dense blocks.
 
     Args:
-        growth_rate: Channels that each layer adds.
-        block_config: Layers of each dense block; between two blocks the resolution and the channels are halved.
+        growth_rate: Channels added by each layer.
+        block_config: Layers per dense block; transitions between blocks halve the resolution and the channels.
         num_init_features: Channels of the stem.
         bn_size: Channels of a layer's bottleneck, in multiples of ``growth_rate``.
-        drop_rate: Probability of dropout after each layer, in [0, 1).
+        drop_rate: Dropout probability after each layer, in [0, 1).
         num_classes: K.
         in_chans: C; 6 for the encoding ``[r, g, b, 1-r, 1-g, 1-b]``.
         norm_layer: Name for :func:`bcos_train.nn.make_norm` (``"bnu-linear"``, ``"none"``, …) or a callable
@@ -88,17 +94,17 @@ class BcosDenseNet(BcosConvNet):
         conv_layer: Callable with the signature of :class:`~bcos_train.nn.BcosConv2d`. Default: ``BcosConv2d`` with
             ``b`` and ``max_out``.
         b: Exponent B of the B-cos transform (arXiv 2205.10268, eq. 3), at least 1.
-        max_out: Units per output channel, of which the largest counts.
-        logit_bias: Added to every logit. Default: ``-log(K - 1)``, with which a zero output means a probability 1/K.
+        max_out: Units per output channel; the output is their maximum.
+        logit_bias: Added to every logit. Default: ``-log(K - 1)``, which maps a zero output to the probability 1/K.
         logit_temperature: Divides every logit before the bias is added.
-        memory_efficient: Call ``set_grad_checkpointing()``: each layer's concatenated features and what is made of them
-            are then computed again in the backward pass (arXiv 1707.06990).
+        memory_efficient: Call ``set_grad_checkpointing()``: recompute the concatenated features and activations of each
+            layer in the backward pass (arXiv 1707.06990).
         small_inputs: 3x3 stem without norm and pooling, for images around 32 px.
 
     Shape: ``(N, in_chans, H, W) -> (N, K)``, H and W at least ``min_size``.
 
     Raises:
-        ValueError: An option out of its range.
+        ValueError: An option is out of range.
     """
 
     def __init__(
@@ -111,8 +117,8 @@ class BcosDenseNet(BcosConvNet):
         drop_rate: float = 0.0,
         num_classes: int = 1000,
         in_chans: int = 6,
-        norm_layer: str | Layer = "bnu-linear",
-        conv_layer: Layer | None = None,
+        norm_layer: str | LayerFactory = "bnu-linear",
+        conv_layer: LayerFactory | None = None,
         b: float = 2,
         max_out: int = 1,
         logit_bias: float | None = None,
@@ -129,11 +135,11 @@ class BcosDenseNet(BcosConvNet):
         self.conv_layer = conv_layer = resolve_conv(conv_layer, b, max_out)
 
         self.features = _stem(in_chans, num_init_features, small_inputs, norm_layer, conv_layer)
-        halvings = len(block_config) - 1
-        # The halvings round down, the two strides of the stem up.
-        self.min_size = 2**halvings if small_inputs else 4 * 2**halvings - 3
+        n_transitions = len(block_config) - 1
+        # Transitions round the size down, the two strides of the stem round it up.
+        self.min_size = 2**n_transitions if small_inputs else 4 * 2**n_transitions - 3
         if small_inputs:
-            self.transform = PLAIN_TRANSFORM
+            self.transform = NO_RESIZE_TRANSFORM
 
         make_layer = partial(
             DenseLayer,
@@ -148,7 +154,7 @@ class BcosDenseNet(BcosConvNet):
             block = DenseBlock(depth, channels, growth_rate, make_layer)
             self.features.add_module(f"denseblock{i}", block)
             channels = block.out_channels
-            if i <= halvings:
+            if i <= n_transitions:
                 self.features.add_module(f"transition{i}", _transition(channels, norm_layer, conv_layer))
                 channels //= 2
         self.features.add_module("norm5", norm_layer(channels))
@@ -169,11 +175,11 @@ class BcosDenseNet(BcosConvNet):
         return self.features
 
     def chains(self) -> Iterator[Sequence[nn.Module]]:
-        """For :func:`~bcos_train.nn.cached_weights`."""
+        """Yield sequences of modules for :func:`~bcos_train.nn.cached_weights`."""
         yield list(self.features)
 
     def group_matcher(self, coarse: bool = False) -> GroupMatcher:
-        """A group for the stem, each layer (``coarse``: each block), what follows it with it, and the head."""
+        """Group the stem, each layer (``coarse``: each block) with the transition or norm after it, and the head."""
         stem = r"features\.(?:conv0|norm0)\."
         last = (r"features\.norm5\.", PREVIOUS_GROUP)
         if coarse:
@@ -183,12 +189,14 @@ class BcosDenseNet(BcosConvNet):
 
 
 class LongBcosDenseNet(BcosDenseNet):
-    """A DenseNet of the long recipe: the same network, evaluated on images resized to 232 px."""
+    """DenseNet of the long recipe: the same network, evaluated on images resized to 232 px."""
 
-    transform = LONG_TRANSFORM
+    transform = LONG_RECIPE_TRANSFORM
 
 
-def _stem(in_chans: int, channels: int, small_inputs: bool, norm_layer: Layer, conv_layer: Layer) -> nn.Sequential:
+def _stem(
+    in_chans: int, channels: int, small_inputs: bool, norm_layer: LayerFactory, conv_layer: LayerFactory
+) -> nn.Sequential:
     if small_inputs:
         return nn.Sequential(OrderedDict(conv0=conv_layer(in_chans, channels, kernel_size=3, padding=1)))
     return nn.Sequential(
@@ -200,8 +208,8 @@ def _stem(in_chans: int, channels: int, small_inputs: bool, norm_layer: Layer, c
     )
 
 
-def _transition(channels: int, norm_layer: Layer, conv_layer: Layer) -> nn.Sequential:
-    """Half as many channels at half the resolution."""
+def _transition(channels: int, norm_layer: LayerFactory, conv_layer: LayerFactory) -> nn.Sequential:
+    """Build a transition, which halves channels and resolution."""
     return nn.Sequential(
         OrderedDict(
             norm=norm_layer(channels),
@@ -220,8 +228,8 @@ register_model(
     partial(LongBcosDenseNet, growth_rate=32, block_config=(6, 12, 24, 16), num_init_features=64),
 )
 
-# For CIFAR-10, with the depths and growth rates of arXiv 1608.06993 (and a small one). The official code never trained
-# them: norm and MaxOut are those of its CIFAR-10 framework, the norm study.
+# For CIFAR-10, with depths and growth rates of arXiv 1608.06993, and a small one. There are no official models: norm
+# and MaxOut are those of the official norm study on CIFAR-10.
 for _depth, _growth_rate in {52: 12, 100: 12, 190: 40, 250: 24}.items():
     register_model(
         f"densenet{_depth}",

@@ -1,11 +1,11 @@
-"""The plain nine-layer network for CIFAR-10 of the first B-cos paper.
+"""Plain nine-layer B-cos network for CIFAR-10, from the first B-cos paper.
 
-Nine B-cos convolutions one after the other, with MaxOut, without norm layers and without shortcuts (Böhle et al., CVPR
-2022, arXiv 2205.10268, sec. 4 and supplement; the authors' experiments ``9L-M2-B*``). Two constants take the place of
-norms: every layer's output is divided by a scale, since |cos|^(B-1) <= 1 makes it the smaller the greater B is, and the
-logits are divided by a temperature. Both are fixed factors, so W(x) x is the whole output but for the logit bias.
+Nine B-cos convolutions in sequence, with MaxOut, without norm layers and without shortcuts (Böhle et al., CVPR
+2022, arXiv 2205.10268, sec. 4 and supplement; the authors' experiments ``9L-M2-B*``). Two constants replace the
+norms: each layer's output is divided by a scale, since |cos|^(B-1) <= 1 shrinks it more for greater B, and the logits
+are divided by a temperature. Both are fixed factors, so W(x) x is the whole output except for the logit bias.
 
-The convolutions are the children ``0`` to ``8``, as in the authors' files, which therefore load strictly.
+The convolutions are the children ``0`` to ``8``, as in the authors' checkpoints, which therefore load strictly.
 
 Axes: N images, C channels, H height, W width, K classes.
 """
@@ -15,7 +15,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from bcos_train.model.base import GroupMatcher, check_images
-from bcos_train.model.conv_net import PLAIN_TRANSFORM, BcosConvNet, make_logit_layer
+from bcos_train.model.conv_net import NO_RESIZE_TRANSFORM, BcosConvNet, make_logit_layer
 from bcos_train.model.registry import register_model
 from bcos_train.nn import BcosConv2d
 from bcos_train.suggest import join_words
@@ -30,7 +30,7 @@ LOGIT_TEMPERATURES = {1: 1e-3, 1.25: 1e-3, 1.5: 1e-2, 1.75: 1e1, 2: 1e2, 2.25: 1
 
 
 class ScaledBcosConv2d(BcosConv2d):
-    """A B-cos convolution whose output is divided by :attr:`scale`, a positive constant."""
+    """B-cos convolution with its output divided by :attr:`scale`, a positive constant."""
 
     def __init__(
         self,
@@ -55,25 +55,25 @@ class ScaledBcosConv2d(BcosConv2d):
 
 
 class BcosPlainCnn(BcosConvNet):
-    """The nine-layer network.
+    """Nine-layer B-cos network without norms.
 
     Args:
         num_classes: K.
         in_chans: C; 6 for the encoding ``[r, g, b, 1-r, 1-g, 1-b]``.
         b: Exponent B of the B-cos transform (arXiv 2205.10268, eq. 3), at least 1.
-        max_out: Units per output channel, of which the largest counts.
-        layer_scale: Divides every layer's output. Default: ``10 ** (-2 + 1.5 * (2.5 - b))``, as in the paper.
-        logit_temperature: Divides the logits. Default: that of :data:`LOGIT_TEMPERATURES`.
-        logit_bias: Added to every logit. Default: ``-log(K - 1)``; for ten classes that is the paper's log(.1 / .9).
+        max_out: Units per output channel; the output is their maximum.
+        layer_scale: Divides the output of every layer. Default: ``10 ** (-2 + 1.5 * (2.5 - b))``, as in the paper.
+        logit_temperature: Divides the logits. Default: see :data:`LOGIT_TEMPERATURES`.
+        logit_bias: Added to every logit. Default: ``-log(K - 1)``; for ten classes, log(.1 / .9) as in the paper.
 
     Raises:
-        ValueError: No default is known for this ``b``, or a number is out of range.
+        ValueError: There is no default for this ``b``, or a number is out of range.
 
     Shape: ``(N, in_chans, H, W) -> (N, K)``, any H and W.
     """
 
-    logits_name = "8"
-    transform = PLAIN_TRANSFORM
+    logit_conv_name = "8"
+    transform = NO_RESIZE_TRANSFORM
 
     def __init__(
         self,
@@ -94,7 +94,7 @@ class BcosPlainCnn(BcosConvNet):
         for index, (out_channels, stride) in enumerate(LAYERS):
             self.add_module(str(index), conv_layer(channels, out_channels, kernel_size=3, stride=stride, padding=1))
             channels = out_channels
-        self.add_module(self.logits_name, conv_layer(channels, num_classes, kernel_size=1))
+        self.add_module(self.logit_conv_name, conv_layer(channels, num_classes, kernel_size=1))
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = channels
@@ -109,11 +109,11 @@ class BcosPlainCnn(BcosConvNet):
         return x
 
     def get_feature_extractor(self) -> nn.Sequential:
-        """Everything before the classifier, sharing its modules with this model."""
+        """Return the modules before the classifier, shared with this model."""
         return nn.Sequential(*self._feature_modules())
 
     def group_matcher(self, coarse: bool = False) -> GroupMatcher:
-        """A group for each layer, coarse or not."""
+        """Group each layer, coarse or not."""
         return {"stem": r"0\.", "blocks": rf"([1-{len(LAYERS) - 1}])\."}
 
     def _feature_modules(self) -> list[nn.Module]:
@@ -121,12 +121,12 @@ class BcosPlainCnn(BcosConvNet):
 
 
 def _scales(b: float, layer_scale: float | None, logit_temperature: float | None) -> tuple[float, float]:
-    """The given layer scale and logit temperature, or the paper's for this B."""
+    """Resolve layer scale and logit temperature; the defaults are the paper's values for this B."""
     if layer_scale is None or logit_temperature is None:
         if b not in LOGIT_TEMPERATURES:
             known = join_words((f"{known:g}" for known in LOGIT_TEMPERATURES), last="and")
             raise ValueError(
-                f"b={b:g}: layer_scale and logit_temperature are known for b = {known}; give both for another b"
+                f"b={b:g}: layer_scale and logit_temperature have defaults for b = {known}; set both for another b"
             )
         layer_scale = 10 ** (-2 + 1.5 * (2.5 - b)) if layer_scale is None else layer_scale
         logit_temperature = LOGIT_TEMPERATURES[b] if logit_temperature is None else logit_temperature

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bcos_train.model.recompute import set_grad_checkpointing
+from bcos_train.model.grad_checkpointing import set_grad_checkpointing
 from bcos_train.model.source import TIMM, Source, differences, model_of_node, read_source
 from bcos_train.model.timm_model import timm_model
 from bcos_train.model.weights import count_classes, load_weights
@@ -98,7 +98,7 @@ def create_model(
         progress: Show that of a download.
         backend: How the layers compute, see :func:`bcos_train.nn.set_backend`.
         grad_checkpointing: In training, compute the inside of each block again in the backward pass rather than keep
-            it: less memory, the same numbers (:mod:`bcos_train.model.recompute`).
+            it: less memory, the same numbers (:mod:`bcos_train.model.grad_checkpointing`).
         options: Keyword parameters of the model, such as ``num_classes``, ``in_chans``, ``norm_layer``, ``b``,
             ``max_out``; see :func:`model_signature`. With weights and another ``num_classes`` than theirs, everything
             but the last layer is loaded, and that has the same random weights as without ``weights``.

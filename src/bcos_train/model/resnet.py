@@ -1,9 +1,9 @@
 """B-cos ResNet, ResNeXt and Wide ResNet for ImageNet and CIFAR-10.
 
 The architecture is He et al. 2016 (stride in the 3x3 convolution, as in torchvision) with every convolution and the
-classifier replaced by a B-cos transform, no activation function, average in place of maximum pooling, and the
+classifier replaced by a B-cos transform, no activation function, average instead of maximum pooling, and the
 classifier applied at each position *before* the global average (Böhle et al., TPAMI 2024, arXiv 2306.10898, sec. 4).
-Parameter names, shapes and the order in which random numbers are drawn equal those of the official models, so that
+Parameter names, shapes and the order of random draws equal those of the official models, so that
 official weights load strictly and the same seed gives the same initial weights.
 
 Axes: N images, C channels, H height, W width, K classes.
@@ -19,22 +19,22 @@ from torchvision.ops import StochasticDepth
 from bcos_train.model.base import GroupMatcher, check_images
 from bcos_train.model.conv_net import (
     CIFAR_OPTIONS,
-    LONG_TRANSFORM,
-    PLAIN_TRANSFORM,
+    LONG_RECIPE_TRANSFORM,
+    NO_RESIZE_TRANSFORM,
     BcosConvNet,
-    Layer,
+    LayerFactory,
     linear_drop_probs,
     make_logit_layer,
     resolve_conv,
     resolve_norm,
 )
-from bcos_train.model.recompute import Blocks
+from bcos_train.model.grad_checkpointing import CheckpointedBlocks
 from bcos_train.model.registry import register_model
 from bcos_train.nn import add_shortcut
 
 
 class ResidualBlock(nn.Module):
-    """Residual branch plus identity (or ``downsample``); no activation after the sum.
+    """Residual block: branch plus identity (or ``downsample``), without activation after the sum.
 
     ``branch`` lists the attribute names of the residual branch in the order in which they are applied.
     """
@@ -53,14 +53,15 @@ class ResidualBlock(nn.Module):
         for module in branch:
             out = module(out)
         shortcut = x if self.downsample is None else self.downsample(x)
-        return add_shortcut(out, shortcut, *branch[-3:])  # convolution, norm, stochastic depth: all that may pass it on
+        # Convolution, norm, stochastic depth: only these can return or retain the output of the branch.
+        return add_shortcut(out, shortcut, *branch[-3:])
 
     def _branch(self) -> list[nn.Module]:
         modules = [getattr(self, name) for name in self.branch]
         return modules if self.stochastic_depth is None else [*modules, self.stochastic_depth]
 
     def chains(self) -> Iterator[Sequence[nn.Module]]:
-        """For :func:`~bcos_train.nn.cached_weights`."""
+        """Yield sequences of modules for :func:`~bcos_train.nn.cached_weights`."""
         yield self._branch()
         if isinstance(self.downsample, nn.Sequential):
             yield list(self.downsample)
@@ -81,8 +82,8 @@ class BasicBlock(ResidualBlock):
         groups: int,
         base_width: int,
         dilation: int,
-        norm_layer: Layer,
-        conv_layer: Layer,
+        norm_layer: LayerFactory,
+        conv_layer: LayerFactory,
         stochastic_depth_prob: float,
     ) -> None:
         if groups != 1 or base_width != 64:
@@ -100,7 +101,7 @@ class BasicBlock(ResidualBlock):
 
 
 class Bottleneck(ResidualBlock):
-    """1x1, 3x3 (strided, grouped, dilated), 1x1 convolutions; four times as many channels out as ``planes``."""
+    """1x1, 3x3 (strided, grouped, dilated) and 1x1 convolutions, with ``4 * planes`` output channels."""
 
     expansion = 4
     branch = ("conv1", "bn1", "conv2", "bn2", "conv3", "bn3")
@@ -114,8 +115,8 @@ class Bottleneck(ResidualBlock):
         groups: int,
         base_width: int,
         dilation: int,
-        norm_layer: Layer,
-        conv_layer: Layer,
+        norm_layer: LayerFactory,
+        conv_layer: LayerFactory,
         stochastic_depth_prob: float,
     ) -> None:
         super().__init__(stochastic_depth_prob)
@@ -144,21 +145,21 @@ class BcosResNet(BcosConvNet):
         conv_layer: Callable with the signature of :class:`~bcos_train.nn.BcosConv2d`. Default: ``BcosConv2d`` with
             ``b`` and ``max_out``.
         b: Exponent B of the B-cos transform (arXiv 2205.10268, eq. 3), at least 1.
-        max_out: Units per output channel, of which the largest counts.
-        logit_bias: Added to every logit. Default: ``-log(K - 1)``, with which a zero output means a probability 1/K.
+        max_out: Units per output channel; the output is their maximum.
+        logit_bias: Added to every logit. Default: ``-log(K - 1)``, which maps a zero output to the probability 1/K.
         logit_temperature: Divides every logit before the bias is added.
-        stochastic_depth_prob: Drop probability of the last block; the others' rises linearly from 0.
-        zero_init_residual: Start each residual branch at zero (the weight of its last norm).
-        replace_stride_with_dilation: For each stage but the first, whether dilation takes the place of its stride.
+        stochastic_depth_prob: Drop probability of the last block; it increases linearly from 0 at the first.
+        zero_init_residual: Initialize each residual branch to zero, by the weight of its last norm.
+        replace_stride_with_dilation: For each stage but the first, True replaces its stride by dilation.
         inplanes: Channels of the first stage.
         small_inputs: 3x3 stem without pooling, for images around 32 px.
-        groups, width_per_group: ResNeXt's cardinality and width.
+        groups, width_per_group: Cardinality and width of ResNeXt.
 
     Shape: ``(N, in_chans, H, W) -> (N, K)``.
     """
 
-    logits_name = "fc"
-    #: None in the three-stage networks: users of torchvision expect the attribute.
+    logit_conv_name = "fc"
+    #: None in networks with three stages, since users of torchvision expect the attribute.
     layer4: nn.Module | None
 
     def __init__(
@@ -168,8 +169,8 @@ class BcosResNet(BcosConvNet):
         *,
         num_classes: int = 1000,
         in_chans: int = 6,
-        norm_layer: str | Layer = "bnu-linear",
-        conv_layer: Layer | None = None,
+        norm_layer: str | LayerFactory = "bnu-linear",
+        conv_layer: LayerFactory | None = None,
         b: float = 2,
         max_out: int = 1,
         logit_bias: float | None = None,
@@ -191,7 +192,7 @@ class BcosResNet(BcosConvNet):
         if small_inputs:
             self.conv1 = conv_layer(in_chans, inplanes, kernel_size=3, padding=1)
             self.pool = None
-            self.transform = PLAIN_TRANSFORM
+            self.transform = NO_RESIZE_TRANSFORM
         else:
             self.conv1 = conv_layer(in_chans, inplanes, kernel_size=7, stride=2, padding=3)
             self.pool = nn.AvgPool2d(kernel_size=3, stride=2, padding=1)
@@ -207,7 +208,7 @@ class BcosResNet(BcosConvNet):
             blocks = [make_block(channels, planes, stride, first_dilation, next(drop_probs))]
             channels = planes * block.expansion
             blocks += [make_block(channels, planes, 1, dilation, next(drop_probs)) for _ in range(depth - 1)]
-            setattr(self, f"layer{stage + 1}", Blocks(*blocks))
+            setattr(self, f"layer{stage + 1}", CheckpointedBlocks(*blocks))
         if len(layers) == 3:
             self.layer4 = None
 
@@ -227,7 +228,7 @@ class BcosResNet(BcosConvNet):
                         nn.init.zeros_(weight)
 
     def init_conv(self, conv: nn.Conv2d) -> None:
-        # A B-cos unit's weight is normalised: the draw sets its direction alone.
+        # The weight of a B-cos unit is normalized, so only its direction matters.
         nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -237,15 +238,15 @@ class BcosResNet(BcosConvNet):
         return x
 
     def get_feature_extractor(self) -> nn.Sequential:
-        """Everything before the classifier, sharing its modules with this model."""
+        """Return the modules before the classifier, shared with this model."""
         return nn.Sequential(*self._feature_modules())
 
     def group_matcher(self, coarse: bool = False) -> GroupMatcher:
-        """A group for the stem, each block (``coarse``: each stage) and the head."""
+        """Group the stem, each block (``coarse``: each stage) and the head."""
         return {"stem": r"(?:conv1|bn1)\.", "blocks": r"layer(\d+)\." if coarse else r"layer(\d+)\.(\d+)\."}
 
     def chains(self) -> Iterator[Sequence[nn.Module]]:
-        """For :func:`~bcos_train.nn.cached_weights`."""
+        """Yield sequences of modules for :func:`~bcos_train.nn.cached_weights`."""
         yield self._feature_modules()
 
     def _feature_modules(self) -> list[nn.Module]:
@@ -255,19 +256,19 @@ class BcosResNet(BcosConvNet):
 
 
 class LongBcosResNet(BcosResNet):
-    """A ResNet of the long recipe: the same network, evaluated on images resized to 232 px."""
+    """ResNet of the long recipe: the same network, evaluated on images resized to 232 px."""
 
-    transform = LONG_TRANSFORM
+    transform = LONG_RECIPE_TRANSFORM
 
 
 def _strides_and_dilations(n_stages: int, replace: Sequence[bool] | None) -> list[tuple[int, int, int]]:
-    """For each stage the first block's stride and dilation, and the others' dilation."""
+    """Return for each stage the stride and dilation of its first block and the dilation of the other blocks."""
     replace = [False] * (n_stages - 1) if replace is None else replace
     if len(replace) != n_stages - 1:
         raise ValueError(f"replace_stride_with_dilation takes {n_stages - 1} values, got {list(replace)}")
     steps, dilation = [(1, 1, 1)], 1
     for is_replaced in replace:
-        # The first block still sees its predecessor's resolution.
+        # The input of the first block still has the dilation of the previous stage.
         factor = 2 if is_replaced else 1
         steps.append((2 // factor, dilation, dilation * factor))
         dilation *= factor
@@ -284,10 +285,10 @@ def _make_block(
     *,
     groups: int,
     base_width: int,
-    norm_layer: Layer,
-    conv_layer: Layer,
+    norm_layer: LayerFactory,
+    conv_layer: LayerFactory,
 ) -> ResidualBlock:
-    """A block with a projection beside its branch wherever the shapes of input and output differ."""
+    """Build a block, with a projection shortcut where the shapes of input and output differ."""
     outplanes, downsample = planes * block.expansion, None
     if stride != 1 or inplanes != outplanes:
         projection = conv_layer(inplanes, outplanes, kernel_size=1, stride=stride)
@@ -295,9 +296,9 @@ def _make_block(
     return block(inplanes, planes, stride, downsample, groups, base_width, dilation, norm_layer, conv_layer, drop_prob)
 
 
-def _register(names_and_options: dict[str, dict[str, Any]], *, long: bool = False, **common: Any) -> None:
+def _register(options_by_name: dict[str, dict[str, Any]], *, long: bool = False, **common: Any) -> None:
     network = LongBcosResNet if long else BcosResNet
-    for name, options in names_and_options.items():
+    for name, options in options_by_name.items():
         register_model(name, partial(network, **{**common, **options}))
 
 
@@ -338,7 +339,7 @@ _register(
     inplanes=16,
     **CIFAR_OPTIONS,
 )
-# The wide ones of the ResNeXt paper (arXiv 1611.05431) keep its 64 channels in the first stage.
+# The wide networks of the ResNeXt paper (arXiv 1611.05431) have its 64 channels in the first stage.
 _register(
     {f"resnext29_{groups}x64d": {"layers": (3, 3, 3), "groups": groups, "width_per_group": 64} for groups in (8, 16)},
     block=Bottleneck,

@@ -1,7 +1,7 @@
-"""torchvision's own networks, the baselines that B-cos networks are compared with. Their input is standardised RGB.
+"""Networks of torchvision, as baselines for B-cos networks. Their input is standardized RGB.
 
-Parameter names, initial weights and outputs are torchvision's, so its weights load as they are. What is added is the
-interface of the B-cos models: features and head apart, the inference transform, a new classifier.
+Parameter names, initial weights and outputs are torchvision's, so its weights load unchanged. They have the interface
+of the B-cos models: separate features and head, inference transform, replaceable classifier.
 
 Axes: N images, C channels, H height, W width, K classes.
 """
@@ -19,20 +19,19 @@ from bcos_train.model.transform import InferenceTransform
 
 __all__ = ["StandardModel"]
 
-#: A function of torchvision that builds a network.
+#: Function of torchvision that builds a network.
 Builder = Callable[..., nn.Module]
 
 
 class StandardModel(nn.Module):
-    """A network of torchvision as ``forward_head(forward_features(x))``.
+    """Network of torchvision as ``forward_head(forward_features(x))``.
 
     Args:
-        network: Its children become this module's, under their names; one of them is ``avgpool``.
-        features: Names of the children that make the features, in the order in which they are applied.
-        classifier: Name of the child that follows the pooling: the linear layer, or an ``nn.Sequential`` that ends in
-            it.
-        num_features: Channels of the features; ``None``: as many as the linear layer takes.
-        min_size: Least height and width of an image, in pixels, of which the features have a position left.
+        network: Its children become children of this module with the same names; one of them is ``avgpool``.
+        features: Names of the children that compute the features, in the order of application.
+        classifier: Name of the child after the pooling: the linear layer, or an ``nn.Sequential`` that ends with it.
+        num_features: Channels of the features; ``None``: input features of the linear layer.
+        min_size: Minimum height and width of an image in pixels, so that the feature map is not empty.
 
     Shape: ``(N, 3, H, W) -> (N, K)``, H and W at least ``min_size``.
     """
@@ -56,23 +55,23 @@ class StandardModel(nn.Module):
             self.add_module(name, child)
         self.feature_names = tuple(features)
         self.classifier_name = classifier
-        last = self._split_classifier()[1]
-        assert isinstance(last, nn.Linear)
-        self.num_classes = last.out_features
-        #: Channels of what ``forward_features`` gives, and length of what the linear layer takes.
-        self.num_features = last.in_features if num_features is None else num_features
-        self.head_hidden_size = last.in_features
+        linear = self._split_classifier()[1]
+        assert isinstance(linear, nn.Linear)
+        self.num_classes = linear.out_features
+        #: Channels of the output of ``forward_features``, and input features of the linear layer.
+        self.num_features = linear.in_features if num_features is None else num_features
+        self.head_hidden_size = linear.in_features
 
     @staticmethod
     def to_probabilities(logits: Tensor) -> Tensor:
-        """``(N, K) -> (N, K)``, under the cross-entropy that standard models are trained with."""
+        """Map logits to probabilities ``(N, K)``, for the cross-entropy that standard models are trained with."""
         return logits.softmax(-1)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Feature map ``(N, 3, H, W) -> (N, num_features, H', W')``.
+        """Compute the feature map: ``(N, 3, H, W) -> (N, num_features, H', W')``.
 
         Raises:
-            ValueError: Another number of axes or channels, or H or W below ``min_size``.
+            ValueError: The number of axes or channels is wrong, or H or W is below ``min_size``.
         """
         check_images(x, self.in_chans, self.min_size, self.architecture)
         for name in self.feature_names:
@@ -80,50 +79,50 @@ class StandardModel(nn.Module):
         return x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Feature map to logits ``(N, K)``, or with ``pre_logits`` to ``(N, head_hidden_size)``."""
-        before, last = self._split_classifier()
+        """Compute logits ``(N, K)``, or ``(N, head_hidden_size)`` with ``pre_logits``, from the feature map."""
+        head, linear = self._split_classifier()
         x = self.avgpool(x)
-        # ConvNeXt's classifier begins with a norm of maps and flattens them itself.
-        if not any(isinstance(module, nn.Flatten) for module in before):
+        # ConvNeXt's classifier starts with a norm of feature maps and flattens its output itself.
+        if not any(isinstance(module, nn.Flatten) for module in head):
             x = x.flatten(1)
-        x = before(x)
-        return x if pre_logits else last(x)
+        x = head(x)
+        return x if pre_logits else linear(x)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
 
     def get_classifier(self) -> nn.Module:
-        """What turns the pooled features into logits."""
+        """Return the module that computes logits from the pooled features."""
         return getattr(self, self.classifier_name)
 
     def get_feature_extractor(self) -> nn.Sequential:
-        """A module that computes ``forward_features``, sharing its parameters with this model."""
+        """Return a module that computes ``forward_features`` and shares its parameters with this model."""
         return nn.Sequential(*(getattr(self, name) for name in self.feature_names))
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Put a new linear layer with random weights (torch's own) in the place of the present one.
+        """Replace the linear layer by a new one with random weights, in PyTorch's default initialization.
 
         Args:
-            num_classes: K; 0 leaves the layer out: the model then gives ``(N, head_hidden_size)``.
-            global_pool: ``"avg"`` or ``None``: torchvision's networks have nothing else.
+            num_classes: K; 0 removes the layer: the model then returns ``(N, head_hidden_size)``.
+            global_pool: ``"avg"`` or ``None``, the only pooling of torchvision's networks.
 
         Raises:
-            ValueError: A negative number, or another ``global_pool``.
+            ValueError: ``num_classes`` is negative, or ``global_pool`` is another value.
         """
         if resolve_pooling(num_classes, global_pool) != "avg":
-            raise ValueError(f"global_pool={global_pool!r}: torchvision's {self.architecture} takes 'avg' alone")
+            raise ValueError(f"global_pool={global_pool!r}: torchvision's {self.architecture} only takes 'avg'")
         reference = next(self.parameters())
-        new = nn.Linear(self.head_hidden_size, num_classes) if num_classes else nn.Identity()
-        new.to(device=reference.device, dtype=reference.dtype).train(self.training)
+        linear = nn.Linear(self.head_hidden_size, num_classes) if num_classes else nn.Identity()
+        linear.to(device=reference.device, dtype=reference.dtype).train(self.training)
         classifier = self.get_classifier()
         if isinstance(classifier, nn.Sequential):
-            classifier[-1] = new
+            classifier[-1] = linear
         else:
-            setattr(self, self.classifier_name, new)
+            setattr(self, self.classifier_name, linear)
         self.num_classes = num_classes
 
     def _split_classifier(self) -> tuple[nn.Sequential, nn.Module]:
-        """What comes before the linear layer, and that layer."""
+        """Return the modules before the linear layer, and the linear layer."""
         classifier = self.get_classifier()
         if isinstance(classifier, nn.Sequential):
             return classifier[:-1], classifier[-1]
@@ -144,7 +143,7 @@ def _resnet(builder: Builder, /, *, num_classes: int = 1000, zero_init_residual:
 
 def _densenet(builder: Builder, /, *, num_classes: int = 1000, drop_rate: float = 0.0) -> StandardModel:
     network = _build(builder, num_classes, drop_rate=drop_rate)
-    # torchvision calls these two as functions.
+    # Functional in torchvision.
     network.relu, network.avgpool = nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1)
     return StandardModel(network, ("features", "relu"), "classifier", min_size=29)
 
@@ -157,7 +156,7 @@ def _vgg(builder: Builder, /, *, num_classes: int = 1000, dropout: float = 0.5) 
 def _convnext(
     builder: Builder, /, *, num_classes: int = 1000, stochastic_depth_prob: float | None = None
 ) -> StandardModel:
-    # torchvision's own probability differs from one size to the other.
+    # Without it, torchvision's default of each size.
     options = {} if stochastic_depth_prob is None else {"stochastic_depth_prob": stochastic_depth_prob}
     return StandardModel(_build(builder, num_classes, **options), ("features",), "classifier", min_size=32)
 

@@ -1,4 +1,4 @@
-"""Any model of timm by name, as a baseline. timm is imported when it is needed."""
+"""Models of timm as baselines. timm is imported on demand."""
 
 import inspect
 from collections.abc import Mapping
@@ -24,24 +24,24 @@ def timm_model(
     drop_path_rate: float | None = None,
     model_args: dict[str, Any] | None = None,
 ) -> nn.Module:
-    """Build one of timm's models (``timm.list_models()``).
+    """Build a model of timm (``timm.list_models()``).
 
     Args:
-        name: timm's name, such as ``"convnext_tiny"``; with a tag, as ``"resnet18.a1_in1k"``, that of certain weights.
+        name: timm's name, such as ``"convnext_tiny"``, optionally with the tag of its weights: ``"resnet18.a1_in1k"``.
         num_classes: K.
-        in_chans: C: 3 for standardised RGB, 6 for ``[r, g, b, 1-r, 1-g, 1-b]``.
-        pretrained: Load timm's weights, which it fetches; with another K all but the classifier.
-        drop_rate: Dropout before the classifier; ``None``: the model's default.
-        drop_path_rate: Stochastic depth; ``None``: the model's default.
-        model_args: Further keywords of that model, such as ``{img_size: 32}`` for a ViT or ``{act_layer: gelu}``.
+        in_chans: C: 3 for standardized RGB, 6 for ``[r, g, b, 1-r, 1-g, 1-b]``.
+        pretrained: Download and load timm's weights; for another K, all except the classifier.
+        drop_rate: Dropout probability before the classifier; ``None``: the model's default.
+        drop_path_rate: Probability of stochastic depth; ``None``: the model's default.
+        model_args: Further keywords of the model, such as ``{img_size: 32}`` for a ViT or ``{act_layer: gelu}``.
 
     Returns:
-        timm's model ``(N, C, H, W) -> (N, K)`` with three attributes more, as all models here have them: ``in_chans``,
-        ``to_probabilities`` (softmax) and ``transform`` (PIL image -> ``(C, H, W)``: the one that timm gives for the
-        model's weights; with 6 channels ImageNet's, encoded).
+        timm's model ``(N, C, H, W) -> (N, K)`` with three more attributes, which all models here have: ``in_chans``,
+        ``to_probabilities`` (softmax) and ``transform`` (PIL image -> ``(C, H, W)``: timm's transform for the model's
+        weights; with 6 channels ImageNet's, encoded).
 
     Raises:
-        ValueError: Unknown name, tag or keyword, or timm doesn't take a value.
+        ValueError: Unknown name, tag or keyword, or timm rejects a value.
     """
     from timm import create_model
 
@@ -49,18 +49,18 @@ def timm_model(
     if num_classes < 1:
         raise ValueError(f"num_classes={num_classes}: at least 1")
     if in_chans not in (3, 6):
-        raise ValueError(f"in_chans={in_chans}: 3 for standardised RGB or 6 for [r, g, b, 1-r, 1-g, 1-b]")
-    own = {*inspect.signature(timm_model).parameters, *inspect.signature(create_model).parameters} - {"kwargs"}
+        raise ValueError(f"in_chans={in_chans}: 3 for standardized RGB or 6 for [r, g, b, 1-r, 1-g, 1-b]")
+    reserved = {*inspect.signature(timm_model).parameters, *inspect.signature(create_model).parameters} - {"kwargs"}
     for key in model_args or {}:
-        # Files and addresses among them: a config is to name a model, not weights from anywhere.
-        if key in own or key.startswith("pretrained"):
+        # Also files and URLs: a config must not load weights from arbitrary places.
+        if key in reserved or key.startswith("pretrained"):
             raise ValueError(f"model_args.{key}: not a keyword of timm's {name} itself")
     options = {"drop_rate": drop_rate, "drop_path_rate": drop_path_rate, **(model_args or {})}
     try:
         model: Any = create_model(name, pretrained=pretrained, num_classes=num_classes, in_chans=in_chans, **options)
     except (TypeError, AssertionError) as error:
-        given = {key: value for key, value in options.items() if value is not None}
-        raise ValueError(f"timm's {name} can't be built with {given} ({error})") from error
+        set_options = {key: value for key, value in options.items() if value is not None}
+        raise ValueError(f"timm's {name} can't be built with {set_options} ({error})") from error
     model.in_chans = in_chans
     model.to_probabilities = _softmax
     model.transform = _transform(model) if in_chans == 3 else InferenceTransform(256, 224, BcosEncoding())
@@ -78,7 +78,7 @@ def _transform(model: nn.Module) -> v2.Compose:
 
 
 def _check_name(name: str) -> None:
-    """Raise a ValueError, which names the nearest, if timm knows no such model or no such tag of it."""
+    """Raise a ValueError that names the nearest name if timm has no such model or tag."""
     from timm import list_models
     from timm.models import get_arch_pretrained_cfgs
 
@@ -92,7 +92,7 @@ def _check_name(name: str) -> None:
 
 
 def _config_signature(node: Mapping[str, Any]) -> inspect.Signature:
-    """The function's own signature; a wrong name in a config is told before anything is built."""
+    """Return the signature of :func:`timm_model`, after checking the model name of the config."""
     if isinstance(node.get("name"), str) and node["name"] != "???":
         _check_name(node["name"])
     return inspect.signature(timm_model)

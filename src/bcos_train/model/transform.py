@@ -1,6 +1,4 @@
-"""From an image file to a model's input, for inference."""
-
-from typing import Any
+"""Inference transform: from a PIL image to a model's input."""
 
 from PIL import Image
 from torch import Tensor
@@ -10,16 +8,16 @@ from bcos_train.dataset.encoding import BcosEncoding, Standardize
 
 
 class InferenceTransform:
-    """PIL image -> ``(C, H, W)``: the ImageNet evaluation preset, or the image as it is, then the model's encoding.
+    """PIL image -> ``(C, H, W)``: ImageNet evaluation preset or no geometry, then the model's encoding.
 
     Args:
-        resize_size: Length of the shorter side in pixels; ``None`` keeps the image's size and crops nothing.
-        crop_size: Side of the square that is cut out of the centre.
-        encoding: RGB to the model's input.
+        resize_size: Shorter side after resizing, in pixels; ``None``: neither resize nor crop.
+        crop_size: Side of the center crop in pixels.
+        encoding: Encoding of RGB as the model's input.
     """
 
     def __init__(self, resize_size: int | None, crop_size: int, encoding: BcosEncoding | Standardize) -> None:
-        self.geometry: Any = plain() if resize_size is None else imagenet_eval(resize_size, crop_size)
+        self.geometry = plain() if resize_size is None else imagenet_eval(resize_size, crop_size)
         self.encoding = encoding
 
     def __call__(self, image: Image.Image) -> Tensor:

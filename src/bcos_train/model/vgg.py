@@ -1,9 +1,9 @@
 """B-cos VGG.
 
 The architecture is VGG (Simonyan & Zisserman 2015, arXiv 1409.1556) with every convolution replaced by a B-cos
-transform, no activation function and no dropout, average in place of maximum pooling, and the three fully connected
+transform, no activation function and no dropout, average instead of maximum pooling, and the three fully connected
 layers as convolutions (7x7, 1x1, 1x1) that are applied at each position *before* the global average (Böhle et al.,
-TPAMI 2024, arXiv 2306.10898, sec. 4). Parameter names, shapes and the order in which random numbers are drawn equal
+TPAMI 2024, arXiv 2306.10898, sec. 4). Parameter names, shapes and the order of random draws equal
 those of the official models.
 
 Axes: N images, C channels, H height, W width, K classes.
@@ -15,8 +15,8 @@ from functools import partial
 from torch import nn
 
 from bcos_train.model.base import GroupMatcher
-from bcos_train.model.conv_net import BcosConvNet, Layer, make_logit_layer, resolve_conv, resolve_norm
-from bcos_train.model.recompute import Blocks
+from bcos_train.model.conv_net import BcosConvNet, LayerFactory, make_logit_layer, resolve_conv, resolve_norm
+from bcos_train.model.grad_checkpointing import CheckpointedBlocks
 from bcos_train.model.registry import register_model
 
 
@@ -24,7 +24,7 @@ class BcosVGG(BcosConvNet):
     """B-cos VGG.
 
     Args:
-        layers: Convolutions of each stage; a stage halves the resolution at its end.
+        layers: Convolutions per stage; each stage halves the resolution at its end.
         num_classes: K.
         in_chans: C; 6 for the encoding ``[r, g, b, 1-r, 1-g, 1-b]``.
         norm_layer: Name for :func:`bcos_train.nn.make_norm` (``"bnu-linear"``, ``"none"``, …) or a callable
@@ -32,15 +32,15 @@ class BcosVGG(BcosConvNet):
         conv_layer: Callable with the signature of :class:`~bcos_train.nn.BcosConv2d`. Default: ``BcosConv2d`` with
             ``b`` and ``max_out``.
         b: Exponent B of the B-cos transform (arXiv 2205.10268, eq. 3), at least 1.
-        max_out: Units per output channel, of which the largest counts.
-        logit_bias: Added to every logit. Default: ``-log(K - 1)``, with which a zero output means a probability 1/K.
+        max_out: Units per output channel; the output is their maximum.
+        logit_bias: Added to every logit. Default: ``-log(K - 1)``, which maps a zero output to the probability 1/K.
         logit_temperature: Divides every logit before the bias is added.
-        no_pool: The last convolution of each stage has stride 2 in place of the pooling.
+        no_pool: Use stride 2 in the last convolution of each stage instead of pooling.
 
     Shape: ``(N, in_chans, H, W) -> (N, K)``, H and W at least 32 (with ``no_pool`` at least 1).
     """
 
-    logits_name = "classifier.2"
+    logit_conv_name = "classifier.2"
     #: Channels of the stages.
     planes = (64, 128, 256, 512, 512)
 
@@ -50,8 +50,8 @@ class BcosVGG(BcosConvNet):
         *,
         num_classes: int = 1000,
         in_chans: int = 6,
-        norm_layer: str | Layer = "bnu-linear",
-        conv_layer: Layer | None = None,
+        norm_layer: str | LayerFactory = "bnu-linear",
+        conv_layer: LayerFactory | None = None,
         b: float = 2,
         max_out: int = 1,
         logit_bias: float | None = None,
@@ -70,14 +70,14 @@ class BcosVGG(BcosConvNet):
             for i in range(depth):
                 stride = 2 if no_pool and i == depth - 1 else 1
                 features.append(conv_layer(channels, planes, kernel_size=3, stride=stride, padding=1))
-                # Without a norm its place stays taken, by nn.Identity: the numbers of the modules are part of the keys.
+                # Without norm, an nn.Identity takes its index, which is part of the state-dict keys.
                 features.append(norm_layer(planes))
                 channels = planes
             if not no_pool:
                 features.append(nn.AvgPool2d(kernel_size=2, stride=2))
-        self.features = Blocks(*features)
-        # The single convolutions would save little: their inputs are most of what there is to keep.
-        self.features.lengths = tuple(2 * depth + (not no_pool) for depth in layers)
+        self.features = CheckpointedBlocks(*features)
+        # One block per stage: single convolutions would save little, since most of the memory is their inputs.
+        self.features.block_lengths = tuple(2 * depth + (not no_pool) for depth in layers)
         self.min_size = 1 if no_pool else 2 ** len(layers)
 
         self.num_features = channels
@@ -99,14 +99,14 @@ class BcosVGG(BcosConvNet):
         return self.features
 
     def chains(self) -> Iterator[Sequence[nn.Module]]:
-        """For :func:`~bcos_train.nn.cached_weights`."""
+        """Yield sequences of modules for :func:`~bcos_train.nn.cached_weights`."""
         yield list(self.features)
 
     def group_matcher(self, coarse: bool = False) -> GroupMatcher:
-        """A group for the stem, each further convolution with its norm (``coarse``: each stage), and the head."""
+        """Group the stem, each further convolution with its norm (``coarse``: each stage), and the head."""
         blocks: list[tuple[str, tuple[int, ...] | None]] = []
         start = 0
-        for stage, length in enumerate(self.features.lengths):
+        for stage, length in enumerate(self.features.block_lengths):
             for index in range(start, start + length - 1, 2):
                 group = (stage,) if coarse else (stage, index)
                 blocks.append((rf"features\.(?:{index}|{index + 1})\.", group))

@@ -1,15 +1,14 @@
-"""SimpleViT and ViT-C, as B-cos networks and as their standard twins.
+"""SimpleViT and ViT-C, as B-cos networks and as standard networks.
 
-The transformer is the plain one of Beyer et al. 2022 (arXiv 2205.01580): fixed sine-cosine positional embedding, no
-class token, the tokens' average goes to the classifier. ViT-C puts a convolutional stem in the place of the 16x16
-patches and has one block less to make up for it (Xiao et al. 2021, arXiv 2106.14881). In the B-cos networks every
-linear layer, convolution and the classifier is a B-cos transform, norms have no bias and there is no activation
-function; queries, keys and values come from a plain linear layer without bias, since attention is a dynamic linear
-map as it is: a matrix that depends on the input, times the values (Böhle et al., TPAMI 2024, arXiv 2306.10898).
-Parameter names, shapes and the order in which random numbers are drawn equal those of the official models.
+The transformer is that of Beyer et al. 2022 (arXiv 2205.01580): fixed sine-cosine positional embedding, no class token,
+and a classifier on the average of the tokens. ViT-C replaces the 16x16 patches by a convolutional stem, at the cost of
+one transformer block (Xiao et al. 2021, arXiv 2106.14881). In the B-cos networks the linear layers, convolutions and
+the classifier are B-cos transforms, norms have no bias and there is no activation function. Queries, keys and values
+come from an ordinary linear layer without bias, since attention already is a dynamic linear map: a matrix that depends
+on the input, times the values (Böhle et al., TPAMI 2024, arXiv 2306.10898).
+Parameter names, shapes and the order of random draws equal those of the official models.
 
-Axes: N images, C channels, H height, W width, P side of a patch, T tokens, D width of a token, A attention heads,
-K classes.
+Axes: N images, C channels, H height, W width, P patch size, T tokens, D token dimension, A attention heads, K classes.
 """
 
 from collections import OrderedDict
@@ -22,8 +21,8 @@ from torch import Tensor, nn
 
 from bcos_train.dataset.encoding import Standardize
 from bcos_train.model.base import BcosModel, GroupMatcher, resolve_pooling
-from bcos_train.model.conv_net import Layer, make_logit_layer
-from bcos_train.model.recompute import Blocks, set_grad_checkpointing
+from bcos_train.model.conv_net import LayerFactory, make_logit_layer
+from bcos_train.model.grad_checkpointing import CheckpointedBlocks, set_grad_checkpointing
 from bcos_train.model.registry import register_model
 from bcos_train.model.transform import InferenceTransform
 from bcos_train.model.vit_parts import Attention, Encoder, Patches, PositionalEmbedding, conv_stem
@@ -40,21 +39,22 @@ __all__ = ["Attention", "BcosSimpleViT", "PositionalEmbedding", "SimpleViT", "St
 
 
 class SimpleViT(nn.Module):
-    """SimpleViT or ViT-C made of the given layers: ordinary ones with GELU unless others are given.
+    """SimpleViT or ViT-C with configurable layers; the defaults are standard layers and GELU.
 
     Args:
         num_classes, in_chans, patch_size, stem, dim, depth, heads, mlp_dim: As for :class:`BcosSimpleViT`.
-        linear_layer, conv_layer: Called as ``nn.Linear`` and ``nn.Conv2d`` are.
-        norm_layer, norm2d_layer: Of tokens and of the stem's feature maps; called with the number of channels.
-        act_layer: Called with nothing.
+        linear_layer, conv_layer: Factories with the arguments of ``nn.Linear`` and ``nn.Conv2d``.
+        norm_layer, norm2d_layer: Norm factories for tokens and the stem's feature maps; their argument is the number of
+            channels.
+        act_layer: Activation factory without arguments.
 
     Shape: ``(N, in_chans, H, W) -> (N, K)``, H and W as for :class:`BcosSimpleViT`.
 
     Raises:
-        ValueError: A size out of range.
+        ValueError: A size is out of range.
     """
 
-    #: Names of the parts that make the tokens, in the order in which they are applied.
+    #: Names of the modules that compute the tokens, in the order of application.
     feature_names = ("to_patch_embedding", "positional_embedding", "transformer")
 
     #: ``"avg"``, or ``""`` after ``reset_classifier(0, "")``.
@@ -71,11 +71,11 @@ class SimpleViT(nn.Module):
         depth: int = 12,
         heads: int = 6,
         mlp_dim: int = 1536,
-        linear_layer: Layer = nn.Linear,
-        norm_layer: Layer = nn.LayerNorm,
-        act_layer: Layer = nn.GELU,
-        conv_layer: Layer = nn.Conv2d,
-        norm2d_layer: Layer = DetachableGNLayerNorm2d,
+        linear_layer: LayerFactory = nn.Linear,
+        norm_layer: LayerFactory = nn.LayerNorm,
+        act_layer: LayerFactory = nn.GELU,
+        conv_layer: LayerFactory = nn.Conv2d,
+        norm2d_layer: LayerFactory = DetachableGNLayerNorm2d,
     ) -> None:
         super().__init__()
         _check_sizes(num_classes, in_chans, patch_size, dim, depth, heads, mlp_dim)
@@ -89,7 +89,7 @@ class SimpleViT(nn.Module):
         self.to_patch_embedding = nn.Sequential(embedding)
         self.positional_embedding = PositionalEmbedding()
         block = partial(Encoder, dim, heads, mlp_dim, linear_layer, norm_layer, act_layer)
-        self.transformer = Blocks(OrderedDict((f"encoder_{i}", block()) for i in range(depth)))
+        self.transformer = CheckpointedBlocks(OrderedDict((f"encoder_{i}", block()) for i in range(depth)))
         self.linear_head = nn.Sequential(OrderedDict(norm=norm_layer(dim), linear=linear_layer(dim, num_classes)))
         self.linear_layer = linear_layer
         self.num_features = self.head_hidden_size = dim
@@ -97,7 +97,7 @@ class SimpleViT(nn.Module):
         self.in_chans = in_chans
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """The tokens after the transformer: ``(N, in_chans, H, W) -> (N, T, D)``."""
+        """Compute the tokens after the transformer: ``(N, in_chans, H, W) -> (N, T, D)``."""
         if x.ndim != 4 or x.shape[1] != self.in_chans:
             raise ValueError(f"got an input of shape {tuple(x.shape)}: expected (N, {self.in_chans}, H, W)")
         for name in self.feature_names:
@@ -105,7 +105,7 @@ class SimpleViT(nn.Module):
         return x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Tokens ``(N, T, D) -> (N, K)``; with ``pre_logits`` their average after the head's norm, ``(N, D)``."""
+        """Compute logits ``(N, K)`` from tokens; with ``pre_logits`` the average after the head's norm, ``(N, D)``."""
         norm, linear = self.linear_head
         x = norm(x.mean(dim=1) if self.global_pool else x)
         return x if pre_logits else linear(x)
@@ -114,74 +114,74 @@ class SimpleViT(nn.Module):
         return self.forward_head(self.forward_features(x))
 
     def get_classifier(self) -> nn.Sequential:
-        """Norm and linear layer, applied to the average of the tokens."""
+        """Return the norm and linear layer that follow the average of the tokens."""
         return self.linear_head
 
     def get_feature_extractor(self) -> nn.Sequential:
-        """What gives the tokens ``(N, T, D)``, sharing its modules with this model."""
+        """Return the modules that compute the tokens ``(N, T, D)``, shared with this model."""
         return nn.Sequential(OrderedDict((name, getattr(self, name)) for name in self.feature_names))
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Put a new linear layer with random weights in the place of the present one; the head's norm stays.
+        """Replace the linear layer by a new one with random weights; the head's norm is unchanged.
 
         Args:
-            num_classes: K; 0 leaves the linear layer out: the model then gives ``(N, D)``.
-            global_pool: ``"avg"``, the average of the tokens; with 0 classes also ``""``: the model then gives each
-                token after the head's norm, ``(N, T, D)``. ``None``: as it is.
+            num_classes: K; 0 removes the linear layer: the model then returns ``(N, D)``.
+            global_pool: ``"avg"``, the average of the tokens; with 0 classes also ``""``: the model then returns each
+                token after the head's norm, ``(N, T, D)``. ``None``: unchanged.
 
         Raises:
-            ValueError: A negative number, or another ``global_pool``.
+            ValueError: ``num_classes`` is negative, or ``global_pool`` is another value.
         """
         self.global_pool = resolve_pooling(num_classes, global_pool, self.global_pool)
         reference = next(self.parameters())
-        new = self.linear_layer(self.head_hidden_size, num_classes) if num_classes else nn.Identity()
-        new.to(device=reference.device, dtype=reference.dtype).train(self.training)
-        self.linear_head.linear = new
+        linear = self.linear_layer(self.head_hidden_size, num_classes) if num_classes else nn.Identity()
+        linear.to(device=reference.device, dtype=reference.dtype).train(self.training)
+        self.linear_head.linear = linear
         self.num_classes = num_classes
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """As for :class:`~bcos_train.model.BcosModel`."""
+        """Enable or disable gradient checkpointing, as for :class:`~bcos_train.model.BcosModel`."""
         set_grad_checkpointing(self, enable)
 
     def group_matcher(self, coarse: bool = False) -> GroupMatcher:
-        """A group for what makes the tokens, each block, and the head; there are no stages to be ``coarse``."""
+        """Group the embedding, each block, and the head; there are no stages for ``coarse``."""
         return {"stem": r"to_patch_embedding\.", "blocks": r"transformer\.encoder_(\d+)\."}
 
 
 class StandardSimpleViT(SimpleViT):
-    """The baseline of the B-cos network, for standardised RGB.
+    """Baseline of the B-cos network, for standardized RGB.
 
-    Without dynamic linear weights to explain it is no :class:`~bcos_train.model.BcosModel`; otherwise its methods are
+    It is not a :class:`~bcos_train.model.BcosModel`, since it has no dynamic linear weights, but its other methods are
     the same.
     """
 
     transform = InferenceTransform(256, 224, Standardize())
-    #: Logits -> probabilities under the cross-entropy that these networks are trained with.
+    #: Map from logits to probabilities, for the cross-entropy that these networks are trained with.
     to_probabilities = staticmethod(partial(torch.softmax, dim=-1))
 
 
 class BcosSimpleViT(BcosModel):
-    """B-cos SimpleViT or ViT-C: the network is ``model[0]``, temperature and bias of the logits ``model[1]``.
+    """B-cos SimpleViT or ViT-C: ``model[0]`` is the network, ``model[1]`` the logit layer.
 
     Args:
         num_classes: K.
         in_chans: C; 6 for the encoding ``[r, g, b, 1-r, 1-g, 1-b]``.
         b: Exponent B of the B-cos transform (arXiv 2205.10268, eq. 3), at least 1.
-        max_out: Units per output channel, of which the largest counts.
-        logit_bias: Added to every logit. Default: ``-log(K - 1)``, with which a zero output means a probability 1/K.
+        max_out: Units per output channel; the output is their maximum.
+        logit_bias: Added to every logit. Default: ``-log(K - 1)``, which maps a zero output to the probability 1/K.
         logit_temperature: Divides every logit before the bias is added.
-        patch_size: P, of the image or, with a stem, of the stem's output.
-        stem: Channels of the stem's 3x3 convolutions; wherever their number grows, the stride is 2. Empty: no stem.
+        patch_size: P, in pixels of the image or, with a stem, of the stem's output.
+        stem: Channels of the stem's 3x3 convolutions; the stride is 2 wherever they increase. Empty: no stem.
         dim: D, a multiple of 4 and of ``heads``.
-        depth: Blocks of the transformer.
+        depth: Transformer blocks.
         heads: A.
-        mlp_dim: Units between the two layers of a feed-forward network.
+        mlp_dim: Hidden units of the feed-forward networks.
 
-    Shape: ``(N, in_chans, H, W) -> (N, K)``. H and W are multiples of P; with a stem and P = 1 any sizes, of which a
-    sixteenth, rounded up, is left after the four strides of the published stems.
+    Shape: ``(N, in_chans, H, W) -> (N, K)``. H and W are multiples of P; with a stem and P = 1, any size. The four
+    strides of the published stems divide H and W by 16, rounded up.
 
     Raises:
-        ValueError: A value out of range.
+        ValueError: A value is out of range.
     """
 
     def __init__(
@@ -216,7 +216,7 @@ class BcosSimpleViT(BcosModel):
             conv_layer=partial(BcosConv2d, b=b, max_out=max_out),
             norm2d_layer=NoBias(DetachableGNLayerNorm2d),
         )
-        # The official model is a sequence of the two, so these are their names in its state dict.
+        # The official model is a sequence of the two; these are its state-dict keys.
         self.add_module("0", network)
         self.add_module("1", make_logit_layer(num_classes, logit_temperature, logit_bias))
         self.num_features, self.head_hidden_size = network.num_features, network.head_hidden_size
@@ -231,20 +231,20 @@ class BcosSimpleViT(BcosModel):
         return self[1]
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """The tokens after the transformer: ``(N, in_chans, H, W) -> (N, T, D)``."""
+        """Compute the tokens after the transformer: ``(N, in_chans, H, W) -> (N, T, D)``."""
         return self[0].forward_features(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Tokens ``(N, T, D) -> (N, K)``; with ``pre_logits`` their average after the head's norm, ``(N, D)``."""
+        """Compute logits ``(N, K)`` from tokens; with ``pre_logits`` the average after the head's norm, ``(N, D)``."""
         x = self[0].forward_head(x, pre_logits)
         return self.logit_layer(x) if self.num_classes and not pre_logits else x
 
     def get_classifier(self) -> nn.Sequential:
-        """Norm and B-cos linear layer, applied to the average of the tokens; temperature and bias come after them."""
+        """Return the norm and B-cos linear layer between the average of the tokens and the logit layer."""
         return self[0].get_classifier()
 
     def get_feature_extractor(self) -> nn.Sequential:
-        """What gives the tokens ``(N, T, D)``, sharing its modules with this model."""
+        """Return the modules that compute the tokens ``(N, T, D)``, shared with this model."""
         return self[0].get_feature_extractor()
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
@@ -255,7 +255,7 @@ class BcosSimpleViT(BcosModel):
         self.num_classes = num_classes
 
     def group_matcher(self, coarse: bool = False) -> GroupMatcher:
-        """As for :class:`SimpleViT`, below the ``0.`` of the names."""
+        """Group as :class:`SimpleViT` does, with the prefix ``0.`` of the names."""
         return {group: rf"0\.{pattern}" for group, pattern in self[0].group_matcher(coarse).items()}
 
 
@@ -272,7 +272,7 @@ def _check_sizes(
         )
 
 
-#: The four sizes: D, blocks of the SimpleViT (a ViT-C has one less), heads, and the stem of the ViT-C.
+#: Size -> D, blocks of the SimpleViT (ViT-C: one fewer), heads, and the stem of the ViT-C.
 _SIZES = {
     "ti": (192, 12, 3, (24, 48, 96, 192)),
     "s": (384, 12, 6, (48, 96, 192, 384)),

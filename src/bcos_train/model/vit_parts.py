@@ -1,24 +1,23 @@
-"""What the ViTs are made of: patches, positional embedding, attention, feed-forward network, convolutional stem.
+"""Modules of the ViTs: patches, positional embedding, attention, feed-forward network, convolutional stem.
 
-Axes: N images, C channels, H height, W width, P side of a patch, T tokens, D width of a token, A attention heads.
+Axes: N images, C channels, H height, W width, P patch size, T tokens, D token dimension, A attention heads.
 """
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bcos_train.model.conv_net import Layer
+from bcos_train.model.conv_net import LayerFactory
 from bcos_train.nn import Detachable, Linear
 
 __all__ = ["Attention", "Encoder", "Patches", "PositionalEmbedding", "conv_stem"]
 
 
 class Patches(nn.Module):
-    """``(N, C, H, W) -> (N, H/P, W/P, P*P*C)``: the pixels of each patch row by row, all channels of a pixel together.
+    """Split images into patches: ``(N, C, H, W) -> (N, H/P, W/P, P*P*C)``, pixels row by row, channels last.
 
     Raises:
         ValueError: H or W is not a multiple of P.
@@ -40,11 +39,11 @@ class Patches(nn.Module):
 
 
 class PositionalEmbedding(nn.Module):
-    """Adds a fixed sine-cosine embedding of its place to each token: ``(N, H', W', D) -> (N, H'*W', D)``.
+    """Add a fixed sine-cosine embedding of its position to each token: ``(N, H', W', D) -> (N, H'*W', D)``.
 
     D/4 frequencies from 1 to 1/``temperature``, geometrically spaced, of sin x, cos x, sin y, cos y (arXiv 2205.01580).
-    The module adds it itself, so that :func:`bcos_train.explanation.constant_term` finds it: it is the one part of a
-    B-cos ViT besides the logit bias that does not come from the image.
+    The addition is part of the module, so that :func:`bcos_train.explanation.constant_term` detects it: besides the
+    logit bias, it is the only part of a B-cos ViT that doesn't depend on the image.
     """
 
     def __init__(self, temperature: float = 10_000) -> None:
@@ -56,24 +55,27 @@ class PositionalEmbedding(nn.Module):
         return x.flatten(1, 2) + self.embedding(height, width, dim, x.device).to(x.dtype)
 
     def embedding(self, height: int, width: int, dim: int, device: torch.device | None = None) -> Tensor:
-        """``(height * width, dim)`` in float32, with which the published weights were trained, for any model dtype."""
-        options: dict[str, Any] = {"device": device, "dtype": torch.float32}
-        omega = torch.arange(dim // 4, **options) / (dim // 4 - 1)
+        """Return the embedding ``(height * width, dim)``, in float32 as in training of the published weights."""
+
+        def arange(n: int) -> Tensor:
+            return torch.arange(n, device=device, dtype=torch.float32)
+
+        omega = arange(dim // 4) / (dim // 4 - 1)
         omega = 1.0 / self.temperature**omega
-        y, x = torch.meshgrid(torch.arange(height, **options), torch.arange(width, **options), indexing="ij")
+        y, x = torch.meshgrid(arange(height), arange(width), indexing="ij")
         y, x = y.flatten()[:, None] * omega, x.flatten()[:, None] * omega
         return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1)
 
 
 class Attention(Detachable):
-    """Multi-head self-attention with a norm before it, ``(N, T, D) -> (N, T, D)``.
+    """Pre-norm multi-head self-attention, ``(N, T, D) -> (N, T, D)``.
 
-    In explanation mode the attention matrix is constant to autograd, so that the map from the values to the output is
-    linear. The matrix is then computed step by step, which can be differentiated twice; otherwise torch's fused
-    kernels compute the same, and most of those can't.
+    In explanation mode the attention matrix is detached, so that the map from the values to the output is linear. It is
+    then computed explicitly, which can be differentiated twice; most of PyTorch's fused kernels, which are used
+    otherwise, can't.
     """
 
-    def __init__(self, dim: int, heads: int, linear_layer: Layer, norm_layer: Layer) -> None:
+    def __init__(self, dim: int, heads: int, linear_layer: LayerFactory, norm_layer: LayerFactory) -> None:
         super().__init__()
         self.heads = heads
         self.norm = norm_layer(dim)
@@ -97,7 +99,9 @@ class Attention(Detachable):
 class FeedForward(nn.Module):
     """Norm, linear layer to ``hidden_dim``, activation, linear layer back: ``(N, T, D) -> (N, T, D)``."""
 
-    def __init__(self, dim: int, hidden_dim: int, linear_layer: Layer, norm_layer: Layer, act_layer: Layer) -> None:
+    def __init__(
+        self, dim: int, hidden_dim: int, linear_layer: LayerFactory, norm_layer: LayerFactory, act_layer: LayerFactory
+    ) -> None:
         super().__init__()
         self.net = nn.Sequential(
             OrderedDict(
@@ -113,10 +117,16 @@ class FeedForward(nn.Module):
 
 
 class Encoder(nn.Module):
-    """A block of the transformer: attention and feed-forward network, each added to its input."""
+    """Transformer block: attention and feed-forward network, each with a residual connection."""
 
     def __init__(
-        self, dim: int, heads: int, mlp_dim: int, linear_layer: Layer, norm_layer: Layer, act_layer: Layer
+        self,
+        dim: int,
+        heads: int,
+        mlp_dim: int,
+        linear_layer: LayerFactory,
+        norm_layer: LayerFactory,
+        act_layer: LayerFactory,
     ) -> None:
         super().__init__()
         self.attn = Attention(dim, heads, linear_layer, norm_layer)
@@ -128,9 +138,9 @@ class Encoder(nn.Module):
 
 
 def conv_stem(
-    in_chans: int, widths: Sequence[int], conv_layer: Layer, norm_layer: Layer, act_layer: Layer
+    in_chans: int, widths: Sequence[int], conv_layer: LayerFactory, norm_layer: LayerFactory, act_layer: LayerFactory
 ) -> nn.Sequential:
-    """3x3 convolutions, each with norm and activation; the first one, and each that adds channels, halves the size."""
+    """Build 3x3 convolutions with norm and activation; the first one and each that adds channels have stride 2."""
     if min(widths) < 1:
         raise ValueError(f"stem={tuple(widths)}: each convolution has at least 1 channel")
     layers: list[nn.Module] = []

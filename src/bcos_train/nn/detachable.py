@@ -14,8 +14,7 @@ class Detachable(nn.Module):
     Outputs are the same in either mode. `bcos_train.explanation.explanation_mode` switches a whole model.
     """
 
-    # A class attribute, so that this class can precede any torch module in a list of bases.
-    detach: bool = False
+    detach: bool = False  # a class attribute, so that this class can precede any torch module in a list of bases
 
     def set_explanation_mode(self, activate: bool = True) -> None:
         """Switch explanation mode of this module on or off (not of its children)."""

@@ -28,7 +28,7 @@ from bcos_train.explanation import evaluating
 from bcos_train.model import Bottleneck, create_model, list_models, model_signature
 from bcos_train.model.base import resolve_pooling
 from bcos_train.model.conv_net import BcosConvNet
-from bcos_train.model.recompute import Blocks, set_grad_checkpointing
+from bcos_train.model.grad_checkpointing import CheckpointedBlocks, set_grad_checkpointing
 from bcos_train.suggest import join_words, suggest
 from bcos_train.zoo.records import RECORDS
 
@@ -268,7 +268,7 @@ def _trunk(model: BcosConvNet) -> tuple[nn.Module, list[dict[str, Any]]]:
             parts[top] = model.get_submodule(top)
             here = {"num_chs": x.shape[1], "reduction": size // x.shape[-1], "module": name}
             # Of stages that dilation keeps at the same resolution each has its own, as in timm's ResNet.
-            is_dilated = isinstance(module, Blocks) and isinstance(before, Blocks)
+            is_dilated = isinstance(module, CheckpointedBlocks) and isinstance(before, CheckpointedBlocks)
             if info and info[-1]["reduction"] == here["reduction"] and not is_dilated:
                 info[-1] = here
             else:

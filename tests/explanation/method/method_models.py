@@ -9,7 +9,7 @@ from bcos_train import create_model
 
 
 class SmallConvNet(nn.Module):
-    """Each kind of layer that captum knows, used once; with biases."""
+    """Network with biases that uses each type of layer that captum supports once."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class SmallConvNet(nn.Module):
 
 
 class SmallResNet(SmallConvNet):
-    """As torchvision's: the block's one ReLU is called twice and works in place, and so does the sum."""
+    """Block as in torchvision: its single ReLU is called twice, and ReLU and sum are in place."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ NAMES = ("bcos_resnet20", "bcos_vit", "small_resnet", "small_conv_net")
 
 @cache
 def make_model(name: str) -> nn.Module:
-    """In training mode, for the methods are to see to it; with statistics and biases other than zero."""
+    """Build a model in training mode, which the methods must handle, with nonzero statistics and biases."""
     torch.manual_seed(0)
     if name.startswith("small"):
         model: nn.Module = SmallConvNet() if name == "small_conv_net" else SmallResNet()
@@ -69,7 +69,7 @@ def make_model(name: str) -> nn.Module:
 
 
 def make_input(name: str, n_images: int = 2) -> tuple[Tensor, Tensor]:
-    """x (N, C, 16, 24) with smooth shapes and some noise, so that no two pixels tie, and targets (N, 3)."""
+    """Make x (N, C, 16, 24) with smooth shapes and some noise, so that no pixels tie, and targets (N, 3)."""
     generator = torch.Generator().manual_seed(1)
     coarse = torch.rand(n_images, 3, 4, 6, generator=generator, dtype=torch.float64)
     image = nn.functional.interpolate(coarse, (16, 24), mode="bilinear")
@@ -79,12 +79,12 @@ def make_input(name: str, n_images: int = 2) -> tuple[Tensor, Tensor]:
 
 
 def encode(name: str, image: Tensor) -> Tensor:
-    """A perturbed image as the model's input."""
+    """Encode a perturbed image as the model's input."""
     return torch.cat([image, 1 - image], 1) if name.startswith("bcos") else image
 
 
 def assert_same(actual: Tensor, expected: Tensor, tolerance: float = 1e-9) -> None:
-    """Equal up to this part of the largest expected value, which must not be zero."""
+    """Assert equality up to this fraction of the largest expected value, which must not be zero."""
     largest = expected.abs().max().item()
     assert largest > 0
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * largest)

@@ -1,4 +1,4 @@
-"""What holds for every explanation method: names, shapes, what is left behind, mistakes."""
+"""Contract of all explanation methods: names, shapes, side effects, errors."""
 
 import random
 import subprocess
@@ -38,7 +38,7 @@ def quick(name: str) -> Method:
 
 
 def state(model: nn.Module) -> list[Any]:
-    """All there is to see of a model: names, modes, attributes, hooks, parameters and buffers."""
+    """Snapshot of a model: names, modes, attributes, hooks, parameters and buffers."""
     seen: list[Any] = []
     for name, module in model.named_modules():
         # `detach` is an attribute of the class until explanation mode is first left.
@@ -83,7 +83,7 @@ class Broken(RuntimeError):
 
 @pytest.mark.parametrize(("method", "name"), POSSIBLE)
 def test_leaves_everything_as_it_was_after_an_exception(method: str, name: str) -> None:
-    """The model fails at its last layer; for DeepLIFT once captum has set its hooks."""
+    """The model fails at its last layer; for DeepLIFT after captum has set its hooks."""
     model, inputs = make_model(name), make_input(name)
     last = [module for module in model.modules() if not list(module.children())][-1]
 
@@ -139,7 +139,7 @@ def test_float32(method: str, name: str) -> None:
 
 @pytest.mark.parametrize(("method", "name"), [pair for pair in POSSIBLE if pair[1] == "small_conv_net"])
 def test_no_tensor_on_torch_default_device(method: str, name: str) -> None:
-    """Everything is made where the input is, or on the CPU by name."""
+    """Tensors are created on the device of the input or explicitly on the CPU."""
     model, (x, targets) = make_model(name), make_input(name)
     expected = quick(method)(model, x, targets)
     with torch.device("meta"):
@@ -162,7 +162,7 @@ def test_gpu(method: str, name: str) -> None:
 
 
 @pytest.mark.parametrize(("method", "name"), IMPOSSIBLE)
-def test_says_why_it_cannot(method: str, name: str) -> None:
+def test_error_names_the_reason(method: str, name: str) -> None:
     model = make_model(name)
     before = state(model)
     with pytest.raises(CannotExplain, match=IMPOSSIBLE[method, name]) as error:
@@ -184,7 +184,7 @@ def test_says_why_it_cannot(method: str, name: str) -> None:
         ((0, 3, 16, 24), torch.zeros(0, 1, dtype=torch.long), "N >= 1"),
         ((1, 3, 16, 24), torch.zeros(1, dtype=torch.long), r"targets must be integers \(1, T\)"),
         ((1, 3, 16, 24), torch.zeros(2, 1, dtype=torch.long), r"targets must be integers \(1, T\).*\(2, 1\)"),
-        ((1, 3, 16, 24), torch.zeros(1, 0, dtype=torch.long), "some for each image"),
+        ((1, 3, 16, 24), torch.zeros(1, 0, dtype=torch.long), "with T >= 1"),
         ((1, 3, 16, 24), torch.zeros(1, 1), "got torch.float32"),
         ((1, 3, 16, 24), torch.tensor([[0, 10]]), "target 10 is out of range, allowed are 0 to 9"),
         ((1, 3, 16, 24), torch.tensor([[-1, 0]]), "target -1 is out of range, allowed are 0 to 9"),

@@ -1,4 +1,4 @@
-"""Methods made of gradients, against one image, one target and one backward pass at a time."""
+"""Gradient-based methods, against one image, one target and one backward pass at a time."""
 
 from collections.abc import Callable
 from functools import partial
@@ -17,7 +17,7 @@ from bcos_train.explanation.method import CannotExplain, make_method
 
 
 def one_by_one(function: Callable[[nn.Module, Tensor, int], Tensor], name: str, **options: Any) -> Tensor:
-    """(N, T, H, W) of a function of one image (1, C, H, W) and target, which gives (1, C, H, W)."""
+    """Stack maps (N, T, H, W) of a function that returns (1, C, H, W) for one image (1, C, H, W) and target."""
     model = make_model(name).eval()
     x, targets = make_input(name)
     maps = [[function(model, x[n : n + 1], int(k), **options)[0].sum(0) for k in targets[n]] for n in range(len(x))]
@@ -139,7 +139,7 @@ def test_smooth_grad_without_noise_is_the_gradient() -> None:
 
 
 class _GuidedReLU(torch.autograd.Function):
-    """The rule by hand: what is passed back must be positive, and so must the input."""
+    """The rule by hand: the gradient passes where it and the input are positive."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
@@ -169,7 +169,7 @@ def test_deep_lift_equals_captum() -> None:
 
 
 class Reused(nn.Module):
-    """One ReLU in two places, or one for each."""
+    """One ReLU in two places equals one ReLU for each."""
 
     def __init__(self, is_reused: bool) -> None:
         super().__init__()
@@ -249,5 +249,5 @@ def test_grad_cam_channels_last() -> None:
 
 
 def test_grad_cam_needs_features() -> None:
-    with pytest.raises(CannotExplain, match="Sequential doesn't have its features and its head apart"):
+    with pytest.raises(CannotExplain, match="Sequential doesn't separate its features from its head"):
         make_method("grad_cam")(nn.Sequential(nn.Flatten()), *make_input("small_conv_net"))

@@ -1,4 +1,4 @@
-"""Methods that change the image, and attention rollout, against loops over images, targets, pixels and masks."""
+"""Perturbation methods and attention rollout, against loops over images, targets, pixels and masks."""
 
 import math
 from typing import Any
@@ -17,7 +17,7 @@ from bcos_train.explanation.method import CannotExplain, Lime, Rise, make_method
 
 @torch.no_grad()
 def outputs(name: str, image: Tensor, is_probability: bool = True) -> Tensor:
-    """(K,) of one image (3, H, W)."""
+    """Model outputs (K,) for one image (3, H, W)."""
     model = make_model(name).eval()
     logits = model(encode(name, image[None]))
     model.train()
@@ -44,7 +44,7 @@ def test_rise(name: str, batch_size: int) -> None:
     assert_same(method(make_model(name), x, targets), expected)
 
 
-def test_rise_masks_are_grids_enlarged_and_shifted() -> None:
+def test_rise_masks_are_upsampled_and_shifted_grids() -> None:
     x = torch.zeros(1, 3, 16, 24, dtype=torch.float64)
     method = Rise(n_masks=5, cells=3, p=0.5)
     grids, shifts = method._draw(x)
@@ -55,7 +55,7 @@ def test_rise_masks_are_grids_enlarged_and_shifted() -> None:
         assert 0 <= left < width
         for i in range(16):
             for j in range(24):
-                # Centres of pixels, in units of the grid's cells, whose centres are whole numbers.
+                # Pixel centers in units of the grid's cells, whose centers are whole numbers.
                 y = min(max((i + top + 0.5) * 3 / (4 * height) - 0.5, 0), 2)
                 z = min(max((j + left + 0.5) * 3 / (4 * width) - 0.5, 0), 2)
                 value = sum(
@@ -102,7 +102,7 @@ def test_occlusion(name: str, kernel: int, stride: int) -> None:
 
 
 def test_occlusion_of_a_linear_model_by_hand() -> None:
-    """Windows of one pixel give the pixel's contribution."""
+    """Windows of one pixel result in the pixel's contribution."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2)).double()
     x = torch.rand(1, 3, 2, 2, dtype=torch.float64)
     maps = make_method("occlusion5", kernel=1, stride=1)(model, x, torch.tensor([[1, 0]]))
@@ -121,7 +121,7 @@ def test_occlusion_sizes(name: str, kernel: int, stride: int) -> None:
 
 
 def slow_lime(name: str, x: Tensor, targets: Tensor, method: Lime) -> tuple[Tensor, list[list[int]]]:
-    """Coefficients (T, S) by captum's Lime, and the pixels' segments, for one image (C, H, W)."""
+    """Coefficients (T, S) of captum's Lime and the segment indices for one image (C, H, W)."""
     image = x[:3]
     scaled = image if name.startswith("bcos") else (image - image.min()) / (image.max() - image.min())
     segments = quickshift(scaled.movedim(0, 2).numpy(), kernel_size=2, max_dist=5, ratio=0.2)
@@ -129,7 +129,7 @@ def slow_lime(name: str, x: Tensor, targets: Tensor, method: Lime) -> tuple[Tens
     mean = image.clone()
     for s in range(n_segments):
         mean[:, segments == s] = image[:, segments == s].mean(1, keepdim=True)
-    shown = method.draw(n_segments)
+    shown = method.draw_visible(n_segments)
 
     def rows(*_: Any, **__: Any) -> Any:
         yield from shown[:, None]
@@ -175,7 +175,7 @@ def test_lime_coefficients_equal_captum() -> None:
     expected, segments = slow_lime(name, x[0], targets[0], method)
     found = method.segments(x[0, :3])
     assert found.tolist() == segments
-    shown = method.draw(int(found.max()) + 1)
+    shown = method.draw_visible(int(found.max()) + 1)
     with torch.no_grad():
         probability = method._probabilities(model.eval(), x[0], found, shown, targets[0])
     model.train()
@@ -184,7 +184,7 @@ def test_lime_coefficients_equal_captum() -> None:
 
 def test_lime_needs_an_image() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(4 * 16, 2))
-    with pytest.raises(CannotExplain, match="segments RGB images, and the model takes 4 channels"):
+    with pytest.raises(CannotExplain, match="segments RGB images, but the model takes 4 channels"):
         make_method("lime")(model, torch.rand(1, 4, 4, 4), torch.tensor([[0]]))
 
 
@@ -238,5 +238,5 @@ def test_attention_rollout_with_a_class_token() -> None:
 
 
 def test_attention_rollout_needs_attention() -> None:
-    with pytest.raises(CannotExplain, match=r"SmallConvNet computes no self-attention .*vision transformers"):
+    with pytest.raises(CannotExplain, match=r"SmallConvNet has no self-attention .*vision transformers"):
         make_method("attention_rollout")(make_model("small_conv_net"), *make_input("small_conv_net"))

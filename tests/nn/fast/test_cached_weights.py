@@ -75,7 +75,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "B=1": {"b": 1},
     "B=1.25": {"b": 1.25},
     "B=2.5 MaxOut": {"b": 2.5, "max_out": 2},
-    "centred": {"norm": "bn"},
+    "centered": {"norm": "bn"},
     "bias": {"norm": "bnu"},
     "dilated": {"dilation": 2},
     "position norm": {"norm": "pnu-linear"},

@@ -36,7 +36,7 @@ __all__ = [
     "make_method",
 ]
 
-#: Defaults are those of the official evaluation, where it has the method.
+#: The defaults of methods that the official evaluation has are its settings.
 METHODS: dict[str, Callable[..., Method]] = {
     "bcos": Bcos,
     "bcos_relative": partial(Bcos, relative=True),
@@ -57,15 +57,15 @@ METHODS: dict[str, Callable[..., Method]] = {
 
 
 def list_methods() -> list[str]:
-    """Names of all explanation methods."""
+    """List the names of all explanation methods."""
     return list(METHODS)
 
 
 def make_method(name: str, **options: Any) -> Method:
-    """An explanation method with these options; they are documented at its class.
+    """Create an explanation method by name, with the options of its class.
 
     Raises:
-        ValueError: no such method, no such option (the message names the nearest), or a value out of range.
+        ValueError: Unknown method or option (the message names the nearest one), or a value out of range.
     """
     if name not in METHODS:
         raise ValueError(
@@ -76,6 +76,8 @@ def make_method(name: str, **options: Any) -> Method:
     allowed = list(inspect.signature(factory).parameters)
     for option in options:
         if option not in allowed:
-            has = f"allowed are {join_words(allowed, 'and')}" if allowed else "it has none"
-            raise ValueError(f"explanation method {name!r} has no option {option!r}{suggest(option, allowed)}; {has}")
+            listed = f"allowed are {join_words(allowed, 'and')}" if allowed else "it has none"
+            raise ValueError(
+                f"explanation method {name!r} has no option {option!r}{suggest(option, allowed)}; {listed}"
+            )
     return factory(**options)

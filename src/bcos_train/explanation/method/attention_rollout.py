@@ -1,8 +1,9 @@
-"""Attention rollout: which tokens a transformer's attention has gathered its output from.
+"""Attention rollout: the contribution of each token to a transformer's output through attention.
 
 Axes: N images, A attention heads, T tokens, H W pixels.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,28 +12,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from bcos_train.explanation.method.base import CannotExplain, explaining, select, token_grid
+from bcos_train.explanation.method.base import CannotExplain, attribution_context, select_targets, token_grid
 
 __all__ = ["AttentionRollout"]
 
 
 class _AttentionRecorder(TorchFunctionMode):
-    """Notes the attention matrices (N, A, T, T) of self-attention that are computed in the block.
+    """Record the self-attention matrices (N, A, T, T) that are computed in the block.
 
-    It listens to the two functions of torch that compute them, so no model has to know of it: the fused one, and
-    softmax over the last of four axes, the last two of which are equally long.
+    It intercepts the two PyTorch functions that compute them, so models need no changes: fused attention, and softmax
+    over the last of four axes whose last two have the same length.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.matrices: list[Tensor] = []
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         matrix = None
         if func is F.scaled_dot_product_attention:
-            matrix = _fused_matrix(*args, **kwargs)
+            matrix = _fused_attention_matrix(*args, **kwargs)
         elif func in (torch.softmax, Tensor.softmax, F.softmax):
             axis = kwargs.get("dim", args[1] if len(args) > 1 else None)
             matrix = result if axis in (-1, 3) else None
@@ -41,25 +42,25 @@ class _AttentionRecorder(TorchFunctionMode):
         return result
 
 
-def _fused_matrix(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """With the identity for values the output is the matrix itself, mask and scale included."""
+def _fused_attention_matrix(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Return the attention matrix, including mask and scale: the output for the identity as values."""
     identity = torch.eye(key.shape[-2], dtype=query.dtype, device=query.device).expand(*key.shape[:-1], -1)
     return F.scaled_dot_product_attention(query, key, identity, *args, **kwargs)
 
 
 @dataclass(frozen=True)
 class AttentionRollout:
-    """The product of all blocks' attention matrices, averaged over heads and with the residual path added.
+    """Product of the attention matrices of all blocks, averaged over heads and with the residual path added.
 
-    Source: Abnar & Zuidema, 2020, arXiv 2005.00928, sec. 3: A_L ... A_1 with A = ½ (mean over heads) + ½ I. What is
-    shown is the row of the class token, or for models that average their tokens the mean of the rows. It is the same
-    for every target, since it doesn't look at the class.
+    Source: Abnar & Zuidema, 2020, arXiv 2005.00928, sec. 3: A_L ... A_1 with A = ½ (mean over heads) + ½ I. The map is
+    the row of the class token, or the mean of the rows for models that average their tokens. It is the same for every
+    target, since it doesn't depend on the class.
 
     Args:
-        interpolation: from tokens to pixels.
+        interpolation: ``"nearest"`` or ``"bilinear"``, from tokens to pixels.
 
     Raises:
-        CannotExplain: the model has no self-attention among all tokens, or its tokens are not a grid of patches.
+        CannotExplain: The model has no self-attention over all tokens, or its tokens are not a grid of patches.
     """
 
     interpolation: Literal["nearest", "bilinear"] = "nearest"
@@ -69,11 +70,11 @@ class AttentionRollout:
             raise ValueError(f"interpolation={self.interpolation!r}: nearest or bilinear")
 
     def __call__(self, model: nn.Module, x: Tensor, targets: Tensor) -> Tensor:
-        with explaining(model, x, targets) as (x, targets), torch.no_grad():
+        with attribution_context(model, x, targets) as (x, targets), torch.no_grad():
             with _AttentionRecorder() as recorder:
                 logits = model(x)
-            select(logits, targets)  # for its checks
-            rollout = _roll_out(model, recorder.matrices, len(x))
+            select_targets(logits, targets)  # validates logits and targets
+            rollout = _rollout(model, recorder.matrices, len(x))
             n_tokens, size = rollout.shape[-1], x.shape[2:]
             grid, rows = token_grid(n_tokens, *size), rollout.mean(1)
             if grid is None:
@@ -87,12 +88,12 @@ class AttentionRollout:
             return maps.repeat(1, targets.shape[1], 1, 1)
 
 
-def _roll_out(model: nn.Module, matrices: list[Tensor], n_images: int) -> Tensor:
-    """(N, T, T): how much of each input token is in each output token."""
+def _rollout(model: nn.Module, matrices: list[Tensor], n_images: int) -> Tensor:
+    """Return the share of each input token in each output token, (N, T, T)."""
     name = type(model).__name__
     if not matrices:
         raise CannotExplain(
-            f"{name} computes no self-attention that can be seen (by scaled_dot_product_attention or softmax): "
+            f"{name} has no self-attention that can be recorded (by scaled_dot_product_attention or softmax): "
             "attention rollout is for vision transformers"
         )
     if any(len(matrix) != n_images or matrix.shape != matrices[0].shape for matrix in matrices):

@@ -1,7 +1,7 @@
-"""What every explanation method is, and what several of them share.
+"""Interface of explanation methods, and functions that several of them share.
 
-Axes: N images, T targets of each image, C channels of the model's input, H W pixels, K classes, V perturbed variants
-of each image.
+Axes: N images, T targets per image, C channels of the model's input, H W pixels, K classes, V perturbed variants per
+image.
 """
 
 import importlib
@@ -22,14 +22,14 @@ __all__ = [
     "CannotExplain",
     "Encode",
     "Method",
-    "check_counts",
-    "explaining",
-    "gradients",
-    "library",
-    "pairs",
-    "perturbable",
-    "probabilities",
-    "select",
+    "attribution_context",
+    "check_positive_integers",
+    "image_and_encoder",
+    "image_variant_batches",
+    "import_optional",
+    "probability_function",
+    "select_targets",
+    "target_gradients",
     "token_grid",
 ]
 
@@ -37,46 +37,46 @@ Encode = Callable[[Tensor], Tensor]
 
 
 class CannotExplain(ValueError):
-    """The method doesn't fit the model; the message says why."""
+    """The method doesn't apply to the model; the message says why."""
 
 
 class Method(Protocol):
-    """``method(model, x, targets)``: how much each pixel speaks for each target.
+    """``method(model, x, targets)`` returns the contribution of each pixel to each target.
 
     Args:
-        model: (N, C, H, W) -> logits (N, K). It is explained in evaluation mode, and left as it was.
-        x: (N, C, H, W), what the model takes.
+        model: (N, C, H, W) -> logits (N, K). It is explained in evaluation mode; its own mode is restored.
+        x: (N, C, H, W), the model's input.
         targets: (N, T) integers in 0 ... K-1.
 
     Returns:
-        (N, T, H, W), signed contributions, detached; the channels are summed over.
+        (N, T, H, W): signed contributions, summed over channels and detached.
 
     Raises:
-        CannotExplain: the method can't work on this model.
-        ModuleNotFoundError: the library that the method leans on isn't installed; the message names it.
-        ValueError: shapes that don't fit together, targets out of range.
+        CannotExplain: The method doesn't apply to this model.
+        ModuleNotFoundError: A library that the method needs isn't installed; the message names it.
+        ValueError: Shapes don't match, or targets are out of range.
     """
 
     def __call__(self, model: nn.Module, x: Tensor, targets: Tensor) -> Tensor: ...
 
 
 @contextmanager
-def explaining(model: nn.Module, x: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Evaluation mode and gradients on, whatever the caller has set, with copies of ``x`` and ``targets`` to work on.
+def attribution_context(model: nn.Module, x: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Enable evaluation mode and gradients, and return copies of ``x`` and ``targets`` that may be modified.
 
-    Gradients reach the input only: the weights are frozen. On CUDA no factor is rounded to TF32.
-
-    The copies are on the device of ``x`` and ordinary tensors: autograd can't save those made in inference mode.
+    Weights are treated as constants: gradients only flow to the input. On CUDA nothing is rounded to TF32. The copies
+    are on the device of ``x`` and are no inference tensors, which autograd could not save.
 
     Raises:
-        ValueError: ``x`` is no floating-point (N, C, H, W), or ``targets`` no integers (N, T); none of them may be 0.
+        ValueError: ``x`` is not floating-point (N, C, H, W) or ``targets`` are not integers (N, T), with all sizes at
+            least 1.
     """
     if x.ndim != 4 or not x.is_floating_point() or not x.numel():
         raise ValueError(f"x must be a floating-point tensor (N, C, H, W) with N >= 1, got {x.dtype} {tuple(x.shape)}")
     is_integer = not (targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool)
     if targets.ndim != 2 or len(targets) != len(x) or not targets.shape[1] or not is_integer:
         raise ValueError(
-            f"targets must be integers ({len(x)}, T), some for each image; got {targets.dtype} {tuple(targets.shape)}"
+            f"targets must be integers ({len(x)}, T) with T >= 1, got {targets.dtype} {tuple(targets.shape)}"
         )
     with (
         torch.inference_mode(False),
@@ -88,26 +88,26 @@ def explaining(model: nn.Module, x: Tensor, targets: Tensor) -> Iterator[tuple[T
         yield x.detach().clone(), targets.to(device=x.device, dtype=torch.long, copy=True)
 
 
-def select(logits: Tensor, targets: Tensor) -> Tensor:
-    """The targets' entries of the logits (N, K), or of their probabilities: (N, T).
+def select_targets(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the targets' entries of logits or probabilities: (N, K) -> (N, T).
 
     Raises:
-        ValueError: not (N, K), or a target that is no class.
+        ValueError: The logits are not (N, K), or a target is not a class.
     """
     if logits.ndim != 2 or len(logits) != len(targets):
         raise ValueError(f"the model must return logits ({len(targets)}, K), got {tuple(logits.shape)}")
     n_classes = logits.shape[1]
-    wrong = targets[(targets < 0) | (targets >= n_classes)]
-    if len(wrong):
-        raise ValueError(f"target {int(wrong[0])} is out of range, allowed are 0 to {n_classes - 1}")
+    invalid = targets[(targets < 0) | (targets >= n_classes)]
+    if len(invalid):
+        raise ValueError(f"target {int(invalid[0])} is out of range, allowed are 0 to {n_classes - 1}")
     return logits.gather(1, targets)
 
 
-def gradients(outputs: Tensor, leaf: Tensor) -> Iterator[Tensor]:
-    """d outputs[:, t] / d leaf for t = 0 ... T-1, each of the leaf's shape, from one graph.
+def target_gradients(outputs: Tensor, leaf: Tensor) -> Iterator[Tensor]:
+    """Yield d outputs[:, t] / d leaf for t = 0 ... T-1, each with the leaf's shape, from one graph.
 
-    The images must not see each other in the model, so that one backward pass serves a whole batch. Only the
-    gradient of the leaf is computed, not those of the parameters.
+    One backward pass covers the whole batch, so an image's outputs must not depend on other images. Gradients of
+    parameters are not computed.
 
     Args:
         outputs: (N, T).
@@ -119,34 +119,36 @@ def gradients(outputs: Tensor, leaf: Tensor) -> Iterator[Tensor]:
         yield gradient
 
 
-def perturbable(x: Tensor) -> tuple[Tensor, Encode]:
-    """The part of the input that a perturbation may change, and the way back to the model's input.
+def image_and_encoder(x: Tensor) -> tuple[Tensor, Encode]:
+    """Return the image to perturb, and the function that encodes a perturbed image as the model's input.
 
-    For six channels [r, g, b, 1-r, 1-g, 1-b] the image (N, 3, H, W), whose perturbed form is encoded anew; otherwise
-    the input as it is.
+    With six channels [r, g, b, 1-r, 1-g, 1-b] the image is (N, 3, H, W); otherwise it is the unchanged input and the
+    function is the identity.
     """
     if x.shape[1] != 6:
         return x, lambda image: image
     return x[:, :3], lambda image: torch.cat([image, 1 - image], dim=1)
 
 
-def probabilities(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """Logits -> probabilities: the model's own ``to_probabilities``, softmax for models without."""
-    own = getattr(model, "to_probabilities", None)
-    return own if own is not None else lambda logits: logits.softmax(1)
+def probability_function(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Return the model's map from logits to probabilities, ``to_probabilities``, or softmax for models without it."""
+    to_probabilities = getattr(model, "to_probabilities", None)
+    return to_probabilities if to_probabilities is not None else lambda logits: logits.softmax(1)
 
 
-def pairs(n_images: int, n_variants: int, batch_size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """All pairs of an image and a variant of it, in batches of indices (n, v): full batches for any N."""
+def image_variant_batches(
+    n_images: int, n_variants: int, batch_size: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield index batches (n, v) over all pairs of an image and a variant; all batches but the last are full."""
     for flat in torch.arange(n_images * n_variants, device=device).split(batch_size):
         yield flat // n_variants, flat % n_variants
 
 
 def token_grid(n_tokens: int, height: int, width: int) -> tuple[int, int] | None:
-    """Rows and columns of a transformer's tokens: those of patches whose side is a whole number of pixels.
+    """Infer rows and columns of a transformer's tokens, for square patches of a whole number of pixels.
 
     Returns:
-        None where no such patches give this number of tokens.
+        (rows, columns), or None if no such patches result in this number of tokens.
     """
     for side in range(1, max(height, width) + 1):
         # A stride of several steps rounds up.
@@ -156,13 +158,13 @@ def token_grid(n_tokens: int, height: int, width: int) -> tuple[int, int] | None
     return None
 
 
-def library(module: str, package: str) -> ModuleType:
+def import_optional(module: str, package: str) -> ModuleType:
     """Import a library that only some methods need.
 
     Raises:
-        ModuleNotFoundError: it isn't installed; the message says how to install it.
+        ModuleNotFoundError: It isn't installed; the message says how to install it.
     """
-    # Some libraries draw from Python's generator when they are imported (scikit-learn does).
+    # Importing scikit-learn draws from Python's random generator.
     state = random.getstate()
     try:
         return importlib.import_module(module)
@@ -176,8 +178,8 @@ def library(module: str, package: str) -> ModuleType:
         random.setstate(state)
 
 
-def check_counts(**options: int) -> None:
-    """Raises ValueError for an option that is no integer of at least 1."""
+def check_positive_integers(**options: int) -> None:
+    """Raise a ValueError for an option that is not an integer of at least 1."""
     for name, value in options.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}={value!r}: an integer of at least 1")

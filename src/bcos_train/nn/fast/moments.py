@@ -11,7 +11,7 @@ __all__ = ["moments"]
 
 
 def moments(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of `x` over `dims`, which stay as axes of size 1; in float32 or float64."""
+    """Return mean and biased variance over ``dims``, kept as axes of size 1; in float32 or float64."""
     return _Moments.apply(x, dims)
 
 
@@ -23,7 +23,7 @@ class _Moments(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         values = x.to(statistics_dtype(x))
-        if x.device.type == "cpu":  # `var_mean` takes one value at a time there, and more than ten times as long
+        if x.device.type == "cpu":  # `var_mean` isn't vectorized on the CPU: more than ten times slower
             mean = values.mean(dims, keepdim=True)
             return mean, (values - mean).square().mean(dims, keepdim=True)
         var, mean = torch.var_mean(values, dims, correction=0, keepdim=True)

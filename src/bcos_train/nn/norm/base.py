@@ -1,6 +1,6 @@
-"""What all the 2-D norms share: affine parameters and the normalization itself.
+"""Base class of the 2-D norms: affine parameters and the normalization itself.
 
-Axes: N samples, C channels, H W size.
+Axes: N samples, C channels, H W pixels.
 """
 
 import torch
@@ -14,17 +14,17 @@ __all__ = ["Norm2d", "normalize"]
 def normalize(
     x: Tensor, mean: Tensor | None, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
-    """(x - mean) / sqrt(var + eps) * weight + bias, in the dtype and memory format of `x`.
+    """(x - mean) / sqrt(var + eps) * weight + bias, in the dtype and memory format of ``x``.
 
     Args:
         x: (N, C, H, W).
-        mean, var: to be broadcast against `x`, in float32 or float64; mean None subtracts nothing.
+        mean, var: Broadcastable to ``x``, in float32 or float64; without a mean, nothing is subtracted.
         weight, bias: (C,), (1,) or None.
     """
     scale = torch.rsqrt(var + eps)
     if weight is not None:
         scale = scale * weight.view(1, -1, 1, 1)
-    # Not folded into the bias, which would cancel badly where the mean is far greater than the deviation.
+    # The mean isn't folded into the bias: that would cancel badly where it is far greater than the deviation.
     out = (x if mean is None else x - mean) * scale
     if bias is not None:
         out = out + bias.view(1, -1, 1, 1)
@@ -32,14 +32,14 @@ def normalize(
 
 
 class Norm2d(Detachable):
-    """A norm of (N, C, H, W) tensors with a weight and a bias, either of which may be None.
+    """Norm of (N, C, H, W) tensors with a weight and a bias, either of which may be None.
 
-    `centered` says whether the mean is subtracted. An uncentered norm divides by the standard deviation *about the
-    mean* all the same and subtracts nothing, so that without a bias it is a pure scaling and W(x) x is the whole
-    output (arXiv 2306.10898, sec. 3.2).
+    A ``centered`` norm subtracts the mean. An uncentered norm also divides by the standard deviation *about the mean*
+    but subtracts nothing. Without a bias it is a pure scaling, so W(x) x is the whole output (arXiv 2306.10898,
+    sec. 3.2).
 
-    In explanation mode the standard deviation is a constant to autograd; the mean, which is linear in the input, is
-    not.
+    In explanation mode the standard deviation is detached from the autograd graph; the mean, which is linear in the
+    input, is not.
     """
 
     centered: bool
@@ -65,12 +65,14 @@ class Norm2d(Detachable):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        """Set weights to 1 and biases to 0."""
         if self.weight is not None:
             nn.init.ones_(self.weight)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
     def check_input(self, x: Tensor) -> None:
+        """Raise a ValueError unless ``x`` is (N, num_channels, H, W)."""
         if x.dim() != 4:
             raise ValueError(f"{type(self).__name__} got an input of shape {tuple(x.shape)}: expected (N, C, H, W).")
         if x.shape[1] != self.num_channels:

@@ -1,6 +1,6 @@
-"""Norms with statistics of each sample by itself: group, instance, layer and position norm, and the token layer norm.
+"""Norms with per-sample statistics: group, instance, layer and position norm, and layer norm of tokens.
 
-Axes: N samples, C channels, G groups, H W size.
+Axes: N samples, C channels, G groups, H W pixels.
 """
 
 import torch
@@ -25,7 +25,7 @@ __all__ = [
 
 
 def sample_moments(x: Tensor, dims: tuple[int, ...], detach: bool, centered: bool) -> tuple[Tensor | None, Tensor]:
-    """Mean (None if not `centered`) and biased variance (a constant if `detach`) over `dims`."""
+    """Return mean (None unless ``centered``) and biased variance (detached if ``detach``) over ``dims``."""
     if not centered:
         return None, fast.moments(x.detach() if detach else x, dims)[1]
     mean, var = fast.moments(x, dims)
@@ -33,10 +33,10 @@ def sample_moments(x: Tensor, dims: tuple[int, ...], detach: bool, centered: boo
 
 
 class DetachableGroupNorm2d(Norm2d):
-    """Group norm (Wu & He, 2018): statistics over each of `num_groups` groups of channels and all positions.
+    """Group norm (Wu & He, 2018): statistics over all positions of each of ``num_groups`` groups of channels.
 
     Raises:
-        ValueError: `num_groups` does not divide `num_channels`, or the input is not (N, num_channels, H, W).
+        ValueError: ``num_groups`` does not divide ``num_channels``, or the input is not (N, num_channels, H, W).
     """
 
     centered = True
@@ -57,7 +57,7 @@ class DetachableGroupNorm2d(Norm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         self.check_input(x)
-        # torch's kernel loses the channels_last format on CUDA.
+        # PyTorch's CUDA kernel returns contiguous output for channels_last input.
         if self.centered and not self.detach and (x.is_contiguous() or x.device.type == "cpu"):
             return F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
         grouped = x.unflatten(1, (self.num_groups, -1))
@@ -88,7 +88,7 @@ class DetachableGNInstanceNorm2d(DetachableGroupNorm2d):
 
 
 class DetachableGNLayerNorm2d(DetachableGroupNorm2d):
-    """Layer norm of an image: statistics over all channels and positions of a sample."""
+    """Layer norm of feature maps: statistics over all channels and positions of a sample."""
 
     def __init__(
         self,
@@ -102,19 +102,19 @@ class DetachableGNLayerNorm2d(DetachableGroupNorm2d):
 
 
 class GroupNormUncentered2d(DetachableGroupNorm2d):
-    """Group norm that subtracts nothing."""
+    """Group norm without mean subtraction."""
 
     centered = False
 
 
 class GNInstanceNormUncentered2d(DetachableGNInstanceNorm2d):
-    """Instance norm that subtracts nothing."""
+    """Instance norm without mean subtraction."""
 
     centered = False
 
 
 class GNLayerNormUncentered2d(DetachableGNLayerNorm2d):
-    """Layer norm of an image that subtracts nothing."""
+    """Layer norm of feature maps without mean subtraction."""
 
     centered = False
 
@@ -137,7 +137,7 @@ class DetachablePositionNorm2d(Norm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         self.check_input(x)
-        if self.centered and not self.detach:  # the output is in channels_last format, whatever the input is in
+        if self.centered and not self.detach:  # the output is always in channels_last format
             out = F.layer_norm(x.permute(0, 2, 3, 1), (self.features,), self.weight, self.bias, self.eps)
             return out.permute(0, 3, 1, 2)
         mean, var = sample_moments(x, (1,), self.detach, self.centered)
@@ -148,13 +148,13 @@ class DetachablePositionNorm2d(Norm2d):
 
 
 class PositionNormUncentered2d(DetachablePositionNorm2d):
-    """Position norm that subtracts nothing."""
+    """Position norm without mean subtraction."""
 
     centered = False
 
 
 class DetachableLayerNorm(Detachable, nn.LayerNorm):
-    """`nn.LayerNorm` over the last axes, for tokens; in explanation mode the variance is a constant to autograd."""
+    """``nn.LayerNorm`` over the last axes, for tokens, with the variance detached in explanation mode."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.detach:

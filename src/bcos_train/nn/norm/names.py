@@ -1,4 +1,4 @@
-"""Norms by name, and the wrappers that take away the bias or both affine parameters."""
+"""Norm layers by name, and wrappers that remove the bias or both affine parameters."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,44 +22,44 @@ from bcos_train.suggest import suggest
 
 __all__ = ["NORM_NAMES", "NoBias", "NormFactory", "Unaffine", "make_norm"]
 
-NormFactory = Callable[..., nn.Module]  # called with the number of channels first
+NormFactory = Callable[..., nn.Module]  # first argument: the number of channels
 
 
-def _without(norm: nn.Module, names: tuple[str, ...]) -> nn.Module:
+def _remove_parameters(norm: nn.Module, names: tuple[str, ...]) -> nn.Module:
     for name in names:
         if getattr(norm, name, None) is None:
-            raise ValueError(f"{type(norm).__name__} has no {name} to take away: was it made with affine=False?")
+            raise ValueError(f"{type(norm).__name__} has no {name} to remove: was it built with affine=False?")
         setattr(norm, name, None)
     return norm
 
 
-# Classes rather than closures, so that a model that keeps its norm factory can be pickled.
+# Classes rather than closures, so that a model with a norm factory as an attribute can be pickled.
 @dataclass(frozen=True)
 class NoBias:
-    """`NoBias(make)(64)` is `make(64)` without its bias. Arguments are those of `make`.
+    """Norm factory that removes the bias: ``NoBias(make)(64)`` is ``make(64)`` without its bias.
 
     Raises:
-        ValueError: on the call, if the norm has no bias anyway.
+        ValueError: When called, if the norm has no bias.
     """
 
     make: NormFactory
 
     def __call__(self, *args: Any, **kwargs: Any) -> nn.Module:
-        return _without(self.make(*args, **kwargs), ("bias",))
+        return _remove_parameters(self.make(*args, **kwargs), ("bias",))
 
 
 @dataclass(frozen=True)
 class Unaffine:
-    """`Unaffine(make)(64)` is `make(64)` without its weight and bias. Arguments are those of `make`.
+    """Norm factory that removes weight and bias: ``Unaffine(make)(64)`` is ``make(64)`` without them.
 
     Raises:
-        ValueError: on the call, if the norm lacks one of them anyway.
+        ValueError: When called, if the norm lacks one of them.
     """
 
     make: NormFactory
 
     def __call__(self, *args: Any, **kwargs: Any) -> nn.Module:
-        return _without(self.make(*args, **kwargs), ("bias", "weight"))
+        return _remove_parameters(self.make(*args, **kwargs), ("bias", "weight"))
 
 
 _NORMS: dict[str, NormFactory] = {
@@ -85,23 +85,23 @@ NORM_NAMES = tuple(_NORMS)
 
 
 def make_norm(name: str) -> NormFactory:
-    """The norm called `name`, to be called with the number of channels.
+    """Return the norm factory called ``name``; its first argument is the number of channels.
 
     Args:
-        name: one of `NORM_NAMES` (all, batch, group with two groups, instance, layer, position; with `u`
-            uncentered), with nothing, "-linear" (no bias) or "-unaffine" (neither weight nor bias) after it; or "none"
-            for `nn.Identity`. "bnu-linear" and "pn-linear" are the norms of the published ImageNet models.
+        name: One of ``NORM_NAMES`` (all, batch, group with two groups, instance, layer, position; with a final ``u``
+            uncentered), optionally followed by ``"-linear"`` (no bias) or ``"-unaffine"`` (neither weight nor bias);
+            or ``"none"`` for ``nn.Identity``. The published ImageNet models use ``"bnu-linear"`` and ``"pn-linear"``.
 
     Raises:
-        ValueError: an unknown name; the message has the nearest known one.
+        ValueError: Unknown name; the message names the nearest known one.
     """
     if name == "none":
         return nn.Identity
     known = {norm + suffix: (norm, suffix) for norm in _NORMS for suffix in _SUFFIXES}
     if name not in known:
         raise ValueError(
-            f"norm {name!r} is unknown{suggest(name, [*known, 'none'])} (known are none and {', '.join(NORM_NAMES)}, "
-            "each also with -linear, without a bias, or -unaffine)"
+            f"unknown norm {name!r}{suggest(name, [*known, 'none'])}; allowed are none and {', '.join(NORM_NAMES)}, "
+            "each also with -linear (no bias) or -unaffine (neither weight nor bias)"
         )
     norm, suffix = known[name]
     return _SUFFIXES[suffix](_NORMS[norm])

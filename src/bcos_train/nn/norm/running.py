@@ -1,4 +1,4 @@
-"""Batch norm and all-norm, centered and uncentered: norms with statistics over the batch, and running ones for eval."""
+"""Batch norm and all-norm, centered and uncentered: batch statistics in training, running statistics in eval mode."""
 
 from typing import TypeVar
 
@@ -25,28 +25,28 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
 class RunningNorm2d(Norm2d):
-    """A norm that takes its statistics from the batch in training, and from running averages in eval mode.
+    """Norm with batch statistics in training mode and running statistics in eval mode.
 
-    Parameters and buffers are those of `nn.BatchNorm2d`, also where `running_mean` is of no use. Not a subclass of
-    it, so that `nn.SyncBatchNorm.convert_sync_batchnorm` cannot turn an uncentered norm into a centered one: see
-    `sync_batch_norm_`.
+    Parameters and buffers are those of ``nn.BatchNorm2d``, including ``running_mean``, which uncentered norms don't
+    use. It is not a subclass, so that ``nn.SyncBatchNorm.convert_sync_batchnorm`` cannot turn an uncentered norm into
+    a centered one; see :func:`sync_batch_norm_`.
 
     Args:
-        num_features: C. (The attribute is the number of statistics: 1 for an all-norm, as in the official code.)
-        eps: added to the variance.
-        momentum: the share of the newest batch in the running statistics; None averages over all batches.
-        affine: whether there are a weight and a bias.
-        track_running_stats: False uses the statistics of the batch in eval mode too.
+        num_features: C. The attribute is the number of statistics: 1 for an all-norm, as in the official code.
+        eps: Added to the variance.
+        momentum: Weight of the newest batch in the running statistics; ``None``: cumulative average.
+        affine: Add a weight and a bias.
+        track_running_stats: If False, batch statistics are used in eval mode, too.
 
-    The running variance follows the biased batch variance in uncentered norms, the unbiased one in centered norms (as
-    `nn.BatchNorm2d`).
+    The running variance averages the biased batch variance in uncentered norms and the unbiased one in centered norms,
+    as ``nn.BatchNorm2d`` does.
 
     Raises:
-        ValueError: the input is not 4-dimensional; a centered norm in training gets one value to average over.
-        RuntimeError: a centered norm is to use the statistics of the batch in explanation mode.
+        ValueError: The input is not (N, C, H, W), or a centered norm in training has only one value per statistic.
+        RuntimeError: A centered norm would use batch statistics in explanation mode.
     """
 
-    dims: tuple[int, ...]  # the statistics are taken over these axes
+    dims: tuple[int, ...]  # axes that the statistics are computed over
     running_mean: Tensor | None
     running_var: Tensor | None
     num_batches_tracked: Tensor | None
@@ -99,7 +99,7 @@ class RunningNorm2d(Norm2d):
 
     @property
     def is_synchronized(self) -> bool:
-        """True if the statistics are taken over several processes now."""
+        """True if the batch statistics are currently computed over several processes."""
         return (
             self.synchronized
             and self.training
@@ -111,8 +111,8 @@ class RunningNorm2d(Norm2d):
     def _refuse_batch_statistics(self) -> None:
         if self.centered:
             raise RuntimeError(
-                f"{type(self).__name__} in explanation mode with the statistics of the batch: the output of a sample "
-                "would depend on the other samples through the mean. Call model.eval() first, and keep "
+                f"{type(self).__name__} would use batch statistics in explanation mode: the output of a sample would "
+                "depend on the other samples through the mean. Call model.eval() first, and keep "
                 "track_running_stats=True."
             )
 
@@ -125,7 +125,7 @@ class RunningNorm2d(Norm2d):
         return normalize(x, mean, var, self.weight, self.bias, self.eps)
 
     def _batch_statistics(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | int]:
-        """Mean, biased variance, and the number of values that they are of."""
+        """Return mean, biased variance and the number of values per statistic."""
         values = x.detach() if self.detach else x
         if self.is_synchronized:
             return combined_statistics(*local_statistics(values, self.dims), self.process_group)
@@ -136,7 +136,7 @@ class RunningNorm2d(Norm2d):
 
     @torch.no_grad()
     def update_running_statistics(self, mean: Tensor, var: Tensor, count: Tensor | int) -> None:
-        """Move the running statistics towards mean and biased variance, (C,) or (1,), of ``count`` values each."""
+        """Update the running statistics with mean and biased variance, (C,) or (1,), of ``count`` values each."""
         assert self.running_mean is not None
         assert self.running_var is not None
         factor = self._count_batch()
@@ -147,7 +147,7 @@ class RunningNorm2d(Norm2d):
         self.running_var.lerp_(var.flatten().to(self.running_var.dtype), factor)
 
     def _count_batch(self) -> float:
-        """Count one batch more; the share that it has in the running statistics."""
+        """Increment ``num_batches_tracked`` and return the weight of the batch in the running statistics."""
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
         return 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
@@ -186,7 +186,7 @@ class BatchNorm2d(RunningNorm2d):
 
 
 class BatchNormUncentered2d(Accelerated, RunningNorm2d):
-    """Batch norm that divides by the standard deviation over (N, H, W) and subtracts nothing."""
+    """Batch norm without mean subtraction: divides by the standard deviation over (N, H, W)."""
 
     centered = False
     dims = (0, 2, 3)
@@ -197,31 +197,31 @@ class BatchNormUncentered2d(Accelerated, RunningNorm2d):
 
 
 class AllNorm2d(RunningNorm2d):
-    """Statistics over the whole batch, (N, C, H, W): one mean, variance, weight and bias for all channels."""
+    """All-norm: statistics over (N, C, H, W), with one mean, variance, weight and bias for all channels."""
 
     centered = True
     dims = (0, 1, 2, 3)
 
 
 class AllNormUncentered2d(RunningNorm2d):
-    """`AllNorm2d` that subtracts nothing."""
+    """All-norm without mean subtraction."""
 
     centered = False
     dims = (0, 1, 2, 3)
 
 
 def sync_batch_norm_(model: ModelT, process_group: dist.ProcessGroup | None = None) -> ModelT:
-    """Let every batch norm and all-norm of this package in `model` take its training statistics over all processes.
+    """Synchronize the training statistics of all batch norms and all-norms of this package across processes, in place.
 
-    The counterpart of `nn.SyncBatchNorm.convert_sync_batchnorm`, in place. Processes may hold batches of different
-    sizes. Gradients are those of the sum over the processes' losses. Without an initialized process group, or with
-    one process in it, nothing changes.
+    The counterpart of ``nn.SyncBatchNorm.convert_sync_batchnorm``. Processes may hold batches of different sizes.
+    Gradients are those of the sum over the processes' losses. It has no effect without an initialized process group
+    of at least two processes.
 
     Args:
-        process_group: None stands for the default group at the time of the forward pass.
+        process_group: ``None``: the default group at the time of the forward pass.
 
     Returns:
-        `model` itself.
+        ``model``.
     """
     for module in model.modules():
         if isinstance(module, RunningNorm2d):

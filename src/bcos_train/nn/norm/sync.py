@@ -1,6 +1,6 @@
 """Batch statistics over all processes.
 
-Axes: R processes, S statistics (one a channel, or a single one).
+Axes: R processes, S statistics (one per channel, or a single one).
 """
 
 import torch
@@ -16,9 +16,9 @@ __all__ = ["combined_statistics", "local_statistics"]
 
 
 def local_statistics(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor, int]:
-    """Mean and biased variance of `x` over `dims` (kept as axes of size 1), and how many values each is of.
+    """Return mean and biased variance over ``dims`` (kept as axes of size 1), and the number of values of each.
 
-    Of an empty batch both are 0, and still part of the graph of `x`, so that this process takes part in the
+    For an empty batch both are 0, but part of the autograd graph of ``x``, so that this process takes part in the
     collectives of the backward pass.
     """
     if x.numel() == 0:
@@ -31,11 +31,11 @@ def local_statistics(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor, 
 def combined_statistics(
     mean: Tensor, var: Tensor, count: int, group: dist.ProcessGroup | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, biased variance and count over the batches of all processes, from those of each.
+    """Combine the mean, biased variance and count of each process into those of the whole batch.
 
-    The moments are gathered by one differentiable sum in which every process fills a row of its own, and are then
-    combined about the common mean (Chan et al., 1979). The sum of squares less the squared mean, which would need no
-    rows, cancels badly in float32.
+    A differentiable all-reduce, in which every process fills its own row, gathers the moments; they are then combined
+    about the common mean (Chan et al., 1979). Summing squares and subtracting the squared mean would need no rows, but
+    cancels badly in float32.
     """
     shape, size = mean.shape, mean.numel()
     # Nothing is copied from the host, which on a GPU would wait for all that has been queued.

@@ -1,4 +1,4 @@
-"""Blocks that are computed again in the backward pass: the same numbers in less memory."""
+"""Gradient checkpointing: the same numbers in less memory."""
 
 import copy
 import pickle
@@ -16,7 +16,7 @@ from bcos_train import create_model, explain
 from bcos_train.config import check
 from bcos_train.config.composition import Composer
 from bcos_train.model import BcosVGG
-from bcos_train.model.recompute import Blocks
+from bcos_train.model.grad_checkpointing import CheckpointedBlocks
 from bcos_train.nn import BatchNormUncentered2d, BcosConv2d, set_backend
 from bcos_train.run import TrainConfig
 
@@ -28,7 +28,7 @@ class ThinVGG(BcosVGG):
 def small_vgg() -> ThinVGG:
     """Without the large layers before the last."""
     model = ThinVGG((1, 2, 1, 1, 1), num_classes=5)
-    model.classifier, model.logits_name = model.conv_layer(8, 5, kernel_size=1), "classifier"
+    model.classifier, model.logit_conv_name = model.conv_layer(8, 5, kernel_size=1), "classifier"
     return model
 
 
@@ -39,9 +39,9 @@ VIT: dict[str, Any] = {"dim": 16, "depth": 3, "heads": 2, "mlp_dim": 32, "num_cl
 BUILD: dict[str, Callable[[], nn.Module]] = {
     "resnet": partial(create_model, "resnet20", **RESNET),
     "resnet of bottlenecks": partial(create_model, "resnext29_16x8d", inplanes=8),
-    "resnet with centred norm": partial(create_model, "resnet20", norm_layer="bn", **RESNET),
+    "resnet with centered norm": partial(create_model, "resnet20", norm_layer="bn", **RESNET),
     "densenet": partial(create_model, "densenet52", **DENSE),
-    "densenet with centred norm": partial(create_model, "densenet52", norm_layer="bn", **DENSE),
+    "densenet with centered norm": partial(create_model, "densenet52", norm_layer="bn", **DENSE),
     "convnext": partial(
         create_model,
         "convnext_atto",
@@ -60,7 +60,7 @@ BUILD: dict[str, Callable[[], nn.Module]] = {
 
 @pytest.fixture(params=BUILD)
 def twins(request: pytest.FixtureRequest) -> tuple[Any, Any]:
-    """A network in training mode, and a copy of it that computes its blocks again."""
+    """Build a network in training mode and a copy with gradient checkpointing."""
     torch.manual_seed(0)
     plain: Any = BUILD[request.param]().double()
     perturb_(plain)
@@ -74,7 +74,7 @@ def batch(model: Any, n: int = 2, seed: int = 0) -> Tensor:
 
 
 def two_steps(model: Any) -> dict[str, Tensor]:
-    """All that two training steps leave behind: the state of the random numbers too."""
+    """Return all state after two training steps, including that of the random number generator."""
     out: dict[str, Tensor] = {}
     torch.manual_seed(0)
     for step in range(2):
@@ -85,7 +85,7 @@ def two_steps(model: Any) -> dict[str, Tensor]:
 
 
 def test_same_numbers(twins: tuple[Any, Any]) -> None:
-    """The running statistics too: computing a batch again doesn't count it again."""
+    """Recomputation doesn't count a batch twice in the running statistics."""
     expected, got = map(two_steps, twins)
     assert got.keys() == expected.keys()
     for key, value in expected.items():
@@ -93,7 +93,7 @@ def test_same_numbers(twins: tuple[Any, Any]) -> None:
 
 
 def kept_bytes(model: Any) -> int:
-    """Of what a forward pass keeps for the backward pass, parameters left out."""
+    """Return the bytes that a forward pass stores for the backward pass, without parameters."""
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, Any] = {}
 
@@ -115,10 +115,10 @@ def test_less_is_kept(twins: tuple[Any, Any]) -> None:
 
 
 def count_calls(model: nn.Module) -> list[nn.Module]:
-    """A list that grows by one at each call of a block."""
+    """Return a list that grows by one at each call of a block."""
     calls: list[nn.Module] = []
     for blocks in model.modules():
-        for block in blocks if isinstance(blocks, Blocks) else ():
+        for block in blocks if isinstance(blocks, CheckpointedBlocks) else ():
             block.register_forward_pre_hook(lambda module, _: calls.append(module))
     return calls
 
@@ -126,7 +126,7 @@ def count_calls(model: nn.Module) -> list[nn.Module]:
 def test_only_training_computes_again(twins: tuple[Any, Any]) -> None:
     _, model = twins
     calls = count_calls(model)
-    n = sum(len(blocks) for blocks in model.modules() if isinstance(blocks, Blocks))
+    n = sum(len(blocks) for blocks in model.modules() if isinstance(blocks, CheckpointedBlocks))
     model(batch(model)).sum().backward()
     assert len(calls) == 2 * n
     with torch.no_grad():
@@ -149,7 +149,7 @@ def test_explanations_are_the_same(name: str) -> None:
 
 
 def test_explanation_mode_in_training() -> None:
-    """There it is off, so that a gradient taken after explanation mode has ended is W(x) all the same."""
+    """Checkpointing is off there, so that a gradient taken after explanation mode has ended is still W(x)."""
     torch.manual_seed(0)
     plain: Any = create_model("densenet52", **{**DENSE, "drop_rate": 0.0}).double()
     perturb_(plain)
@@ -202,13 +202,13 @@ def test_copies_keep_it() -> None:
     model = create_model("resnet20", grad_checkpointing=True, **RESNET)
     assert list(model.state_dict()) == list(create_model("resnet20", **RESNET).state_dict())
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert all(blocks.grad_checkpointing for blocks in twin.modules() if isinstance(blocks, Blocks))
+        assert all(blocks.grad_checkpointing for blocks in twin.modules() if isinstance(blocks, CheckpointedBlocks))
 
 
 def test_compiled() -> None:
-    """A compiler plans memory for itself, and must not count a batch twice either."""
+    """A compiler must not count a batch twice either."""
     torch.manual_seed(0)
-    plain = Blocks(nn.Sequential(BcosConv2d(6, 4, 3), BatchNormUncentered2d(4))).double()
+    plain = CheckpointedBlocks(nn.Sequential(BcosConv2d(6, 4, 3), BatchNormUncentered2d(4))).double()
     set_backend(plain, "reference")
     again = copy.deepcopy(plain)
     again.grad_checkpointing = True
@@ -222,8 +222,8 @@ def test_compiled() -> None:
 
 
 def test_blocks_of_several_modules() -> None:
-    blocks = Blocks(*(nn.Linear(3, 3) for _ in range(6)))
-    blocks.lengths = (2, 3)
+    blocks = CheckpointedBlocks(*(nn.Linear(3, 3) for _ in range(6)))
+    blocks.block_lengths = (2, 3)
     x = torch.rand(2, 3)
     plain = nn.Sequential(*blocks)(x)
     assert torch.equal(blocks(x), plain)
@@ -242,7 +242,7 @@ def test_blocks_of_several_modules() -> None:
 
 
 def are_on(model: nn.Module) -> set[bool]:
-    return {blocks.grad_checkpointing for blocks in model.modules() if isinstance(blocks, Blocks)}
+    return {blocks.grad_checkpointing for blocks in model.modules() if isinstance(blocks, CheckpointedBlocks)}
 
 
 def test_options() -> None:
@@ -256,7 +256,7 @@ def test_options() -> None:
 @pytest.mark.parametrize("name", ["plain_cnn9", "standard_resnet18"])
 def test_networks_without_blocks(name: str) -> None:
     model = create_model(name)
-    message = f"grad_checkpointing: {type(model).__name__} has no blocks to compute again in the backward pass; B-cos "
+    message = f"grad_checkpointing: {type(model).__name__} has no blocks to recompute in the backward pass; B-cos "
     with pytest.raises(ValueError, match=message):
         create_model(name, grad_checkpointing=True)
 
