@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import GenericAlias
 from typing import Any, Literal, get_args
 
 from bcos_train.explanation.method import METHODS, Method, make_method
@@ -198,7 +199,8 @@ class ExplanationOptions:
 def _config_signature(node: Mapping[str, Any]) -> inspect.Signature:
     """The signature with the registered metrics as the choices of ``metrics``."""
     signature = inspect.signature(ExplanationOptions)
-    choices = list[Literal[tuple(METRICS)]]  # type: ignore[valid-type]
+    literal: Any = Literal  # of values that are known at run time
+    choices = GenericAlias(list, (literal[tuple(METRICS)],))
     parameters = signature.parameters | {"metrics": signature.parameters["metrics"].replace(annotation=choices)}
     return signature.replace(parameters=list(parameters.values()))
 
