@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import bcos_train.run
 from bcos_train import commands
 from bcos_train.config import targets
 from bcos_train.evaluation import METRICS, register_metric
@@ -80,6 +81,14 @@ def test_example(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     monkeypatch.setattr(sys, "argv", ["run", str(run_folder / "config.yaml"), "plugins=[my_package]"])
     assert run_saved_config() == 0
     assert "finished already" in capsys.readouterr().out
+
+
+def test_processes_under_torchrun_get_the_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(bcos_train.run.launch, "run_under_torchrun", lambda *arguments: calls.append(arguments) or 0)
+    for plugins in ([], ["my_package", "another.one"]):
+        assert bcos_train.run._restart({"plugins": plugins}, 2) == 0
+    assert [call[2:] for call in calls] == [(2, []), (2, ["plugins=[my_package,another.one]"])]
 
 
 def test_a_metric_of_ones_own() -> None:
