@@ -91,6 +91,16 @@ def forward_mode_is_seen() -> None:
         assert forward_ad._current_level >= 0
 
 
+def global_hooks_are_seen() -> None:
+    has_any = resolve("torch.nn.modules.module._has_any_global_hook")
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        assert has_any()
+    finally:
+        handle.remove()
+    assert not has_any()
+
+
 def convolutions_take_a_weight() -> None:
     conv = nn.Conv2d(2, 3, 3, padding=1, padding_mode="reflect", bias=False)
     x = torch.rand(1, 2, 5, 5)
@@ -113,6 +123,7 @@ def imagenet_has_its_names() -> None:
         transforms_are_seen,
         dispatch_modes_are_seen,
         forward_mode_is_seen,
+        global_hooks_are_seen,
         convolutions_take_a_weight,
         buffers_are_a_dict,
         imagenet_has_its_names,

@@ -166,7 +166,11 @@ def test_names_on_a_command_line() -> None:
     assert plugins_in_overrides(overrides) == ["a", "b.c", "d"]
 
 
-@pytest.mark.parametrize("target", [lambda: 0, 3, toys.Net.__init__, "os.system"], ids=lambda target: str(getattr(target, "__qualname__", target)))
+@pytest.mark.parametrize(
+    "target",
+    [lambda: 0, 3, toys.Net.__init__, "os.system"],
+    ids=lambda target: str(getattr(target, "__qualname__", target)),
+)
 def test_only_what_a_config_can_name_is_registered(target: object) -> None:
     with pytest.raises(ValueError, match=r"register_target takes|at the top of a module only"):
         register_target(target)  # type: ignore[type-var]
