@@ -179,7 +179,7 @@ def maps_of(
 def colours(model: nn.Module, x: Tensor, targets: Tensor, batch_size: int) -> list[Tensor]:
     """The colour explanation of each image on white: (H, W, 3)."""
     window = max(1, 2 * round((SMOOTH * x.shape[2] / 224 - 1) / 2) + 1)
-    found = []
+    found: list[Tensor] = []
     for images, classes in zip(x.split(batch_size), targets.split(batch_size), strict=True):
         rgba = color_explanation(images, explain(model, images, classes).weights, window).cpu()
         found += (rgba[..., :3] * rgba[..., 3:] + 1 - rgba[..., 3:]).unbind()

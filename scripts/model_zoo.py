@@ -170,7 +170,7 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
 
         def render(self, task: Task) -> Text:
             done = int(task.completed)
-            if task.total == done:
+            if task.total is None or task.total == done:
                 return Text("")
             first = min(begun, default=done)
             if done == first:

@@ -134,7 +134,7 @@ def without_norm(name: str) -> bool:
 
 def calibrate_(model: nn.Module, x: Tensor) -> None:
     """Set running statistics to those of the batch, as after long training; one step moves them by a tenth."""
-    norms_ = [module for module in model.modules() if isinstance(getattr(module, "momentum", None), float)]
+    norms_: list[Any] = [module for module in model.modules() if isinstance(getattr(module, "momentum", None), float)]
     momenta = [module.momentum for module in norms_]
     for module in norms_:
         module.momentum = 1.0

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from composing import COMPOSER, CONFIGS, compose
+from hydra._internal.core_plugins.bash_completion import BashCompletion
 
 from bcos_train import list_models
 from bcos_train.config.composition import Composer
@@ -116,3 +117,11 @@ def test_a_file_replaces_the_choice_of_its_model(tmp_path: Any, recwarn: pytest.
     assert [warning for warning in recwarn if "schema" in str(warning.message)] == []
     # Without that folder it is the model's own again.
     assert Composer(CONFIGS).compose("train", ["model=resnet44"])["model"]["name"] == "resnet44"
+
+
+def test_help_and_completion_know_the_models() -> None:
+    """Both ask Hydra's loader."""
+    loader = COMPOSER._loader
+    completed = BashCompletion(loader)._query(config_name="train", line="model=resnet5")
+    assert completed == ["model=resnet50", "model=resnet50_long", "model=resnet56"]
+    assert set(list_models()) < set(loader.get_group_options("model"))

@@ -8,14 +8,17 @@ from bcos_train.evaluation.options import (
     PerturbationOptions,
     StabilityOptions,
 )
+from bcos_train.evaluation.scoring import Case, NotMeasured, register_metric
 from bcos_train.evaluation.store import ScoreStore
 from bcos_train.evaluation.subject import Predictions, Subject
 from bcos_train.evaluation.summary import describe, summarize
 
 __all__ = [
     "METRICS",
+    "Case",
     "ExplanationOptions",
     "GridPointingOptions",
+    "NotMeasured",
     "PerturbationOptions",
     "Predictions",
     "Results",
@@ -24,5 +27,6 @@ __all__ = [
     "Subject",
     "describe",
     "measure",
+    "register_metric",
     "summarize",
 ]

@@ -1,7 +1,9 @@
 """What is measured about explanations: methods, metrics and their settings, as ``configs/explanation`` gives them."""
 
+import inspect
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import GenericAlias
 from typing import Any, Literal, get_args
 
 from bcos_train.explanation.method import METHODS, Method, make_method
@@ -47,7 +49,8 @@ MetricName = Literal[
     "completeness",
     "alignment",
 ]
-METRICS: tuple[str, ...] = get_args(MetricName)
+#: All metrics: ours, and those that :func:`bcos_train.evaluation.register_metric` adds.
+METRICS: list[str] = list(get_args(MetricName))
 #: Those that score the explanation of a single image.
 IMAGE_METRICS = tuple(name for name in METRICS if name not in ("grid_pointing", "alignment"))
 
@@ -146,7 +149,7 @@ class ExplanationOptions:
     """
 
     methods: list[MethodName]
-    metrics: list[MetricName]
+    metrics: list[str]
     n_images: int
     batch_size: int
     every_n_epochs: int
@@ -191,6 +194,18 @@ class ExplanationOptions:
         if metric == "noise_stability":
             return {"std": self.stability.noise_std, "n_samples": self.stability.noise_samples}
         return {}
+
+
+def _config_signature(node: Mapping[str, Any]) -> inspect.Signature:
+    """The signature with the registered metrics as the choices of ``metrics``."""
+    signature = inspect.signature(ExplanationOptions)
+    literal: Any = Literal  # of values that are known at run time
+    choices = GenericAlias(list, (literal[tuple(METRICS)],))
+    parameters = signature.parameters | {"metrics": signature.parameters["metrics"].replace(annotation=choices)}
+    return signature.replace(parameters=list(parameters.values()))
+
+
+ExplanationOptions.config_signature = staticmethod(_config_signature)  # type: ignore[attr-defined]
 
 
 def _at_least(least: int, path: str, **values: int) -> None:

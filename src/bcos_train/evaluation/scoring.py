@@ -3,14 +3,15 @@
 Axes: N images, G grids, K = n² cells of a grid, C channels, H W pixels.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from bcos_train.evaluation.options import ExplanationOptions, GridPointingOptions
+from bcos_train.evaluation.options import METRICS, ExplanationOptions, GridPointingOptions
 from bcos_train.explanation import constant_term, evaluating
 from bcos_train.explanation.method import Method
 from bcos_train.metric import (
@@ -24,10 +25,19 @@ from bcos_train.metric import (
     shift_stability,
 )
 
-__all__ = ["BETTER", "SCORERS", "NotMeasured", "explain_grids", "image_scores", "score_grids"]
+__all__ = [
+    "BETTER",
+    "SCORERS",
+    "Case",
+    "NotMeasured",
+    "explain_grids",
+    "image_scores",
+    "register_metric",
+    "score_grids",
+]
 
 #: Whether large or small values are good.
-BETTER: Mapping[str, str] = {
+BETTER: dict[str, str] = {
     "grid_pointing": "↑",
     "deletion": "↓",
     "insertion": "↑",
@@ -119,7 +129,7 @@ def _noise_stability(case: Case) -> Tensor:
 
 
 #: Metrics of single images: (N,) scores each.
-SCORERS: Mapping[str, Callable[[Case], Tensor]] = {
+SCORERS: dict[str, Callable[[Case], Tensor]] = {
     "deletion": lambda case: case.area("most", insert=False, baseline=0.0),
     "insertion": lambda case: case.area("most", insert=True, baseline="blur"),
     "pixel_perturbation": lambda case: case.area("least", insert=False, baseline=0.0),
@@ -128,6 +138,24 @@ SCORERS: Mapping[str, Callable[[Case], Tensor]] = {
     "noise_stability": _noise_stability,
     "completeness": _completeness,
 }
+
+
+def register_metric(name: str, score: Callable[[Case], Tensor], *, better: Literal["larger", "smaller"]) -> None:
+    """Add a metric of single images, which ``explanation.metrics`` can then name.
+
+    Args:
+        name: Its name in configs, tables and files.
+        score: :class:`Case` -> (N,) scores; ``case.maps`` holds the attribution maps (N, H, W). It may raise
+            :class:`NotMeasured` with the reason.
+        better: Whether larger or smaller scores are better.
+
+    Raises:
+        ValueError: The name is taken.
+    """
+    if name in METRICS:
+        raise ValueError(f"a metric named {name!r} is registered already")
+    SCORERS[name], BETTER[name] = score, "↑" if better == "larger" else "↓"
+    METRICS.append(name)
 
 
 def explain_grids(model: nn.Module, method: Method, x: Tensor, targets: Tensor, options: GridPointingOptions) -> Tensor:
