@@ -16,8 +16,8 @@ from torch import nn as _nn
 _sys.path.insert(0, str(_Path(__file__).resolve().parent / "src"))
 
 from bcos_train import create_model as _create_model
-from bcos_train.zoo import RECORDS as _RECORDS
-from bcos_train.zoo import ZooRecord as _ZooRecord
+from bcos_train.weights import RECORDS as _RECORDS
+from bcos_train.weights import ZooRecord as _ZooRecord
 
 dependencies = ["torch", "torchvision"]
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bcos_train.command_line import MISTAKE, Parser
-from bcos_train.zoo.export import export
+from bcos_train.weights.export import export
 
 
 def parser() -> Parser:

@@ -19,10 +19,10 @@ from functools import partial
 from pathlib import Path
 
 from bcos_train.command_line import INTERRUPTED, MISTAKE, Parser
+from bcos_train.evaluation.slurm import SlurmOptions, submit
+from bcos_train.evaluation.zoo_rows import Settings, evaluate_row, is_complete, measure, problems
+from bcos_train.report.zoo_table import choose, listed, readme_with, size, train_command
 from bcos_train.suggest import join_words
-from bcos_train.zoo.slurm import SlurmOptions, submit
-from bcos_train.zoo.table import choose, listed, readme_with, size, train_command
-from bcos_train.zoo.table_run import Settings, evaluate_row, is_complete, measure, problems
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -1,6 +1,6 @@
 """Train, evaluate and explain B-cos networks."""
 
-from bcos_train import zoo as _zoo  # noqa: F401 - registers the official weights
+from bcos_train import weights as _weights  # noqa: F401 - registers the official weights
 from bcos_train.explanation import explain, explanation_mode
 from bcos_train.model import create_model, list_models
 

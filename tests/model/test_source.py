@@ -12,7 +12,7 @@ from states import assert_same, random_state, seeded
 
 from bcos_train import checkpoint, create_model
 from bcos_train.model.weights import save_weights
-from bcos_train.zoo.export import export
+from bcos_train.weights.export import export
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bcos_train import create_model
-from bcos_train.zoo import load_exported
+from bcos_train.weights import load_exported
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bcos_train.zoo import RECORDS
-from bcos_train.zoo.slurm import SlurmOptions
+from bcos_train.evaluation.slurm import SlurmOptions
+from bcos_train.weights import RECORDS
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "model_zoo.py"
@@ -124,7 +124,7 @@ def test_exit_codes(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from bcos_train.zoo.table_run import Failed
+    from bcos_train.evaluation.zoo_rows import Failed
 
     def evaluate(*args: Any) -> None:
         raise Failed("no room") if raised is None else raised

@@ -90,7 +90,7 @@ def create_model(
     Args:
         name: One of :func:`list_models`.
         pretrained: Load the official ImageNet weights, which are downloaded once and verified at each use
-            (:mod:`bcos_train.zoo.weights`); the same as ``weights="official"``. Names of models that have some:
+            (:mod:`bcos_train.weights.download`); the same as ``weights="official"``. Names of models that have some:
             ``list_models(pretrained=True)``.
         weights: ``"official"``; a ``.pth``, ``.safetensors`` or ``.ckpt`` file; or a folder with
             ``model.safetensors``. The folder of a run or an export also says for which options and preprocessing its

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from bcos_train import create_model
-from bcos_train.zoo import ZooRecord, records, weights
+from bcos_train.weights import ZooRecord, records
+from bcos_train.weights import download as weights
 
 #: What the server does to a request, besides sending the file: an HTTP status, or one of the words in ``_misbehave``.
 Fault = int | str | None

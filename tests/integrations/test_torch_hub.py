@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from weights.release import Release, as_file, publish, state_of
 
 from bcos_train import list_models
-from bcos_train.zoo import RECORDS
-
-from .release import Release, as_file, publish, state_of
+from bcos_train.weights import RECORDS
 
 ROOT = Path(__file__).parents[2]
 

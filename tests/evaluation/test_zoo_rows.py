@@ -13,9 +13,8 @@ from safetensors.torch import load_file
 
 from bcos_train import create_model
 from bcos_train.config.compose import Composer
-from bcos_train.zoo import RECORDS, table_run
-from bcos_train.zoo.table import N_VAL, Row
-from bcos_train.zoo.table_run import (
+from bcos_train.evaluation import zoo_rows as table_run
+from bcos_train.evaluation.zoo_rows import (
     Failed,
     NoWeights,
     Settings,
@@ -25,7 +24,9 @@ from bcos_train.zoo.table_run import (
     find_own,
     measure,
 )
-from bcos_train.zoo.weights import WeightsError
+from bcos_train.report.zoo_table import N_VAL, Row
+from bcos_train.weights import RECORDS
+from bcos_train.weights.download import WeightsError
 
 ROOT = Path(__file__).parents[2]
 NAMES = ["resnet18", "resnet34", "simple_vit_ti_patch16_224"]

@@ -6,8 +6,9 @@ import timm
 import torch
 from torch import Tensor
 
+import bcos_train.timm  # noqa: F401 - registers the models
 from bcos_train import list_models
-from bcos_train.zoo.timm_models import timm_name
+from bcos_train.weights.records import timm_name
 
 ALL = {own: name for name in list_models() if (own := timm_name(name)) is not None}
 

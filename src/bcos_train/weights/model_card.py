@@ -6,7 +6,8 @@ from typing import Any
 
 from bcos_train.model.preprocessing import Preprocessing
 from bcos_train.model.source import LIBRARY, TIMM
-from bcos_train.zoo.export_source import Source
+from bcos_train.weights.export_source import Source
+from bcos_train.weights.records import timm_name
 
 __all__ = ["export_config", "model_card"]
 
@@ -71,10 +72,6 @@ def _architecture(name: str) -> str:
     """The model's name in timm, if it has one."""
     if name.startswith(TIMM):
         return name.removeprefix(TIMM)
-    try:
-        from bcos_train.zoo.timm_models import timm_name
-    except ModuleNotFoundError:
-        return name
     return timm_name(name) or name
 
 
@@ -173,7 +170,7 @@ def _usage(name: str, can_explain: bool) -> str:
         "import torch",
         "from PIL import Image",
         "",
-        "from bcos_train.zoo import load_exported",
+        "from bcos_train.weights import load_exported",
         "",
         'folder = "."  # where this file lies; of the Hub: huggingface_hub.snapshot_download("<user>/<repository>")',
         "model = load_exported(folder).eval()",

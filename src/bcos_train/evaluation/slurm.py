@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bcos_train.zoo.table import train_command
+from bcos_train.report.zoo_table import train_command
 
 __all__ = ["SlurmOptions", "job_command", "submit"]
 

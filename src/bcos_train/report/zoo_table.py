@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bcos_train.model import create_model
 from bcos_train.suggest import join_words, suggest
-from bcos_train.zoo.records import RECORDS
+from bcos_train.weights.records import RECORDS
 
 __all__ = ["Row", "choose", "listed", "readme_with", "size", "to_csv", "to_json", "to_markdown", "train_command"]
 

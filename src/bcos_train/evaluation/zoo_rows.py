@@ -16,9 +16,9 @@ from bcos_train.model import create_model
 from bcos_train.model.source import RUN_CONFIG, describe
 from bcos_train.model.weights import file_sha256, save_weights
 from bcos_train.replacing import replacing
-from bcos_train.zoo.records import RECORDS
-from bcos_train.zoo.table import N_VAL, Row, listed, size, to_csv, to_json, to_markdown
-from bcos_train.zoo.weights import WeightsError, official_file
+from bcos_train.report.zoo_table import N_VAL, Row, listed, size, to_csv, to_json, to_markdown
+from bcos_train.weights.download import WeightsError, official_file
+from bcos_train.weights.records import RECORDS
 
 __all__ = ["Failed", "Settings", "Source", "evaluate_row", "find_own", "is_complete", "measure", "problems"]
 __all__ += ["write_table"]

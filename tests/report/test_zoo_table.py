@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from bcos_train import create_model
-from bcos_train.zoo import RECORDS
-from bcos_train.zoo.table import (
+from bcos_train.report.zoo_table import (
     BEGIN,
     END,
     N_VAL,
@@ -27,6 +26,7 @@ from bcos_train.zoo.table import (
     to_markdown,
     train_command,
 )
+from bcos_train.weights import RECORDS
 
 README = Path(__file__).parents[2] / "README.md"
 #: Quick to count the operations of.
@@ -92,7 +92,7 @@ def test_operations_of_a_network_by_hand(monkeypatch: pytest.MonkeyPatch) -> Non
     def tiny(name: str) -> nn.Module:
         return Net(nn.Conv2d(6, 4, 3, stride=2, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
 
-    monkeypatch.setattr("bcos_train.zoo.table.create_model", tiny)
+    monkeypatch.setattr("bcos_train.report.zoo_table.create_model", tiny)
     params, gmacs = size("any")
     assert params == 6 * 4 * 9 + 4 + 4 * 5 + 5
     assert gmacs == (6 * 4 * 9 * 112 * 112 + 4 * 5) / 1e9

@@ -22,7 +22,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from bcos_train.model.weights import file_sha256, read_weights
-from bcos_train.zoo.records import ZooRecord, record
+from bcos_train.weights.records import ZooRecord, record
 
 __all__ = ["MIRROR", "WeightsError", "load_official", "official_file"]
 

@@ -12,7 +12,8 @@ import torch
 
 from bcos_train import create_model
 from bcos_train.model.weights import read_weights
-from bcos_train.zoo import WeightsError, ZooRecord, official_file, weights
+from bcos_train.weights import WeightsError, ZooRecord, official_file
+from bcos_train.weights import download as weights
 
 from .release import Fault, Release, as_file, publish, state_of
 
@@ -204,7 +205,7 @@ def test_no_such_file(status: int, text: str, release: Release, row: ZooRecord, 
 def test_nobody_listens(row: ZooRecord, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as unused:
         port = unused.getsockname()[1]
-    monkeypatch.setattr("bcos_train.zoo.records.RELEASE", f"http://127.0.0.1:{port}")
+    monkeypatch.setattr("bcos_train.weights.records.RELEASE", f"http://127.0.0.1:{port}")
     assert "no connection for http://127.0.0.1" in (message := refused(row))
     assert "refused" in message
     assert files(tmp_path) == {}

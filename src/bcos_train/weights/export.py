@@ -28,8 +28,8 @@ from bcos_train.model.source import CONFIG, RUN_CONFIG, TIMM, describe
 from bcos_train.model.source import read_source as read_described
 from bcos_train.model.weights import EMA_WEIGHTS, WEIGHTS, count_classes, load_weights, read_weights
 from bcos_train.suggest import join_words, suggest
-from bcos_train.zoo.export_source import Source, described_by, known_options, read_source
-from bcos_train.zoo.model_card import export_config, model_card
+from bcos_train.weights.export_source import Source, described_by, known_options, read_source
+from bcos_train.weights.model_card import export_config, model_card
 
 __all__ = ["Exported", "export", "load_exported"]
 

@@ -11,9 +11,9 @@ import torch
 
 from bcos_train import create_model
 from bcos_train.model.weights import read_weights, save_weights
-from bcos_train.zoo import export as export_module
-from bcos_train.zoo import load_exported
-from bcos_train.zoo.export import export
+from bcos_train.weights import export as export_module
+from bcos_train.weights import load_exported
+from bcos_train.weights.export import export
 
 from .exports import State, assert_equal, state_in, training_checkpoint
 from .release import state_of

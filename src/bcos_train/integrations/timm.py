@@ -3,7 +3,7 @@
 Every B-cos model is registered under its name with ``bcos_`` before it, and the official standard ViTs under their own.
 Official weights come from this package's loader, which verifies them, never from timm's download.
 
-This module imports timm; :mod:`bcos_train.zoo.timm_hook` imports it once timm has been.
+This module imports timm; ``import bcos_train.timm`` runs it.
 """
 
 from collections import OrderedDict
@@ -30,9 +30,7 @@ from bcos_train.model.base import resolve_pooling
 from bcos_train.model.conv_net import BcosConvNet
 from bcos_train.model.recompute import Blocks, set_grad_checkpointing
 from bcos_train.suggest import join_words, suggest
-from bcos_train.zoo.records import RECORDS
-
-__all__ = ["timm_name"]
+from bcos_train.weights.records import RECORDS, timm_name
 
 FeatureClass = Literal["list", "dict", "hook"]
 
@@ -52,13 +50,6 @@ _INPUT = (
     "The input is [r, g, b, 1-r, 1-g, 1-b] in [0, 1]: model.transform makes it of an image. timm's own transforms, "
     "with the mean and std given here, make the first three channels."
 )
-
-
-def timm_name(name: str) -> str | None:
-    """What a model is called in timm; ``None``: it is not registered there."""
-    if name in RECORDS and not RECORDS[name].is_bcos:
-        return name
-    return None if name.startswith(("standard_", "timm")) else f"bcos_{name}"
 
 
 def _default_cfg(name: str) -> dict[str, Any]:

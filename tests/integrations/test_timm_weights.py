@@ -11,9 +11,9 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from bcos_train import create_model
+from bcos_train.integrations import timm as timm_models  # noqa: F401 - the models are registered whatever was imported first
 from bcos_train.model import registry
 from bcos_train.model.weights import save_weights
-from bcos_train.zoo import timm_models  # noqa: F401 - the models are registered whatever was imported first
 
 
 @pytest.fixture

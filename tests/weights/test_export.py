@@ -14,8 +14,8 @@ from safetensors import safe_open
 from bcos_train import create_model
 from bcos_train.dataset import Cifar10
 from bcos_train.model.weights import read_weights, save_weights
-from bcos_train.zoo import export_source, load_exported
-from bcos_train.zoo.export import export
+from bcos_train.weights import export_source, load_exported
+from bcos_train.weights.export import export
 
 from .exports import assert_equal, state_in, training_checkpoint
 from .release import Release, as_file, publish, state_of
@@ -165,6 +165,7 @@ def test_a_model_of_timm(tmp_path: Path) -> None:
 
 def test_timm_reads_the_folder(trained_run: Path, tmp_path: Path) -> None:
     timm = pytest.importorskip("timm")
+    pytest.importorskip("bcos_train.timm")
     export(str(trained_run), tmp_path / "out")
     model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
     x = torch.rand(2, 6, 16, 16)

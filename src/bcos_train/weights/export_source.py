@@ -17,8 +17,8 @@ from bcos_train.model import source as weights
 from bcos_train.model.source import LAST, TIMM
 from bcos_train.model.weights import file_sha256
 from bcos_train.suggest import suggest
-from bcos_train.zoo.records import RECORDS, ZooRecord, record
-from bcos_train.zoo.weights import load_official
+from bcos_train.weights.download import load_official
+from bcos_train.weights.records import RECORDS, ZooRecord, record
 
 __all__ = ["Source", "described_by", "known_options", "read_source"]
 

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from bcos_train.suggest import suggest
 
-__all__ = ["RECORDS", "RELEASE", "ZooRecord", "record"]
+__all__ = ["RECORDS", "RELEASE", "ZooRecord", "record", "timm_name"]
 
 #: Address of the release that all files are in.
 RELEASE = "https://github.com/B-cos/B-cos-v2/releases/download/v0.0.1-weights"
@@ -85,8 +85,15 @@ def record(name: str) -> ZooRecord:
         ValueError: There is none; the message names the nearest.
     """
     if name not in RECORDS:
-        raise ValueError(f"no official weights of {name}{suggest(name, RECORDS)} (see bcos_train.zoo.RECORDS)")
+        raise ValueError(f"no official weights of {name}{suggest(name, RECORDS)} (see bcos_train.weights.RECORDS)")
     return RECORDS[name]
+
+
+def timm_name(name: str) -> str | None:
+    """Name of a model of ours in timm after ``import bcos_train.timm``; ``None`` if it is not registered there."""
+    if name in RECORDS and not RECORDS[name].is_bcos:
+        return name
+    return None if name.startswith(("standard_", "timm")) else f"bcos_{name}"
 
 
 # fmt: off

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from bcos_train import create_model, list_models
-from bcos_train.zoo import RECORDS, record
+from bcos_train.weights import RECORDS, record
 
 NAMES = [
     "resnet18",

@@ -12,9 +12,10 @@ from timm.data import create_transform, resolve_model_data_config
 from torch import nn
 
 from bcos_train import create_model, explanation_mode, list_models
+from bcos_train.integrations import timm as timm_models
 from bcos_train.model import model_signature
-from bcos_train.zoo import RECORDS, timm_models
-from bcos_train.zoo.timm_models import timm_name
+from bcos_train.weights import RECORDS
+from bcos_train.weights.records import timm_name
 
 from .timm_names import ALL, image, on_meta
 
