@@ -37,7 +37,10 @@ ALLOWED = {
 }
 FOR_ALL = {"bcos_train.compiling", "bcos_train.replacing", "bcos_train.suggest"}
 #: Modules that a package may import although the rest of their package is out of reach for it.
-ALLOWED_MODULES = {"model": ("bcos_train.augmentation", "bcos_train.dataset.encoding", "bcos_train.checkpoint")}
+ALLOWED_MODULES = {
+    "model": ("bcos_train.augmentation", "bcos_train.dataset.encoding"),
+    "weights": ("bcos_train.checkpoint",),
+}
 #: Packages that never see Lightning, Hydra or OmegaConf.
 PURE = {
     "nn",

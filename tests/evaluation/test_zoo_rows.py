@@ -13,16 +13,16 @@ from safetensors.torch import load_file
 
 from bcos_train import create_model
 from bcos_train.config.compose import Composer
-from bcos_train.evaluation import zoo_rows as table_run
+from bcos_train.evaluation import zoo_rows
 from bcos_train.evaluation.zoo_rows import (
-    Failed,
-    NoWeights,
+    EvaluationFailed,
+    MissingWeights,
+    RowWeights,
     Settings,
-    Source,
+    evaluate_arguments,
     evaluate_row,
-    evaluate_settings,
-    find_own,
-    measure,
+    evaluate_rows,
+    find_own_weights,
 )
 from bcos_train.report.zoo_table import N_VAL, Row
 from bcos_train.weights import RECORDS
@@ -35,8 +35,8 @@ NAMES = ["resnet18", "resnet34", "simple_vit_ti_patch16_224"]
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Counts come from the records, and official files are said to be there."""
-    monkeypatch.setattr(table_run, "size", lambda name: (RECORDS[name].params, 1.0))
-    monkeypatch.setattr(table_run, "official_file", lambda row: Path(row.file))
+    monkeypatch.setattr(zoo_rows, "model_cost", lambda name: (RECORDS[name].params, 1.0))
+    monkeypatch.setattr(zoo_rows, "download_official", lambda row: Path(row.file))
 
 
 @pytest.fixture
@@ -50,14 +50,14 @@ class Evaluation:
 
     def __init__(self, count: int = N_VAL, fail: str = "", stop: str = "") -> None:
         self.count, self.fail, self.stop = count, fail, stop
-        self.calls: list[tuple[str, Source]] = []
+        self.calls: list[tuple[str, RowWeights]] = []
 
-    def __call__(self, name: str, source: Source, settings: Settings, place: Path) -> Mapping[str, Any]:
+    def __call__(self, name: str, source: RowWeights, settings: Settings, place: Path) -> Mapping[str, Any]:
         if name == self.stop:
             raise KeyboardInterrupt
         self.calls.append((name, source))
         if name == self.fail:
-            raise Failed("out of memory")
+            raise EvaluationFailed("out of memory")
         top1 = RECORDS[name].top1 - 1
         result = {"acc1": top1, "acc5": 90.0, "count": self.count, "seconds": 100.0, "dataset": "imagenet"}
         return {**result, "explanation/completeness_error": 0.25, "loss": 1.0}
@@ -81,7 +81,7 @@ def by_name(rows: list[Row]) -> dict[str, Row]:
 
 def test_measured(data: Path, tmp_path: Path) -> None:
     evaluate = Evaluation()
-    rows = by_name(measure(NAMES, Settings(data=data), tmp_path / "zoo", evaluate))
+    rows = by_name(evaluate_rows(NAMES, Settings(data=data), tmp_path / "zoo", evaluate))
     assert evaluate.names == NAMES
     row = rows["resnet34"]
     assert (row.status, row.top5, row.images, row.images_per_second) == ("measured", 90.0, N_VAL, N_VAL / 100)
@@ -98,7 +98,7 @@ def test_measured(data: Path, tmp_path: Path) -> None:
     ("settings", "count"), [({"weights": "random"}, N_VAL), ({"limit": 200}, 200), ({}, 200), ({}, N_VAL + 1)]
 )
 def test_not_comparable(settings: dict[str, Any], count: int, data: Path, tmp_path: Path) -> None:
-    rows = measure(NAMES[:1], Settings(data=data, **settings), tmp_path, Evaluation(count))
+    rows = evaluate_rows(NAMES[:1], Settings(data=data, **settings), tmp_path, Evaluation(count))
     assert not rows[0].comparable
     assert rows[0].difference("top1") is None
     assert "not comparable" in (tmp_path / "model_zoo.md").read_text()
@@ -106,7 +106,7 @@ def test_not_comparable(settings: dict[str, Any], count: int, data: Path, tmp_pa
 
 def test_without_data(tmp_path: Path) -> None:
     evaluate = Evaluation()
-    rows = measure(NAMES, Settings(), tmp_path, evaluate)
+    rows = evaluate_rows(NAMES, Settings(), tmp_path, evaluate)
     assert evaluate.calls == []
     assert {row.status for row in rows} == {"no data"}
     assert [row.params for row in rows] == [RECORDS[name].params for name in NAMES]
@@ -114,7 +114,7 @@ def test_without_data(tmp_path: Path) -> None:
 
 
 def test_only_listed(data: Path, tmp_path: Path) -> None:
-    assert {row.status for row in measure(NAMES, Settings(data=data), tmp_path, None)} == {"not evaluated"}
+    assert {row.status for row in evaluate_rows(NAMES, Settings(data=data), tmp_path, None)} == {"not evaluated"}
 
 
 def test_official_weights_that_cannot_be_had(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,23 +123,23 @@ def test_official_weights_that_cannot_be_had(data: Path, tmp_path: Path, monkeyp
             raise WeightsError("no connection")
         return Path(row.file)
 
-    monkeypatch.setattr(table_run, "official_file", missing)
-    rows = by_name(measure(NAMES, Settings(data=data), tmp_path, Evaluation()))
+    monkeypatch.setattr(zoo_rows, "download_official", missing)
+    rows = by_name(evaluate_rows(NAMES, Settings(data=data), tmp_path, Evaluation()))
     assert (rows["resnet34"].status, rows["resnet34"].reason) == ("no weights", "no connection")
     assert rows["resnet18"].status == rows["simple_vit_ti_patch16_224"].status == "measured"
-    assert table_run.problems([*rows.values()]) == ["no weights for 1 of 3 rows; resnet34: no connection"]
-    assert not table_run.is_complete([*rows.values()], "official")
-    assert table_run.is_complete([*rows.values()], "a folder")
+    assert zoo_rows.summarize_failures([*rows.values()]) == ["no weights for 1 of 3 rows; resnet34: no connection"]
+    assert not zoo_rows.is_complete([*rows.values()], "official")
+    assert zoo_rows.is_complete([*rows.values()], "a folder")
 
 
 def test_a_row_that_fails_stops_no_other(data: Path, tmp_path: Path) -> None:
-    rows = by_name(measure(NAMES, Settings(data=data), tmp_path, Evaluation(fail="resnet34")))
+    rows = by_name(evaluate_rows(NAMES, Settings(data=data), tmp_path, Evaluation(fail="resnet34")))
     assert (rows["resnet34"].status, rows["resnet34"].reason) == ("failed", "out of memory")
     assert rows["simple_vit_ti_patch16_224"].status == "measured"
-    assert table_run.problems([*rows.values()]) == ["resnet34: failed: out of memory"]
-    assert not table_run.is_complete([*rows.values()], "official")
+    assert zoo_rows.summarize_failures([*rows.values()]) == ["resnet34: failed: out of memory"]
+    assert not zoo_rows.is_complete([*rows.values()], "official")
     again = Evaluation()
-    measure(NAMES, Settings(data=data), tmp_path, again)
+    evaluate_rows(NAMES, Settings(data=data), tmp_path, again)
     assert again.names == ["resnet34"]
 
 
@@ -149,13 +149,13 @@ def test_a_row_that_fails_stops_no_other(data: Path, tmp_path: Path) -> None:
 def test_interruption_loses_the_current_row_alone(data: Path, tmp_path: Path) -> None:
     settings = Settings(data=data)
     with pytest.raises(KeyboardInterrupt):
-        measure(NAMES, settings, tmp_path, Evaluation(stop=NAMES[2]))
+        evaluate_rows(NAMES, settings, tmp_path, Evaluation(stop=NAMES[2]))
     assert [row["status"] for row in table(tmp_path).values()] == ["measured", "measured", "not evaluated"]
     again = Evaluation()
-    rows = measure(NAMES, settings, tmp_path, again)
+    rows = evaluate_rows(NAMES, settings, tmp_path, again)
     assert again.names == NAMES[2:]
     assert [row.status for row in rows] == ["measured"] * 3
-    whole = measure(NAMES, settings, tmp_path / "at once", Evaluation())
+    whole = evaluate_rows(NAMES, settings, tmp_path / "at once", Evaluation())
     assert rows == whole
 
 
@@ -164,17 +164,17 @@ def test_interruption_loses_the_current_row_alone(data: Path, tmp_path: Path) ->
 )
 def test_other_settings_are_measured_anew(change: dict[str, Any], data: Path, tmp_path: Path) -> None:
     settings = Settings(data=data)
-    measure(NAMES[:1], settings, tmp_path, Evaluation())
+    evaluate_rows(NAMES[:1], settings, tmp_path, Evaluation())
     again = Evaluation()
-    measure(NAMES[:1], replace(settings, **change), tmp_path, again)
+    evaluate_rows(NAMES[:1], replace(settings, **change), tmp_path, again)
     assert again.names == NAMES[:1]
 
 
 def test_other_data_are_measured_anew(data: Path, tmp_path: Path) -> None:
     (tmp_path / "other" / "val").mkdir(parents=True)
-    measure(NAMES[:1], Settings(data=data), tmp_path, Evaluation())
+    evaluate_rows(NAMES[:1], Settings(data=data), tmp_path, Evaluation())
     again = Evaluation()
-    measure(NAMES[:1], Settings(data=tmp_path / "other"), tmp_path, again)
+    evaluate_rows(NAMES[:1], Settings(data=tmp_path / "other"), tmp_path, again)
     assert again.names == NAMES[:1]
 
 
@@ -185,7 +185,7 @@ def test_other_weights_under_the_same_name_are_measured_anew(data: Path, tmp_pat
     for content, expected in ((b"a", ["resnet18"]), (b"a", []), (b"b", ["resnet18"])):
         (own / "resnet18.pth").write_bytes(content)
         evaluate = Evaluation()
-        measure(NAMES[:1], settings, tmp_path, evaluate)
+        evaluate_rows(NAMES[:1], settings, tmp_path, evaluate)
         assert evaluate.names == expected
 
 
@@ -194,19 +194,19 @@ def test_damaged_result_is_measured_anew(text: str, data: Path, tmp_path: Path) 
     (tmp_path / "rows" / "resnet18").mkdir(parents=True)
     (tmp_path / "rows" / "resnet18" / "row.json").write_text(text)
     evaluate = Evaluation()
-    measure(NAMES[:1], Settings(data=data), tmp_path, evaluate)
+    evaluate_rows(NAMES[:1], Settings(data=data), tmp_path, evaluate)
     assert evaluate.names == NAMES[:1]
 
 
 def test_progress_counts_the_rows(data: Path, tmp_path: Path) -> None:
     """Their sizes, then from those on that were measured before."""
-    measure(NAMES[:1], Settings(data=data), tmp_path, Evaluation())
+    evaluate_rows(NAMES[:1], Settings(data=data), tmp_path, Evaluation())
     steps: list[tuple[str, int, int]] = []
-    measure(NAMES, Settings(data=data), tmp_path, Evaluation(), lambda *step: steps.append(step))
+    evaluate_rows(NAMES, Settings(data=data), tmp_path, Evaluation(), lambda *step: steps.append(step))
     assert steps[:3] == [(f"{name}: parameters and GMACs", i, 3 - i) for i, name in enumerate(NAMES)]
     assert steps[3:] == [(NAMES[1], 1, 2), (NAMES[2], 2, 1), ("done", 3, 0)]
     steps.clear()
-    measure(NAMES, Settings(data=data), tmp_path, Evaluation(), lambda *step: steps.append(step))
+    evaluate_rows(NAMES, Settings(data=data), tmp_path, Evaluation(), lambda *step: steps.append(step))
     assert steps[3:] == [("done", 3, 0)]
 
 
@@ -216,7 +216,7 @@ def test_progress_counts_the_rows(data: Path, tmp_path: Path) -> None:
 def test_random_weights_are_seeded_and_leave_the_generator_alone(data: Path, tmp_path: Path) -> None:
     states: list[dict[str, torch.Tensor]] = []
 
-    def evaluate(name: str, source: Source, settings: Settings, place: Path) -> Mapping[str, Any]:
+    def evaluate(name: str, source: RowWeights, settings: Settings, place: Path) -> Mapping[str, Any]:
         states.append(load_file(source.setting[1]))
         return Evaluation()(name, source, settings, place)
 
@@ -224,7 +224,7 @@ def test_random_weights_are_seeded_and_leave_the_generator_alone(data: Path, tmp
     expected = torch.rand(1)
     torch.manual_seed(5)
     for folder in ("a", "b"):
-        measure(["simple_vit_ti_patch16_224"], Settings(data=data, weights="random"), tmp_path / folder, evaluate)
+        evaluate_rows(["simple_vit_ti_patch16_224"], Settings(data=data, weights="random"), tmp_path / folder, evaluate)
     assert torch.equal(torch.rand(1), expected)
     assert states[0].keys() == create_model("simple_vit_ti_patch16_224").state_dict().keys()
     assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
@@ -233,7 +233,7 @@ def test_random_weights_are_seeded_and_leave_the_generator_alone(data: Path, tmp
 @pytest.mark.parametrize("file", ["resnet18.safetensors", "resnet18.pth", "resnet18.ckpt", "resnet_18-68b4160fff.pth"])
 def test_own_file(file: str, tmp_path: Path) -> None:
     (tmp_path / file).write_bytes(b"x")
-    assert find_own("resnet18", tmp_path).setting == ("weights", str(tmp_path / file))
+    assert find_own_weights("resnet18", tmp_path).setting == ("weights", str(tmp_path / file))
 
 
 def test_own_exported_folder(tmp_path: Path) -> None:
@@ -241,7 +241,7 @@ def test_own_exported_folder(tmp_path: Path) -> None:
     (tmp_path / "resnet18").mkdir()
     text = json.dumps({**config, "averaged": False, "sha256": "0123"})
     (tmp_path / "resnet18" / "config.json").write_text(text)
-    found = find_own("resnet18", tmp_path)
+    found = find_own_weights("resnet18", tmp_path)
     assert found.setting == ("weights", str(tmp_path / "resnet18"))
     assert found.identity.endswith(" 0123")
 
@@ -255,19 +255,19 @@ def test_own_run_is_the_latest_that_has_ended(place: str, tmp_path: Path) -> Non
         if name != "unfinished":
             (run / "summary.json").write_text(name)
             time.sleep(0.02)
-    assert find_own("resnet18", tmp_path).setting == ("run", str(tmp_path / place / "new"))
+    assert find_own_weights("resnet18", tmp_path).setting == ("run", str(tmp_path / place / "new"))
 
 
 def test_no_own_weights(tmp_path: Path) -> None:
     with pytest.raises(
-        NoWeights, match=r"resnet18\.safetensors, \.pth or \.ckpt, no exported folder resnet18 and no run$"
+        MissingWeights, match=r"resnet18\.safetensors, \.pth or \.ckpt, no exported folder resnet18 and no run$"
     ):
-        find_own("resnet18", tmp_path)
+        find_own_weights("resnet18", tmp_path)
     run = tmp_path / "imagenet" / "resnet18" / "default-1"
     run.mkdir(parents=True)
     (run / "config.yaml").touch()
-    with pytest.raises(NoWeights, match="1 runs have not ended"):
-        find_own("resnet18", tmp_path)
+    with pytest.raises(MissingWeights, match="1 runs have not ended"):
+        find_own_weights("resnet18", tmp_path)
 
 
 # ---- the evaluation
@@ -290,7 +290,7 @@ def door(folder: Path, code: str) -> Path:
     return path
 
 
-SOURCE = Source("own", ("weights", "/weights/it's, {here}.pth"), "")
+SOURCE = RowWeights("own", ("weights", "/weights/it's, {here}.pth"), "")
 
 
 def test_evaluation_in_its_own_process(data: Path, tmp_path: Path) -> None:
@@ -302,7 +302,7 @@ def test_evaluation_in_its_own_process(data: Path, tmp_path: Path) -> None:
 
 def test_evaluation_that_fails(data: Path, tmp_path: Path) -> None:
     path = door(tmp_path, "print('no room', file=sys.stderr); sys.exit(1)")
-    with pytest.raises(Failed, match=r"^no room \(exit code 1; "):
+    with pytest.raises(EvaluationFailed, match=r"^no room \(exit code 1; "):
         evaluate_row(path, "resnet18", SOURCE, Settings(data=data), tmp_path / "row")
 
 
@@ -317,7 +317,7 @@ def test_settings_mean_what_they_say_to_hydra(data: Path, tmp_path: Path) -> Non
     odd = tmp_path / "a, b=[c] {d}'s: e"
     (odd / "val").mkdir(parents=True)
     settings = Settings(data=odd, limit=7, batch_size=3, device="cpu")
-    overrides = evaluate_settings("resnet18", SOURCE, settings, odd / "out")
+    overrides = evaluate_arguments("resnet18", SOURCE, settings, odd / "out")
     config = Composer(ROOT / "configs").compose("evaluate", overrides)
     assert config["model"]["name"] == "resnet18"
     assert config["dataset"]["_target_"] == "bcos_train.dataset.ImageNet"
@@ -325,15 +325,15 @@ def test_settings_mean_what_they_say_to_hydra(data: Path, tmp_path: Path) -> Non
     assert config["weights"] == SOURCE.setting[1]
     assert (config["limit_val"], config["batch_size"], config["trainer"]["accelerator"]) == (7, 3, "cpu")
     assert (
-        Composer(ROOT / "configs").compose("evaluate", evaluate_settings("resnet18", SOURCE, Settings(data=data), odd))[
-            "limit_val"
-        ]
+        Composer(ROOT / "configs").compose(
+            "evaluate", evaluate_arguments("resnet18", SOURCE, Settings(data=data), odd)
+        )["limit_val"]
         is None
     )
 
 
 def test_settings_of_a_run(data: Path, tmp_path: Path) -> None:
-    overrides = evaluate_settings("resnet18", Source("", ("run", "/runs/a"), ""), Settings(data=data), tmp_path)
+    overrides = evaluate_arguments("resnet18", RowWeights("", ("run", "/runs/a"), ""), Settings(data=data), tmp_path)
     assert "run='/runs/a'" in overrides
     assert not any(text.startswith("model=") for text in overrides)
 
@@ -341,7 +341,7 @@ def test_settings_of_a_run(data: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"weights": "offical"}, "--weights offical: official, random or a folder, and this is no folder"),
+        ({"weights": "offical"}, "--weights offical: official, random or a folder, and this is not a folder"),
         ({"data": Path("/none")}, "--data /none: no such folder"),
         ({"data": Path(__file__).parent}, "it has no folder val/"),
         ({"batch_size": 0}, "--batch-size 0: at least 1"),

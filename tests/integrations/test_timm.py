@@ -43,7 +43,7 @@ CONVOLUTIONAL = [name for name, stride in FAMILIES.items() if stride is not None
 
 
 def test_all_bcos_models_and_official_baselines_are_registered() -> None:
-    registered = timm.list_models(module="timm_models")
+    registered = timm.list_models(module="timm")
     assert set(registered) == set(ALL)
     assert set(timm.list_models("bcos_*")) == {
         f"bcos_{n}" for n in list_models() if not n.startswith(("standard", "timm"))
@@ -204,7 +204,7 @@ def test_what_timms_training_script_passes() -> None:
         ({"img_size": 64}, "bcos_resnet20 has no option 'img_size'"),
         ({"drop_rate": 0.5}, "drop_rate=0.5: bcos_resnet20 has no dropout before its classifier"),
         ({"global_pool": "max"}, "global_pool='max': 'avg', or with num_classes=0 '' for no average"),
-        ({"out_indices": (1,)}, "out_indices=(1,) goes with features_only=True"),
+        ({"out_indices": (1,)}, "out_indices=(1,) needs features_only=True"),
         ({"features_only": True, "out_indices": (0, 3)}, "out_indices=(0, 3): there are 3 feature maps, 0 to 2"),
         ({"features_only": True, "out_indices": 4}, "out_indices=4: there are 3 feature maps, 0 to 2"),
         ({"features_only": True, "out_indices": ()}, "out_indices=(): there are 3 feature maps, 0 to 2"),

@@ -150,24 +150,24 @@ def test_feature_maps_with_dilation_are_shaped_as_timms(output_stride: int) -> N
     assert [x.shape for x in mine] == [x.shape for x in theirs]
 
 
-HINT = "; ResNets with bottleneck blocks, such as bcos_resnet50, take a smaller one than their own"
+HINT = "; ResNets with bottleneck blocks, such as bcos_resnet50, allow a smaller one"
 
 
 @pytest.mark.parametrize(
     ("own_name", "options", "message"),
     [
-        ("bcos_resnet50", {"output_stride": 12}, "output_stride=12: bcos_resnet50 takes 32, 16, 8 or 4"),
-        ("bcos_resnet18", {"output_stride": 16}, f"output_stride=16: bcos_resnet18 takes 32{HINT}"),
-        ("bcos_densenet52", {"output_stride": 2}, f"output_stride=2: bcos_densenet52 takes 4{HINT}"),
+        ("bcos_resnet50", {"output_stride": 12}, "output_stride=12: bcos_resnet50 allows 32, 16, 8 or 4"),
+        ("bcos_resnet18", {"output_stride": 16}, f"output_stride=16: bcos_resnet18 allows 32{HINT}"),
+        ("bcos_densenet52", {"output_stride": 2}, f"output_stride=2: bcos_densenet52 allows 4{HINT}"),
         (
             "bcos_simple_vit_ti_patch16_224",
             {"output_stride": 16},
-            "output_stride=16: bcos_simple_vit_ti_patch16_224 has tokens, and no feature maps with a stride",
+            "output_stride=16: bcos_simple_vit_ti_patch16_224 has tokens, not feature maps with a stride",
         ),
         (
             "bcos_resnet50",
             {"output_stride": 16, "replace_stride_with_dilation": [False, False, True]},
-            "output_stride and replace_stride_with_dilation say the same: give one of them",
+            "output_stride and replace_stride_with_dilation set the same thing: give one of them",
         ),
         (
             "bcos_resnet50",

@@ -10,10 +10,10 @@ import torch
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
+import bcos_train.timm  # noqa: F401 - registers the models
 from bcos_train import create_model
-from bcos_train.integrations import timm as timm_models  # noqa: F401 - the models are registered whatever was imported first
-from bcos_train.model import registry
-from bcos_train.model.weights import save_weights
+from bcos_train.weights import source as weights_source
+from bcos_train.weights.files import save_weights
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def official(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
     """Stands for the official ResNet-18; a download by torch.hub or timm is an error."""
     torch.manual_seed(3)
     state = create_model("resnet18").state_dict()
-    monkeypatch.setitem(registry._LOADERS, "resnet18", lambda progress: state)
+    monkeypatch.setattr(weights_source, "load_official", lambda name, progress: state)
 
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("an unverified download")
@@ -63,7 +63,10 @@ def test_official_weights_and_other_channels(official: dict[str, Tensor]) -> Non
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"cache_dir": "weights"}, "cache_dir=weights: official weights are kept where the environment variable TORCH"),
+        (
+            {"cache_dir": "weights"},
+            "cache_dir=weights: official weights are cached under the environment",
+        ),
         ({"pretrained_cfg_overlay": {"url": "https://example.org/w.pth"}}, "not loaded from https://example.org/w.pth"),
     ],
     ids=["cache_dir", "url"],

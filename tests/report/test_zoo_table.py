@@ -16,15 +16,15 @@ from bcos_train.report.zoo_table import (
     END,
     N_VAL,
     Row,
-    choose,
-    listed,
+    model_cost,
+    published_row,
     readme_line,
-    readme_with,
-    size,
+    select_rows,
     to_csv,
     to_json,
     to_markdown,
     train_command,
+    update_readme,
 )
 from bcos_train.weights import RECORDS
 
@@ -33,7 +33,7 @@ README = Path(__file__).parents[2] / "README.md"
 SMALL = ["resnet18", "vgg11_bnu", "convnext_tiny", "simple_vit_ti_patch16_224", "standard_vitc_ti_patch1_14"]
 
 MEASURED = replace(
-    listed("resnet18", 11_693_120, 1.9566),
+    published_row("resnet18", 11_693_120, 1.9566),
     status="measured",
     weights="official",
     top1=68.5,
@@ -45,8 +45,8 @@ MEASURED = replace(
 )
 ROWS = [
     MEASURED,
-    replace(listed("resnet34", 21_797_568, 3.8064), status="no weights", reason="weights: no file resnet34.pth"),
-    replace(listed("resnet50", 25_538_880, 4.3055), status="no data"),
+    replace(published_row("resnet34", 21_797_568, 3.8064), status="no weights", reason="weights: no file resnet34.pth"),
+    replace(published_row("resnet50", 25_538_880, 4.3055), status="no data"),
 ]
 
 
@@ -60,8 +60,8 @@ def cells(text: str) -> dict[str, list[str]]:
 
 
 def test_all_rows_without_a_pattern() -> None:
-    assert choose([]) == list(RECORDS)
-    assert len(choose([])) == 34
+    assert select_rows([]) == list(RECORDS)
+    assert len(select_rows([])) == 34
 
 
 @pytest.mark.parametrize(
@@ -73,13 +73,13 @@ def test_all_rows_without_a_pattern() -> None:
     ],
 )
 def test_patterns(patterns: list[str], names: list[str]) -> None:
-    assert choose(patterns) == names
+    assert select_rows(patterns) == names
 
 
 @pytest.mark.parametrize(("pattern", "nearest"), [("resnet5", "resnet50"), ("densnet121*", "densenet121")])
 def test_pattern_that_matches_nothing(pattern: str, nearest: str) -> None:
     with pytest.raises(ValueError, match="no row of the zoo matches") as caught:
-        choose(["resnet18", pattern])
+        select_rows(["resnet18", pattern])
     assert str(caught.value) == f"--models {pattern}: no row of the zoo matches; did you mean {nearest}?"
 
 
@@ -93,13 +93,13 @@ def test_operations_of_a_network_by_hand(monkeypatch: pytest.MonkeyPatch) -> Non
         return Net(nn.Conv2d(6, 4, 3, stride=2, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
 
     monkeypatch.setattr("bcos_train.report.zoo_table.create_model", tiny)
-    params, gmacs = size("any")
+    params, gmacs = model_cost("any")
     assert params == 6 * 4 * 9 + 4 + 4 * 5 + 5
     assert gmacs == (6 * 4 * 9 * 112 * 112 + 4 * 5) / 1e9
 
 
 def test_size_of_a_real_row() -> None:
-    params, gmacs = size("resnet18")
+    params, gmacs = model_cost("resnet18")
     model = create_model("resnet18")
     assert params == sum(parameter.numel() for parameter in model.parameters()) == RECORDS["resnet18"].params
     # torchvision lists 1.814 for its ResNet-18; here the stem sees six channels and the classifier 7 x 7 positions.
@@ -108,7 +108,7 @@ def test_size_of_a_real_row() -> None:
 
 
 def test_misprints_are_found_by_comparing() -> None:
-    misprints = {name for name, row in RECORDS.items() if listed(name, row.params, 0).is_count_misprinted}
+    misprints = {name for name, row in RECORDS.items() if published_row(name, row.params, 0).is_count_misprinted}
     assert misprints == {"resnet50", "resnet50_long", "simple_vit_s_patch16_224", "vitc_b_patch1_14"}
 
 
@@ -117,7 +117,7 @@ def test_misprints_are_found_by_comparing() -> None:
     [
         (MEASURED, -0.236),
         (replace(MEASURED, comparable=False), None),
-        (listed("resnet18", 1, 1.0), None),
+        (published_row("resnet18", 1, 1.0), None),
     ],
     ids=["comparable", "not comparable", "not measured"],
 )
@@ -186,17 +186,17 @@ def test_json() -> None:
 
 def test_readme_keeps_what_is_around_the_table() -> None:
     text = f"before\n{BEGIN}\nan old table\n{END}\nafter\n"
-    new = readme_with(text, ROWS)
+    new = update_readme(text, ROWS)
     assert new.startswith(f"before\n{BEGIN}\n\n| model |")
     assert new.endswith(f"\n\n{END}\nafter\n")
     assert "an old table" not in new
-    assert readme_with(new, ROWS) == new
+    assert update_readme(new, ROWS) == new
 
 
 @pytest.mark.parametrize("text", ["", BEGIN, f"{END}\n{BEGIN}", f"{BEGIN}{BEGIN}{END}"], ids=range(4))
 def test_readme_without_a_place(text: str) -> None:
     with pytest.raises(ValueError, match="has no place for the table"):
-        readme_with(text, ROWS)
+        update_readme(text, ROWS)
 
 
 def test_readme_has_all_rows() -> None:
@@ -205,19 +205,20 @@ def test_readme_has_all_rows() -> None:
     table = cells(text[text.index(BEGIN) : text.index(END)])
     assert list(table)[2:] == list(RECORDS)
     for name, line in list(table.items())[2:]:
-        expected = readme_line(listed(name, RECORDS[name].params, float(line[2])))
+        expected = readme_line(published_row(name, RECORDS[name].params, float(line[2])))
         assert line == expected, "run: python scripts/model_zoo.py --readme"
 
 
 @pytest.mark.parametrize("name", SMALL)
 def test_readme_is_current(name: str) -> None:
-    assert f"| {' | '.join(readme_line(listed(name, *size(name))))} |" in README.read_text(encoding="utf-8")
+    line = f"| {' | '.join(readme_line(published_row(name, *model_cost(name))))} |"
+    assert line in README.read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
 def test_whole_readme_is_current() -> None:
     text = README.read_text(encoding="utf-8")
-    assert readme_with(text, [listed(name, *size(name)) for name in RECORDS]) == text
+    assert update_readme(text, [published_row(name, *model_cost(name)) for name in RECORDS]) == text
 
 
 def test_command() -> None:

@@ -190,13 +190,14 @@ def test_average_that_is_not_there(tmp_path: Path, plain_run: Path) -> None:
     assert message.endswith("holds the plain weights, not the averaged ones")
 
 
-NO_STATE, NO_FILE = "is no state dict of tensors", "is no file of weights, or only a part of one"
+NO_SAFETENSORS = "is not a safetensors file"
+NO_STATE, NO_FILE = "is not a state dict of tensors", "is not a weights file, or only part of one"
 
 
 @pytest.mark.parametrize(
     ("name", "write", "message"),
     [
-        pytest.param("w.safetensors", lambda p: p.write_bytes(b"x" * 99), "is no safetensors file", id="safetensors"),
+        pytest.param("w.safetensors", lambda p: p.write_bytes(b"x" * 99), NO_SAFETENSORS, id="safetensors"),
         pytest.param("w.pth", lambda p: p.write_bytes(b"x" * 99), NO_FILE, id="bytes"),
         pytest.param("w.pth", lambda p: torch.save([1, 2], p), NO_STATE, id="list"),
         pytest.param("w.pth", lambda p: torch.save({}, p), NO_STATE, id="empty"),

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bcos_train.model.weights import read_weights
+from bcos_train.weights.files import read_weights
 
 State = dict[str, Tensor]
 

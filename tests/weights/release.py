@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from bcos_train import create_model
-from bcos_train.weights import ZooRecord, records
-from bcos_train.weights import download as weights
+from bcos_train.weights import ZooRecord, download, records
 
 #: What the server does to a request, besides sending the file: an HTTP status, or one of the words in ``_misbehave``.
 Fault = int | str | None
@@ -128,8 +127,8 @@ def publish(monkeypatch: pytest.MonkeyPatch, name: str, content: bytes) -> ZooRe
 def use(monkeypatch: pytest.MonkeyPatch, address: str, home: Path) -> None:
     """Take the release from ``address`` and keep files under ``home``; wait for nothing."""
     monkeypatch.setattr(records, "RELEASE", address)
-    monkeypatch.setattr(weights, "PAUSES", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(download, "PAUSES", (0.0, 0.0, 0.0))
     monkeypatch.setenv("TORCH_HOME", str(home))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.delenv(weights.MIRROR, raising=False)
+    monkeypatch.delenv(download.MIRROR, raising=False)
     monkeypatch.setattr(torch.hub, "_hub_dir", None)

@@ -11,9 +11,8 @@ import pytest
 import torch
 
 from bcos_train import create_model
-from bcos_train.model.weights import read_weights
-from bcos_train.weights import WeightsError, ZooRecord, official_file
-from bcos_train.weights import download as weights
+from bcos_train.weights import WeightsError, ZooRecord, download, download_official
+from bcos_train.weights.files import read_weights
 
 from .release import Fault, Release, as_file, publish, state_of
 
@@ -26,7 +25,7 @@ def row(release: Release, monkeypatch: pytest.MonkeyPatch) -> ZooRecord:
     """A row whose file is on the fake release."""
     row = publish(monkeypatch, "resnet18", CONTENT)
     release.files[row.file] = CONTENT
-    monkeypatch.setattr(weights, "_CHUNK", 100_000)
+    monkeypatch.setattr(download, "_CHUNK", 100_000)
     return row
 
 
@@ -42,7 +41,7 @@ def files(tmp_path: Path) -> dict[str, bytes]:
 
 def refused(row: ZooRecord) -> str:
     with pytest.raises(WeightsError) as caught:
-        official_file(row, progress=False)
+        download_official(row, progress=False)
     message = str(caught.value)
     assert "\n" not in message
     assert "BCOS_WEIGHTS" in message
@@ -53,10 +52,10 @@ def refused(row: ZooRecord) -> str:
 
 
 def test_second_use_needs_no_network(release: Release, row: ZooRecord, tmp_path: Path) -> None:
-    path = official_file(row)
+    path = download_official(row)
     assert path == checkpoints(tmp_path) / row.file
     release.faults[:] = [500] * 9
-    assert official_file(row) == path
+    assert download_official(row) == path
     assert files(tmp_path) == {row.file: CONTENT}
     assert release.requests == [(f"/{row.file}", 0)]
 
@@ -65,13 +64,13 @@ def deny(monkeypatch: pytest.MonkeyPatch) -> None:
     def lock(path: Path) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
-    monkeypatch.setattr(weights, "FileLock", lock)
+    monkeypatch.setattr(download, "FileLock", lock)
 
 
 def test_cache_need_not_be_writable(row: ZooRecord, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = official_file(row)
+    path = download_official(row)
     deny(monkeypatch)
-    assert official_file(row) == path
+    assert download_official(row) == path
 
 
 def test_no_right_to_write(row: ZooRecord, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,24 +80,24 @@ def test_no_right_to_write(row: ZooRecord, tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("damage", ["bit", "cut", "empty"])
 def test_damaged_cache_is_fetched_again(damage: str, release: Release, row: ZooRecord, tmp_path: Path) -> None:
-    path = official_file(row)
+    path = download_official(row)
     raw = bytearray(CONTENT)
     raw[1000] ^= 1
     path.write_bytes({"bit": raw, "cut": CONTENT[:-1], "empty": b""}[damage])
-    assert official_file(row).read_bytes() == CONTENT
+    assert download_official(row).read_bytes() == CONTENT
     assert len(release.requests) == 2
     assert files(tmp_path).keys() == {row.file}
 
 
 def test_hub_folder_can_be_set(row: ZooRecord, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "elsewhere"))
-    assert official_file(row) == tmp_path / "elsewhere" / "checkpoints" / row.file
+    assert download_official(row) == tmp_path / "elsewhere" / "checkpoints" / row.file
 
 
 def test_progress(row: ZooRecord, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    official_file(row, progress=False).unlink()
+    download_official(row, progress=False).unlink()
     assert capfd.readouterr() == ("", "")
-    official_file(row)
+    download_official(row)
     out, err = capfd.readouterr()
     assert out == ""
     assert row.file in err
@@ -107,7 +106,7 @@ def test_progress(row: ZooRecord, tmp_path: Path, capfd: pytest.CaptureFixture[s
 
 def test_progress_without_tqdm(row: ZooRecord, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> None:
     monkeypatch.setattr(torch.hub, "tqdm", torch.hub._Faketqdm)
-    official_file(row)
+    download_official(row)
     assert "100.0%" in capfd.readouterr().err
 
 
@@ -139,9 +138,9 @@ def test_goes_on_after(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(weights, "TIMEOUT", 0.3)
+    monkeypatch.setattr(download, "TIMEOUT", 0.3)
     release.faults = list(faults)
-    assert official_file(row, progress=False).read_bytes() == CONTENT
+    assert download_official(row, progress=False).read_bytes() == CONTENT
     assert files(tmp_path) == {row.file: CONTENT}
     if begins is None:  # how much has been read when a connection breaks isn't exactly known
         assert len(release.requests) == 2
@@ -154,7 +153,7 @@ def test_cut_without_a_known_length(release: Release, row: ZooRecord) -> None:
     """Only the hash can tell; what came is then no beginning of the file."""
     release.files[row.file] = CONTENT[:HALF]
     release.faults = ["no length"]
-    assert "isn't the published file" in refused(row)
+    assert "is not the published file" in refused(row)
 
 
 @pytest.mark.parametrize("faults", [[503] * 4, ["cut"] * 4, ["reset"] * 4], ids=["503", "cut", "reset"])
@@ -163,7 +162,7 @@ def test_gives_up_after_three_more_attempts(faults: list[Fault], release: Releas
     message = refused(row)
     assert len(release.requests) == 4
     assert f"downloading {row.url} broke off 4 times" in message
-    assert official_file(row, progress=False).read_bytes() == CONTENT
+    assert download_official(row, progress=False).read_bytes() == CONTENT
     assert release.requests[-1][1] == (len(CONTENT) - HALF // 8 if faults[0] == "cut" else 0)
 
 
@@ -171,7 +170,7 @@ def test_part_of_another_file_is_thrown_away(release: Release, row: ZooRecord, t
     part = checkpoints(tmp_path) / f".{row.file}.part"
     part.parent.mkdir(parents=True)
     part.write_bytes(b"x" * 1000)
-    assert official_file(row, progress=False).read_bytes() == CONTENT
+    assert download_official(row, progress=False).read_bytes() == CONTENT
     assert [begin for _, begin in release.requests] == [1000, 0]
 
 
@@ -180,7 +179,7 @@ def test_part_with_nothing_left_to_send(extra: int, release: Release, row: ZooRe
     part = checkpoints(tmp_path) / f".{row.file}.part"
     part.parent.mkdir(parents=True)
     part.write_bytes(CONTENT + b"x" * extra)
-    assert official_file(row, progress=False).read_bytes() == CONTENT
+    assert download_official(row, progress=False).read_bytes() == CONTENT
     assert files(tmp_path) == {row.file: CONTENT}
 
 
@@ -189,7 +188,7 @@ def test_part_with_nothing_left_to_send(extra: int, release: Release, row: ZooRe
 
 def test_wrong_file_on_the_server(release: Release, row: ZooRecord, tmp_path: Path) -> None:
     release.files[row.file] = CONTENT[::-1]
-    assert f"{row.url} isn't the published file: its SHA-256 begins with " in refused(row)
+    assert f"{row.url} is not the published file: its SHA-256 begins with " in refused(row)
     assert len(release.requests) == 1
     assert files(tmp_path) == {}
 
@@ -197,7 +196,7 @@ def test_wrong_file_on_the_server(release: Release, row: ZooRecord, tmp_path: Pa
 @pytest.mark.parametrize(("status", "text"), [(404, "404 Not Found"), (403, "403 Forbidden")])
 def test_no_such_file(status: int, text: str, release: Release, row: ZooRecord, tmp_path: Path) -> None:
     release.faults = [status]
-    assert f"{row.url}: the server says {text}" in refused(row)
+    assert f"{row.url}: the server answered {text}" in refused(row)
     assert len(release.requests) == 1
     assert files(tmp_path) == {}
 
@@ -247,7 +246,7 @@ def mirror(row: ZooRecord, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
 
 def test_mirror(mirror: Path, release: Release, row: ZooRecord, tmp_path: Path) -> None:
     (mirror / row.file).write_bytes(CONTENT)
-    assert official_file(row) == mirror / row.file
+    assert download_official(row) == mirror / row.file
     assert release.requests == []
     assert not (tmp_path / "home").exists()
     assert [path.name for path in mirror.iterdir()] == [row.file]
@@ -265,14 +264,14 @@ def test_mirror_that_is_missing(mirror: Path, row: ZooRecord) -> None:
 
 def test_mirror_with_another_file(mirror: Path, release: Release, row: ZooRecord) -> None:
     (mirror / row.file).write_bytes(CONTENT[:-1])
-    assert f"{mirror / row.file} isn't the published file: its SHA-256 doesn't begin with {row.sha256}" in refused(row)
+    assert f"{mirror / row.file} is not the published file: its SHA-256 doesn't begin with {row.sha256}" in refused(row)
     assert release.requests == []
     assert (mirror / row.file).exists()
 
 
 def test_empty_mirror_is_none(row: ZooRecord, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BCOS_WEIGHTS", "")
-    assert official_file(row, progress=False) == checkpoints(tmp_path) / row.file
+    assert download_official(row, progress=False) == checkpoints(tmp_path) / row.file
 
 
 # ---- several processes
@@ -281,7 +280,7 @@ def test_empty_mirror_is_none(row: ZooRecord, tmp_path: Path, monkeypatch: pytes
 def test_several_processes_fetch_once(release: Release, row: ZooRecord, tmp_path: Path) -> None:
     release.faults = ["stall"]  # the first is busy while the others arrive
     fork = multiprocessing.get_context("fork")
-    children = [fork.Process(target=official_file, args=(row, False)) for _ in range(3)]
+    children = [fork.Process(target=download_official, args=(row, False)) for _ in range(3)]
     for child in children:
         child.start()
     for child in children:
@@ -318,7 +317,7 @@ def test_changing_the_model_leaves_the_file(release: Release, tmp_path: Path, mo
     row = publish(monkeypatch, "resnet18", content)
     release.files[row.file] = content
     model = create_model("resnet18", pretrained=True, progress=False)
-    path = official_file(row)
+    path = download_official(row)
     for tensor in (*model.parameters(), *read_weights(path)[0].values()):
         tensor.data.zero_()
     assert path.read_bytes() == content

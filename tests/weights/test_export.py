@@ -11,11 +11,11 @@ import torch
 import yaml
 from safetensors import safe_open
 
-from bcos_train import create_model
+from bcos_train import create_model, load
 from bcos_train.dataset import Cifar10
-from bcos_train.model.weights import read_weights, save_weights
-from bcos_train.weights import export_source, load_exported
+from bcos_train.weights import run_source
 from bcos_train.weights.export import export
+from bcos_train.weights.files import read_weights, save_weights
 
 from .exports import assert_equal, state_in, training_checkpoint
 from .release import Release, as_file, publish, state_of
@@ -35,7 +35,7 @@ def test_from_a_run(source: str, target: str, is_ema: bool, trained_run: Path, t
     path = {"folder": "", "last.ckpt": "checkpoints/last.ckpt", "safetensors": file}[source]
     done = export(str(trained_run / path), tmp_path / target, use_ema=is_ema)
     assert done.path == tmp_path / target
-    assert done.source.name == "resnet20"
+    assert done.source.model_name == "resnet20"
     assert done.source.is_ema == is_ema
     assert done.source.options["b"] == 1.5
     assert done.source.options["num_classes"] == 10
@@ -69,7 +69,7 @@ def test_the_exported_model_is_the_trained_one(trained_run: Path, tmp_path: Path
     x = torch.rand(2, 6, 16, 16)
     shutil.copy(trained_run / "model.safetensors", tmp_path / "w.safetensors")
     expected = create_model("resnet20", weights=tmp_path / "w.safetensors", b=1.5).eval()(x)
-    assert torch.equal(load_exported(tmp_path / "out").eval()(x), expected)
+    assert torch.equal(load(tmp_path / "out").model.eval()(x), expected)
     for path in (tmp_path / "out", tmp_path / "out" / "model.safetensors", trained_run / "model.safetensors"):
         assert torch.equal(create_model("resnet20", weights=path).eval()(x), expected)
     other_b = create_model("resnet20", weights=tmp_path / "w.safetensors").eval()(x)
@@ -85,8 +85,8 @@ def test_from_the_official_training_code(suffix: str, is_ema: bool | None, tmp_p
     path = tmp_path / f"epoch=89{suffix}"
     torch.save(training_checkpoint(plain, averaged), path)
     done = export(str(path), tmp_path / "out", use_ema=is_ema)
-    assert (done.source.name, done.source.dataset) == ("resnet18", "imagenet")
-    assert_equal(load_exported(tmp_path / "out").state_dict(), plain if is_ema is False else averaged)
+    assert (done.source.model_name, done.source.dataset) == ("resnet18", "imagenet")
+    assert_equal(load(tmp_path / "out").model.state_dict(), plain if is_ema is False else averaged)
 
 
 def test_official_vit_keys_keep_their_zero(tmp_path: Path) -> None:
@@ -103,11 +103,9 @@ def test_official_vit_keys_keep_their_zero(tmp_path: Path) -> None:
 def test_official_row(release: Release, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     state = state_of("resnet18")
     row = publish(monkeypatch, "resnet18", as_file(state))
-    # Rows are looked up by name in one module, and by file name in the other.
-    monkeypatch.setattr(export_source, "RECORDS", {row.name: row})
     release.files[row.file] = as_file(state)
     done = export("official:resnet18", tmp_path / "out")
-    assert_equal(load_exported(tmp_path / "out").state_dict(), state)
+    assert_equal(load(tmp_path / "out").model.state_dict(), state)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["license"] == "apache-2.0"
     assert config["is_official"] is True
@@ -116,10 +114,10 @@ def test_official_row(release: Release, monkeypatch: pytest.MonkeyPatch, tmp_pat
     # Back to a file as the official ones are; by its name, which has to be deserved, it is known again.
     (tmp_path / row.file).write_bytes(as_file(state))
     again = export(str(tmp_path / row.file), tmp_path / "again.pth")
-    assert (again.source.is_official, again.source.licence) == (True, "apache-2.0")
-    assert done.source.name == again.source.name == "resnet18"
+    assert (again.source.is_official, again.source.license) == (True, "apache-2.0")
+    assert done.source.model_name == again.source.model_name == "resnet18"
     (tmp_path / row.file).write_bytes(as_file({**state, "fc.linear.weight": state["fc.linear.weight"] + 1}))
-    with pytest.raises(ValueError, match="doesn't say which model it is of: give --model NAME"):
+    with pytest.raises(ValueError, match="doesn't say which model it belongs to: give --model NAME"):
         export(str(tmp_path / row.file), tmp_path / "other.pth")
 
 
@@ -149,7 +147,7 @@ def test_classes_are_counted(tmp_path: Path) -> None:
     """With MaxOut 2 the classifier has two rows for each class."""
     torch.save(state_of("resnet20", num_classes=7), tmp_path / "seven.pth")
     assert export(str(tmp_path / "seven.pth"), tmp_path / "out", model="resnet20").source.options["num_classes"] == 7
-    assert load_exported(tmp_path / "out").num_classes == 7
+    assert load(tmp_path / "out").model.num_classes == 7
 
 
 def test_a_model_of_timm(tmp_path: Path) -> None:
@@ -158,7 +156,7 @@ def test_a_model_of_timm(tmp_path: Path) -> None:
     model = timm.create_model("resnet10t", num_classes=5)
     save_weights(model, tmp_path / "w.safetensors")
     export(str(tmp_path / "w.safetensors"), tmp_path / "out", model="timm:resnet10t")
-    assert_equal(load_exported(tmp_path / "out").state_dict(), model.state_dict())
+    assert_equal(load(tmp_path / "out").model.state_dict(), model.state_dict())
     by_timm = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
     assert_equal(by_timm.state_dict(), model.state_dict())
 
@@ -169,7 +167,7 @@ def test_timm_reads_the_folder(trained_run: Path, tmp_path: Path) -> None:
     export(str(trained_run), tmp_path / "out")
     model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
     x = torch.rand(2, 6, 16, 16)
-    assert torch.equal(model(x), load_exported(tmp_path / "out").eval()(x))
+    assert torch.equal(model(x), load(tmp_path / "out").model.eval()(x))
 
 
 # ---- what the folder says
@@ -187,7 +185,7 @@ def front_matter(folder: Path) -> dict[str, Any]:
 
 
 def test_model_card(trained_run: Path, tmp_path: Path) -> None:
-    export(str(trained_run), tmp_path / "out", licence="cc-by-4.0", use_ema=False)
+    export(str(trained_run), tmp_path / "out", license="cc-by-4.0", use_ema=False)
     card = front_matter(tmp_path / "out")
     assert card["license"] == "cc-by-4.0"
     assert card["library_name"] == "bcos-train"
@@ -199,10 +197,10 @@ def test_model_card(trained_run: Path, tmp_path: Path) -> None:
     assert result["dataset"] == {"type": "digits", "name": "digits", "split": "validation", "args": {"images": 8}}
 
 
-def test_no_licence_is_invented(trained_run: Path, tmp_path: Path) -> None:
+def test_no_license_is_invented(trained_run: Path, tmp_path: Path) -> None:
     export(str(trained_run), tmp_path / "out")
     assert "license" not in front_matter(tmp_path / "out")
-    assert "None has been chosen" in (tmp_path / "out" / "README.md").read_text()
+    assert "No license has been chosen" in (tmp_path / "out" / "README.md").read_text()
     assert "license" not in json.loads((tmp_path / "out" / "config.json").read_text())
 
 
@@ -237,7 +235,7 @@ def test_another_function_of_the_same_weights_has_no_results(trained_run: Path, 
 
 def test_an_exported_folder_keeps_what_it_says(trained_run: Path, tmp_path: Path) -> None:
     names = [f"class {i}" for i in range(10)]
-    export(str(trained_run), tmp_path / "1", licence="mit", class_names=names)
+    export(str(trained_run), tmp_path / "1", license="mit", class_names=names)
     export(str(tmp_path / "1"), tmp_path / "2")
     for file in ("config.json", "README.md", "model.safetensors"):
         assert (tmp_path / "1" / file).read_bytes() == (tmp_path / "2" / file).read_bytes(), file
@@ -254,14 +252,14 @@ def test_preprocessing_is_that_of_the_run(trained_run: Path, tmp_path: Path) -> 
     from PIL import Image
 
     image = Image.new("RGB", (80, 90))
-    assert load_exported(tmp_path / "out").transform(image).shape == (6, 48, 48)
+    assert load(tmp_path / "out").model.transform(image).shape == (6, 48, 48)
     for path in (folder, folder / "checkpoints" / "last.ckpt", tmp_path / "out"):
         assert create_model("resnet20", weights=path).transform(image).shape == (6, 48, 48)
     assert "shorter side to 256 pixels" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_class_names_of_cifar10() -> None:
-    assert list(export_source._CIFAR10) == Cifar10("anywhere").class_names
+    assert list(run_source._CIFAR10_CLASSES) == Cifar10("anywhere").class_names
 
 
 def test_safetensors_say_that_they_are_torchs(trained_run: Path, tmp_path: Path) -> None:

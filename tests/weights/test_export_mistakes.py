@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from bcos_train import create_model
-from bcos_train.model.weights import read_weights, save_weights
+from bcos_train import create_model, load
 from bcos_train.weights import export as export_module
-from bcos_train.weights import load_exported
 from bcos_train.weights.export import export
+from bcos_train.weights.files import read_weights, save_weights
 
 from .exports import State, assert_equal, state_in, training_checkpoint
 from .release import state_of
@@ -68,29 +67,29 @@ def unfinished(folder: Path) -> str:
 @pytest.mark.parametrize(
     ("source", "keys", "message"),
     [
-        (lambda folder: "nowhere.pth", {}, "nowhere.pth: no such file or folder"),
-        (lambda folder: "resnet50", {}, "resnet50: no such file or folder; did you mean official:resnet50?"),
-        (lambda folder: "official:resnet5", {}, "no official weights of resnet5; did you mean resnet50?"),
-        (lambda folder: "official:resnet50", {"use_ema": True}, "comes without averaged weights: leave out --ema"),
-        (good, {"model": None}, "w.pth doesn't say which model it is of: give --model NAME"),
+        (lambda folder: "nowhere.pth", {}, "nowhere.pth: no such file, folder or model"),
+        (lambda folder: "resnet5", {}, "resnet5: no such file, folder or model; did you mean resnet50?"),
+        (lambda folder: "official:resnet5", {}, "unknown model 'resnet5'; did you mean resnet50?"),
+        (lambda folder: "official:resnet50", {"use_ema": True}, "have no averaged ones: use_ema=false"),
+        (good, {"model": None}, "w.pth doesn't say which model it belongs to: give --model NAME"),
         (good, {"model": "resnet2O"}, "unknown model 'resnet2O'; did you mean resnet20?"),
         (good, {"model": "timm:resnet1O"}, "unknown timm model 'resnet1O'; did you mean"),
         (good, {"options": {"maxout": 2}}, "resnet20 has no option 'maxout'; did you mean max_out?"),
-        (good, {"options": {"max_out": "two"}}, "built with max_out=two (max_out: a number is wanted)"),
+        (good, {"options": {"max_out": "two"}}, "build resnet20 with max_out=two (max_out: expected a number)"),
         (good, {"options": {"num_classes": 7}}, "doesn't fit the model: fc.linear.weight has the shape"),
         (good, {"use_ema": True}, "w.pth holds no averaged weights, only the plain ones"),
-        (good, {"licence": "my own: do not share"}, "licence 'my own: do not share': give it as the Hugging Face Hub"),
-        (good, {"class_names": ["a"]}, "1 names of classes, but the model has 10 classes"),
+        (good, {"license": "my own: do not share"}, "license 'my own: do not share': give it as the Hugging Face Hub"),
+        (good, {"class_names": ["a"]}, "1 class names, but the model has 10 classes"),
         (good, {"target": "out.pt"}, "not .pt; did you mean .pth?"),
         (good, {"target": "out.ckpt"}, "a target is a .pth or .safetensors file or a folder, not .ckpt"),
-        (good, {"with_hash": True}, "--hash goes with a file"),
+        (good, {"with_hash": True}, "--hash needs a file"),
         (bad_shape, {}, "conv1.linear.weight has the shape (32, 3, 3, 3), the model (32, 6, 3, 3)"),
         (not_finite, {}, "conv1.linear.weight holds values that are not finite"),
         (plain_only, {"use_ema": True}, "w.ckpt holds no averaged weights, only the plain ones"),
         (plain_only, {"model": "resnet34"}, "doesn't fit the model"),
         (pickled, {}, "w.ckpt holds a Python object (argparse.Namespace), and reading that could run code"),
         (without_digest, {}, "w.ckpt has no w.ckpt.sha256 beside it"),
-        (text, {}, "w.pth is no file of weights"),
+        (text, {}, "w.pth is not a weights file"),
         (unfinished, {}, "the run has not ended, so there is no model.safetensors; give one of its checkpoints"),
     ],
 )  # fmt: skip
@@ -150,7 +149,7 @@ def test_a_file_that_comes_back_changed(
         return {key: value + 1 for key, value in state.items()}, is_ema
 
     monkeypatch.setattr(export_module, "read_weights", lambda path, use_ema: changed(path, use_ema))
-    with pytest.raises(ValueError, match="did not come back as it was written"):
+    with pytest.raises(ValueError, match="reads back different from what was written"):
         export(str(trained_run), tmp_path / "deep" / target)
     assert list(tmp_path.iterdir()) == []
 
@@ -168,10 +167,10 @@ def test_a_full_disk(trained_run: Path, tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda folder: shutil.rmtree(folder), "no such folder"),
-        (lambda folder: (folder / "config.json").unlink(), "is no exported folder: it holds no config.json"),
-        (lambda folder: (folder / "config.json").write_text("{}"), "is no config of an exported folder"),
-        (lambda folder: (folder / "config.json").write_text("{"), "can't be read"),
+        (lambda folder: shutil.rmtree(folder), "no such file, folder or model"),
+        (lambda folder: (folder / "config.json").unlink(), "doesn't say which model it belongs to"),
+        (lambda folder: (folder / "config.json").write_text("{}"), "doesn't say which model it belongs to"),
+        (lambda folder: (folder / "config.json").write_text("{"), "can't read "),
         (lambda folder: (folder / "model.safetensors").unlink(), "holds no model.safetensors"),
         (lambda folder: save_weights(create_model("resnet20"), folder / "model.safetensors"), "its SHA-256 differs"),
     ],
@@ -183,7 +182,7 @@ def test_loading_a_broken_export(
     export(str(trained_run), tmp_path / "out")
     change(tmp_path / "out")
     with pytest.raises(ValueError) as caught:
-        load_exported(tmp_path / "out")
+        load(tmp_path / "out")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 

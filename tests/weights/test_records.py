@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from bcos_train import create_model, list_models
-from bcos_train.weights import RECORDS, record
+from bcos_train.weights import RECORDS, find_record
 
 NAMES = [
     "resnet18",
@@ -69,7 +69,7 @@ def test_published_values() -> None:
 def test_experiment_is_the_official_one(name: str) -> None:
     from bcos.models import pretrained
 
-    row = record(name)
+    row = find_record(name)
     assert row.url == pretrained.URLS[row.collection][row.experiment]
     assert re.fullmatch("[0-9a-f]{10}", row.sha256)
     assert row.url.endswith(f"-{row.sha256}.pth")
@@ -79,7 +79,7 @@ def test_experiment_is_the_official_one(name: str) -> None:
 def test_exact_counts_are_those_of_the_model(name: str) -> None:
     with torch.device("meta"):
         model = create_model(name)
-    row = record(name)
+    row = find_record(name)
     assert sum(p.numel() for p in model.parameters()) == row.params
     assert len(model.state_dict()) == row.n_state_dict_entries
 
@@ -89,9 +89,14 @@ def test_misprints() -> None:
     assert wrong == ["resnet50", "resnet50_long", "simple_vit_s_patch16_224", "vitc_b_patch1_14"]
 
 
-def test_unknown_row_names_the_nearest() -> None:
-    with pytest.raises(ValueError, match=r"^no official weights of resnet-50; did you mean resnet50\?"):
-        record("resnet-50")
+def test_unknown_model_names_the_nearest() -> None:
+    with pytest.raises(ValueError, match=r"^unknown model 'resnet-50'; did you mean resnet50\?"):
+        find_record("resnet-50")
+
+
+def test_known_model_without_official_weights() -> None:
+    with pytest.raises(ValueError, match=r"^resnet20 has no official weights; near it, resnet"):
+        find_record("resnet20")
 
 
 @pytest.mark.parametrize("name", RECORDS)

@@ -10,8 +10,8 @@ from training.runs import compose, run_folder
 
 from bcos_train import create_model
 from bcos_train.config import UserError, check
-from bcos_train.model.weights import read_weights
 from bcos_train.run import EvaluateConfig, TrainConfig, evaluate, train
+from bcos_train.weights.files import read_weights
 
 from .release import Release, as_file, publish, state_of
 
@@ -56,7 +56,7 @@ def test_evaluate_is_strict_about_classes(release: Release, tmp_path: Path, monk
     ("keys", "message"),
     [
         ({"model": "resnet20"}, "resnet20 has no official weights; near it, resnet"),
-        ({"use_ema": True}, "official weights come without averaged ones: use_ema=false"),
+        ({"use_ema": True}, "the official weights of resnet18 have no averaged ones: use_ema=false"),
         ({"weights": "oficial"}, "weights=oficial: no such file; did you mean official?"),
     ],
     ids=["model without", "average", "misspelt"],
@@ -93,7 +93,7 @@ def test_fine_tuning(release: Release, tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_no_run_folder_without_the_weights(release: Release, tmp_path: Path) -> None:
     config = compose(tmp_path / "runs", "model=resnet18", "model.pretrained=true", *SMALL, *QUIET)
-    with pytest.raises(UserError, match=r"^model: http://127.*the server says 404 Not Found; BCOS_WEIGHTS=<folder>"):
+    with pytest.raises(UserError, match=r"^model: http://127.*the server answered 404 Not Found; BCOS_WEIGHTS"):
         train(config)
     assert not (tmp_path / "runs").exists()
 

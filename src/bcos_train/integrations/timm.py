@@ -1,9 +1,9 @@
-"""The models as users of timm know theirs: ``timm.create_model("bcos_resnet50", pretrained=True, num_classes=10)``.
+"""Register the models in timm: ``timm.create_model("bcos_resnet50", pretrained=True, num_classes=10)``.
 
-Every B-cos model is registered under its name with ``bcos_`` before it, and the official standard ViTs under their own.
-Official weights come from this package's loader, which verifies them, never from timm's download.
+Every B-cos model is registered as ``bcos_<name>``, and the official standard ViTs under their own names. Official
+weights come from this package's loader, which verifies them, never from timm's download.
 
-This module imports timm; ``import bcos_train.timm`` runs it.
+``import bcos_train.timm`` imports this module, and with it timm; nothing else does.
 """
 
 from collections import OrderedDict
@@ -34,7 +34,7 @@ from bcos_train.weights.records import RECORDS, timm_name
 
 FeatureClass = Literal["list", "dict", "hook"]
 
-#: Beginning of the models' names: the first layer with weights, and the last, in the state dict.
+#: Prefixes of model names -> first and last layer with weights, as in the state dict.
 _LAYERS = {
     ("resne", "wide_resnet"): ("conv1.linear", "fc.linear"),
     ("densenet",): ("features.conv0.linear", "classifier.linear"),
@@ -47,13 +47,13 @@ _LAYERS = {
     ("standard_vitc",): ("to_patch_embedding.conv_stem.0", "linear_head.linear"),
 }
 _INPUT = (
-    "The input is [r, g, b, 1-r, 1-g, 1-b] in [0, 1]: model.transform makes it of an image. timm's own transforms, "
-    "with the mean and std given here, make the first three channels."
+    "The input is [r, g, b, 1-r, 1-g, 1-b] in [0, 1]: model.transform converts an image to it. timm's own transforms, "
+    "with the mean and std given here, produce the first three channels."
 )
 
 
 def _default_cfg(name: str) -> dict[str, Any]:
-    """The model's entry in timm's registry; it must stand in its place before a model is built."""
+    """Return the model's entry in timm's registry, which must exist before a model is built."""
     options = {key: parameter.default for key, parameter in model_signature(name).parameters.items()}
     is_small = options["num_classes"] == 10  # the networks for CIFAR-10
     size = 32 if is_small else 224
@@ -70,16 +70,16 @@ def _default_cfg(name: str) -> dict[str, Any]:
     }
     if is_bcos:
         cfg |= {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "notes": (_INPUT,)}
-    for beginnings, layers in _LAYERS.items():
-        if name.startswith(beginnings):
+    for prefixes, layers in _LAYERS.items():
+        if name.startswith(prefixes):
             cfg["first_conv"], cfg["classifier"] = layers
     if not name.removeprefix("standard_").startswith(("simple_vit", "vitc")):
         cfg["pool_size"] = (8, 8) if is_small else (7, 7)
     if name in RECORDS:
         record = RECORDS[name]
-        # timm has no key for the hash; in the address it stands as torch.hub has it, before the suffix.
+        # timm has no key for the hash; the URL has it before the suffix, as in torch.hub.
         notes = (f"The SHA-256 of the weights begins with {record.sha256}.", *cfg.get("notes", ()))
-        cfg |= {"url": record.url, "license": record.licence.lower(), "notes": notes}
+        cfg |= {"url": record.url, "license": record.license.lower(), "notes": notes}
     return cfg
 
 
@@ -100,59 +100,59 @@ def _create(
     output_stride: int | None = None,
     **options: Any,
 ) -> nn.Module:
-    """Build a model as timm's factory asks for it.
+    """Build a model for timm's factory.
 
     Args:
-        name: The model's name in this package.
-        pretrained: Load weights: those of a file, folder or hub repository if the configuration names one, else the
+        name: Model name in this package.
+        pretrained: Load weights: those of a file, folder or Hub repository if the configuration names one, else the
             official ones, verified.
-        pretrained_cfg, pretrained_cfg_overlay, pretrained_model_args, cache_dir: What timm's factory hands on.
-        features_only: Give the feature maps of each resolution instead of logits; for the convolutional networks.
-        out_indices: With ``features_only``, which of them; a number: as many of the last; ``None``: all.
+        pretrained_cfg, pretrained_cfg_overlay, pretrained_model_args, cache_dir: Passed on by timm's factory.
+        features_only: Return the feature maps of each resolution instead of logits (convolutional networks only).
+        out_indices: With ``features_only``, indices of the feature maps; an integer: the last so many; ``None``: all.
         feature_cls: With ``features_only``, timm's class: feature maps as a list or by name.
-        drop_rate: timm's scripts always pass it. Apart from the DenseNets, 0 alone is possible.
-        drop_path_rate: timm's name for ``stochastic_depth_prob``; 0 alone for networks without it.
+        drop_rate: Dropout before the classifier; timm's scripts always pass it. Must be 0 except for DenseNets.
+        drop_path_rate: timm's name for ``stochastic_depth_prob``; must be 0 for networks without it.
         global_pool: ``"avg"``, or ``""`` with ``num_classes=0``, see ``reset_classifier``.
-        output_stride: Of the last feature map. Dilation can make it less in the ResNets with bottleneck blocks.
+        output_stride: Stride of the last feature map. Dilation can reduce it in ResNets with bottleneck blocks.
         options: As for :func:`bcos_train.create_model`; ``num_classes`` may be 0.
 
     Raises:
-        ValueError: Something that the model doesn't have; the message names the nearest right name.
+        ValueError: The model lacks the option or doesn't take its value; the message names the nearest valid name.
     """
-    own_name = str(timm_name(name))
+    timm_id = str(timm_name(name))
     known = [*model_signature(name).parameters, "pretrained", "features_only", "out_indices", "feature_cls"]
     if drop_path_rate is not None and "stochastic_depth_prob" in known:
         options["stochastic_depth_prob"] = drop_path_rate
     elif drop_path_rate:
         raise ValueError(
-            f"drop_path_rate={drop_path_rate}: {own_name} has no stochastic depth; B-cos ResNets and ConvNeXts have"
+            f"drop_path_rate={drop_path_rate}: {timm_id} has no stochastic depth; B-cos ResNets and ConvNeXts have"
         )
     if drop_rate and "drop_rate" in known:
         options["drop_rate"] = drop_rate
     elif drop_rate:
-        raise ValueError(f"drop_rate={drop_rate}: {own_name} has no dropout before its classifier")
+        raise ValueError(f"drop_rate={drop_rate}: {timm_id} has no dropout before its classifier")
     pooling = resolve_pooling(0 if features_only else options.get("num_classes", 1), global_pool)
     if output_stride is not None:
         options |= _dilation(name, output_stride, options)
     for key in options:
         if key not in known:
-            raise ValueError(f"{own_name} has no option {key!r}{suggest(key, known)}; options: {', '.join(known)}")
+            raise ValueError(f"{timm_id} has no option {key!r}{suggest(key, known)}; options: {', '.join(known)}")
     if not features_only and out_indices is not None:
-        raise ValueError(f"out_indices={out_indices} goes with features_only=True")
+        raise ValueError(f"out_indices={out_indices} needs features_only=True")
 
-    cfg = resolve_pretrained_cfg(own_name, pretrained_cfg, pretrained_cfg_overlay).to_dict()
-    weights, is_timms = _source(own_name, name, cfg) if pretrained else (None, False)
+    cfg = resolve_pretrained_cfg(timm_id, pretrained_cfg, pretrained_cfg_overlay).to_dict()
+    weights, loaded_by_timm = _resolve_weights(timm_id, name, cfg) if pretrained else (None, False)
     if cache_dir is not None and weights == "official":
         raise ValueError(
-            f"cache_dir={cache_dir}: official weights are kept where the environment variable TORCH_HOME says"
+            f"cache_dir={cache_dir}: official weights are cached under the environment variable TORCH_HOME"
         )
     passed_on: dict[str, Any] = (
         {} if pretrained_model_args is None else {"pretrained_model_args": pretrained_model_args}
     )
     model = build_model_with_cfg(
         partial(_build, name, weights, pooling),
-        own_name,
-        pretrained=is_timms,
+        timm_id,
+        pretrained=loaded_by_timm,
         pretrained_cfg=cfg,
         cache_dir=cache_dir,
         **passed_on,
@@ -161,45 +161,45 @@ def _create(
     return _feature_net(model, out_indices, feature_cls) if features_only else model
 
 
-def _source(own_name: str, name: str, cfg: Mapping[str, Any]) -> tuple[str | None, bool]:
-    """Where the weights come from: ``weights`` for ``create_model``, and whether it is for timm to load them."""
+def _resolve_weights(timm_id: str, name: str, cfg: Mapping[str, Any]) -> tuple[str | None, bool]:
+    """Return ``weights`` for ``create_model``, and True if timm is to load the weights instead."""
     if cfg.get("source") in ("hf-hub", "local-dir") or cfg.get("state_dict") or cfg.get("hf_hub_id"):
-        return None, True  # the user's own, which timm.models.push_to_hf_hub has written
+        return None, True  # the user's own weights, as written by timm.models.push_to_hf_hub
     if cfg.get("file"):
         return str(cfg["file"]), False
     official = RECORDS[name].url if name in RECORDS else None
     if cfg.get("url") != official:
         raise ValueError(
-            f"{own_name}: weights are not loaded from {cfg.get('url')}, because nothing says what they should be; "
+            f"{timm_id}: weights are not loaded from {cfg.get('url')}, because they can't be verified; "
             "download the file and give pretrained_cfg_overlay={'file': <path>}"
         )
     return "official", False
 
 
 def _dilation(name: str, output_stride: int, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options with which the features end at this stride."""
-    own_name, cfg = timm_name(name), _default_cfg(name)
+    """Return the options for which the last feature map has this stride."""
+    timm_id, cfg = timm_name(name), _default_cfg(name)
     chosen = {key: parameter.default for key, parameter in model_signature(name).parameters.items()} | dict(options)
     if "pool_size" not in cfg:
-        raise ValueError(f"output_stride={output_stride}: {own_name} has tokens, and no feature maps with a stride")
+        raise ValueError(f"output_stride={output_stride}: {timm_id} has tokens, not feature maps with a stride")
     if chosen.get("replace_stride_with_dilation") is not None:
-        raise ValueError("output_stride and replace_stride_with_dilation say the same: give one of them")
+        raise ValueError("output_stride and replace_stride_with_dilation set the same thing: give one of them")
     stride, stages, hint = cfg["input_size"][-1] // cfg["pool_size"][-1], 1, ""
     if chosen.get("block") is Bottleneck:
         stages = len(chosen["layers"])
         stride = 2 ** (stages - 1) * (1 if chosen["small_inputs"] else 4)
     else:
-        hint = "; ResNets with bottleneck blocks, such as bcos_resnet50, take a smaller one than their own"
+        hint = "; ResNets with bottleneck blocks, such as bcos_resnet50, allow a smaller one"
     allowed = [stride >> halvings for halvings in range(stages)]
     if output_stride not in allowed:
-        raise ValueError(f"output_stride={output_stride}: {own_name} takes {join_words(map(str, allowed))}{hint}")
+        raise ValueError(f"output_stride={output_stride}: {timm_id} allows {join_words(map(str, allowed))}{hint}")
     dilated = allowed.index(output_stride)
     replace = [False] * (stages - 1 - dilated) + [True] * dilated
     return {"replace_stride_with_dilation": replace} if dilated else {}
 
 
 def _build(name: str, weights: str | None, pooling: str, *, num_classes: int, **options: Any) -> nn.Module:
-    """``create_model`` with timm's meaning of ``num_classes=0``: no classifier."""
+    """Call ``create_model``, with timm's meaning of ``num_classes=0``: no classifier."""
     if num_classes:
         options["num_classes"] = num_classes
     model = create_model(name, weights=weights, **options)
@@ -209,9 +209,9 @@ def _build(name: str, weights: str | None, pooling: str, *, num_classes: int, **
 
 
 def _feature_net(model: nn.Module, out_indices: int | Sequence[int] | None, feature_cls: FeatureClass) -> nn.Module:
-    """timm's network of feature maps, sharing its modules with ``model``.
+    """Return timm's feature network, which shares its modules with ``model``.
 
-    There is a feature map for each resolution, from the last module that has it, as in timm's own ResNet, ConvNeXt,
+    It has one feature map per resolution, from the last module at that resolution, as in timm's own ResNet, ConvNeXt,
     DenseNet and VGG.
     """
     if not isinstance(model, BcosConvNet):
@@ -230,19 +230,19 @@ def _feature_net(model: nn.Module, out_indices: int | Sequence[int] | None, feat
         raise ValueError(f"out_indices={out_indices}: there are {len(info)} feature maps, 0 to {len(info) - 1}")
     trunk.feature_info = info  # type: ignore[assignment]
     net = kinds[feature_cls](trunk, out_indices=tuple(chosen), flatten_sequential="." in info[0]["module"])
-    # As timm leaves it: what belongs to the classifier makes no sense here.
+    # As in timm: keys of the classifier make no sense here.
     cfg = {key: value for key, value in model.pretrained_cfg.items() if key not in ("num_classes", "classifier")}  # type: ignore[operator, union-attr]
     for key, value in {"pretrained_cfg": cfg, "default_cfg": cfg, "in_chans": model.in_chans}.items():
         setattr(net, key, value)
-    # timm's own would count each batch twice in the running statistics.
+    # timm's own checkpointing would count each batch twice in the running statistics.
     net.set_grad_checkpointing = partial(set_grad_checkpointing, net)  # type: ignore[assignment]
     return net
 
 
 def _trunk(model: BcosConvNet) -> tuple[nn.Module, list[dict[str, Any]]]:
-    """The modules before the classifier, in order and under their own names, and where each resolution ends.
+    """Return the modules before the classifier, by name and in order, and timm's ``feature_info``.
 
-    Channels and reductions are measured, on an image of 64 x 64 pixels.
+    Channels and reductions are measured on an image of 64 x 64 pixels.
     """
     names = {id(module): name for name, module in model.named_modules()}
     reference = next(model.parameters())
@@ -258,7 +258,7 @@ def _trunk(model: BcosConvNet) -> tuple[nn.Module, list[dict[str, Any]]]:
             top = name.partition(".")[0]
             parts[top] = model.get_submodule(top)
             here = {"num_chs": x.shape[1], "reduction": size // x.shape[-1], "module": name}
-            # Of stages that dilation keeps at the same resolution each has its own, as in timm's ResNet.
+            # Stages that dilation keeps at one resolution have a feature map each, as in timm's ResNet.
             is_dilated = isinstance(module, Blocks) and isinstance(before, Blocks)
             if info and info[-1]["reduction"] == here["reduction"] and not is_dilated:
                 info[-1] = here
@@ -268,19 +268,19 @@ def _trunk(model: BcosConvNet) -> tuple[nn.Module, list[dict[str, Any]]]:
     return nn.Sequential(parts), info
 
 
-def _entry(name: str, own_name: str) -> Callable[..., nn.Module]:
-    """The function that timm's factory calls; timm registers it under its ``__name__``."""
+def _entry(name: str, timm_id: str) -> Callable[..., nn.Module]:
+    """Return the function that timm's factory calls; timm registers it under its ``__name__``."""
 
     def entry(pretrained: bool = False, **options: Any) -> nn.Module:
         return _create(name, pretrained, **options)
 
-    entry.__name__ = entry.__qualname__ = own_name
-    entry.__doc__ = f"The model ``{name}`` of :func:`bcos_train.create_model`."
+    entry.__name__ = entry.__qualname__ = timm_id
+    entry.__doc__ = f"Build the model ``{name}`` of :func:`bcos_train.create_model`."
     return entry
 
 
-_NAMES = {own_name: name for name in list_models() if (own_name := timm_name(name)) is not None}
-#: :func:`timm.models.register_model` looks here.
-default_cfgs = generate_default_cfgs({own_name: _default_cfg(name) for own_name, name in _NAMES.items()})
-for _own_name, _name in _NAMES.items():
-    globals()[_own_name] = register_model(_entry(_name, _own_name))
+_NAMES = {timm_id: name for name in list_models() if (timm_id := timm_name(name)) is not None}
+#: Read by :func:`timm.models.register_model`.
+default_cfgs = generate_default_cfgs({timm_id: _default_cfg(name) for timm_id, name in _NAMES.items()})
+for _timm_id, _name in _NAMES.items():
+    globals()[_timm_id] = register_model(_entry(_name, _timm_id))

@@ -1,7 +1,4 @@
-"""The Model Zoo table: its rows, and what they look like as Markdown, CSV and JSON.
-
-All functions here are pure but for :func:`size`, which builds a model without its memory.
-"""
+"""The Model Zoo table: its rows, and their rendering as Markdown, CSV and JSON."""
 
 import csv
 import io
@@ -19,20 +16,31 @@ from bcos_train.model import create_model
 from bcos_train.suggest import join_words, suggest
 from bcos_train.weights.records import RECORDS
 
-__all__ = ["Row", "choose", "listed", "readme_with", "size", "to_csv", "to_json", "to_markdown", "train_command"]
+__all__ = [
+    "Row",
+    "model_cost",
+    "published_row",
+    "select_rows",
+    "to_csv",
+    "to_json",
+    "to_markdown",
+    "train_command",
+    "update_readme",
+]
 
-#: Images of ImageNet's validation set: what the published accuracies are of.
+#: Images of ImageNet's validation set, which the published accuracies are measured on.
 N_VAL = 50_000
-#: The lines in README.md between which the generated table stands.
+#: Lines in README.md that enclose the generated table.
 BEGIN = "<!-- model zoo: written by `python scripts/model_zoo.py --readme` -->"
 END = "<!-- model zoo: end -->"
-#: Side of the images that operations are counted for, in pixels.
+#: Side in pixels of the image that operations are counted for.
 SIDE = 224
 GMACS = (
-    f"GMACs: 10⁹ multiplications with addition for one image of {SIDE} x {SIDE} pixels in the convolutions and matrix "
-    "products, as `torch.utils.flop_counter` counts them; norms and other element-wise operations are not in it."
+    f"GMACs: 10⁹ multiply-accumulate operations in the convolutions and matrix products for one image of {SIDE} x "
+    f"{SIDE} pixels, as counted by `torch.utils.flop_counter`; norms and other element-wise operations are not "
+    "included."
 )
-SPEED = "Images/s: over the whole evaluation, reading and decoding of the images included."
+SPEED = "Images/s: over the whole evaluation, including reading and decoding the images."
 EMPTY = "–"
 
 
@@ -41,20 +49,20 @@ class Row:
     """A row of the table.
 
     Args:
-        name: The model.
-        params: Number of parameters, counted.
+        name: Model name.
+        params: Exact number of parameters.
         gmacs: See :data:`GMACS`.
         params_published_m: Published number of parameters, in millions.
         top1_published, top5_published: Published accuracies, in percent.
         status: ``"measured"``, or why there are no measurements: ``"no data"``, ``"no weights"``, ``"failed"``,
             ``"not evaluated"``.
-        reason: More about that, in a line.
-        weights: What was evaluated.
+        reason: Details of the status, in one line.
+        weights: The evaluated weights.
         top1, top5: Measured accuracies, in percent.
-        images: Of how many images.
+        images: Number of images they were measured on.
         images_per_second: See :data:`SPEED`.
-        comparable: Whether the accuracies may be held against the published ones.
-        explanation: Explanation metrics, by name.
+        comparable: True if the accuracies can be compared with the published ones.
+        explanation: Explanation metrics by name.
     """
 
     name: str
@@ -75,22 +83,25 @@ class Row:
 
     @property
     def is_count_misprinted(self) -> bool:
-        """Whether the published number of parameters isn't the exact one, rounded."""
+        """True if the published number of parameters is not the exact one, rounded."""
         return round(self.params / 1e6, 2) != self.params_published_m
 
     def difference(self, key: str) -> float | None:
-        """Measured minus published ``top1`` or ``top5``, in points; ``None`` where they cannot be compared."""
+        """Return measured minus published ``top1`` or ``top5`` in percentage points; ``None`` if not comparable."""
         measured: float | None = getattr(self, key)
         if measured is None or not self.comparable:
             return None
         return round(measured - getattr(self, f"{key}_published"), 3)
 
 
-def choose(patterns: Iterable[str]) -> list[str]:
-    """Names of the rows that match one of the shell-style patterns, in the order of the zoo; all without a pattern.
+def select_rows(patterns: Iterable[str]) -> list[str]:
+    """Return the names of the rows that match one of the shell-style patterns, in the zoo's order.
+
+    Args:
+        patterns: Such as ``"resnet*"``; none: all rows.
 
     Raises:
-        ValueError: A pattern that no row matches; the message names the nearest row.
+        ValueError: No row matches a pattern; the message names the nearest row.
     """
     patterns = list(patterns)
     for pattern in patterns:
@@ -99,8 +110,8 @@ def choose(patterns: Iterable[str]) -> list[str]:
     return [name for name in RECORDS if not patterns or any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
-def size(name: str) -> tuple[int, float]:
-    """Number of parameters, and GMACs (:data:`GMACS`), of a model built on the meta device."""
+def model_cost(name: str) -> tuple[int, float]:
+    """Count the parameters and the GMACs (:data:`GMACS`) of a model, built on the meta device."""
     with torch.device("meta"), torch.no_grad():
         model: Any = create_model(name).eval()
         with FlopCounterMode(display=False) as counter:
@@ -108,8 +119,8 @@ def size(name: str) -> tuple[int, float]:
     return sum(p.numel() for p in model.parameters()), counter.get_total_flops() / 2e9
 
 
-def listed(name: str, params: int, gmacs: float) -> Row:
-    """The row of a model before anything is measured."""
+def published_row(name: str, params: int, gmacs: float) -> Row:
+    """Return the row of a model before anything is measured."""
     record = RECORDS[name]
     return Row(
         name=name,
@@ -122,12 +133,12 @@ def listed(name: str, params: int, gmacs: float) -> Row:
 
 
 def train_command(name: str) -> list[str]:
-    """The arguments after ``python`` that train a row by its own recipe."""
+    """Return the arguments after ``python`` that train a row by its own recipe."""
     return ["train.py", f"model={name}", "dataset=imagenet"]
 
 
 def to_markdown(rows: Sequence[Row]) -> str:
-    """The table with what was measured, and below it what its columns mean."""
+    """Render the measurements as a table, followed by notes on its columns."""
     metrics = _metric_names(rows)
     head = ["model", "top-1 [%]", "published", "difference", "top-5 [%]", "published", "difference"]
     head += ["parameters", "GMACs", "images/s", *metrics]
@@ -142,7 +153,7 @@ def to_markdown(rows: Sequence[Row]) -> str:
 
 
 def to_csv(rows: Sequence[Row]) -> str:
-    """All figures, unrounded, a line for each row; what there is none of is empty."""
+    """Render all figures as CSV, unrounded; missing ones are empty."""
     metrics = _metric_names(rows)
     file = io.StringIO()
     plain = [{**_flat(row), **{name: row.explanation.get(name) for name in metrics}} for row in rows]
@@ -153,7 +164,7 @@ def to_csv(rows: Sequence[Row]) -> str:
 
 
 def to_json(rows: Sequence[Row], settings: Mapping[str, Any]) -> str:
-    """All figures, and the settings that they were measured with."""
+    """Render all figures and the settings that they were measured with as JSON."""
     content = {
         "settings": dict(settings),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
@@ -164,24 +175,24 @@ def to_json(rows: Sequence[Row], settings: Mapping[str, Any]) -> str:
     return json.dumps(content, indent=2) + "\n"
 
 
-def readme_with(text: str, rows: Sequence[Row]) -> str:
-    """A README with the table of what is known of each row without measuring, in the place of the one that it has.
+def update_readme(text: str, rows: Sequence[Row]) -> str:
+    """Replace the table in a README's text by the published figures of the rows.
 
     Raises:
-        ValueError: The lines :data:`BEGIN` and :data:`END` aren't there once each, in this order.
+        ValueError: The lines :data:`BEGIN` and :data:`END` don't occur once each, in this order.
     """
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(END) < text.index(BEGIN):
         raise ValueError(f"the README has no place for the table: a line {BEGIN} and, after it, a line {END}")
     head = ["model", "parameters", "GMACs", "top-1 [%]", "top-5 [%]", "command"]
     lines = [readme_line(row) for row in rows]
     table = _table(head, lines)
-    notes = ["Accuracies are the published ones, of the official weights.", GMACS, *_misprint_note(rows)]
+    notes = ["Accuracies are the published ones.", GMACS, *_misprint_note(rows)]
     before, after = text[: text.index(BEGIN)], text[text.index(END) :]
     return f"{before}{BEGIN}\n\n{table}\n\n{' '.join(notes)}\n\n{after}"
 
 
 def readme_line(row: Row) -> list[str]:
-    """The cells of a row of the README's table."""
+    """Return the cells of a row of the README's table."""
     accuracies = [f"{row.top1_published:.3f}", f"{row.top5_published:.3f}"]
     return [
         f"`{row.name}`",
@@ -228,7 +239,7 @@ def _notes(rows: Sequence[Row]) -> list[str]:
         notes.append(f"Measured on {images:,} images with weights: {weights}{of_whom}.")
     if any(not row.comparable for row in measured):
         notes.append(
-            f"Not comparable: the published accuracies are of trained weights and all {N_VAL:,} validation images."
+            f"Not comparable: published accuracies are those of trained weights on all {N_VAL:,} validation images."
         )
     notes += [f"`{row.name}`: {row.status}: {row.reason}" for row in rows if row.reason]
     return [*notes, GMACS, SPEED, *_misprint_note(rows)]
@@ -238,7 +249,7 @@ def _misprint_note(rows: Sequence[Row]) -> list[str]:
     names = [f"`{row.name}`" for row in rows if row.is_count_misprinted]
     if not names:
         return []
-    return [f"The published numbers of parameters of {', '.join(names)} are misprints; the exact ones stand here."]
+    return [f"The published numbers of parameters of {', '.join(names)} are misprints; this table has the exact ones."]
 
 
 def _metric_names(rows: Sequence[Row]) -> list[str]:
@@ -246,7 +257,7 @@ def _metric_names(rows: Sequence[Row]) -> list[str]:
 
 
 def _flat(row: Row) -> dict[str, Any]:
-    """Everything but the explanation metrics."""
+    """Return all fields but the explanation metrics, with derived values."""
     content = asdict(row)
     del content["explanation"]
     differences = {f"{key}_difference": row.difference(key) for key in ("top1", "top5")}

@@ -1,13 +1,20 @@
-"""The Model Zoo: the official rows and their weights, which :func:`bcos_train.create_model` takes from here."""
+"""Read, write, verify and describe weights: files, run folders, official records and download, export, model cards."""
 
-from functools import partial
+from bcos_train.model.registry import register_weights_loader
+from bcos_train.weights.build import build_with_weights
+from bcos_train.weights.download import WeightsError, download_official
+from bcos_train.weights.records import RECORDS, ZooRecord, find_record
+from bcos_train.weights.source import WeightsSource, read_weights_source
 
-from bcos_train.model.registry import register_weights
-from bcos_train.weights.download import WeightsError, load_official, official_file
-from bcos_train.weights.export import load_exported
-from bcos_train.weights.records import RECORDS, ZooRecord, record
+__all__ = [
+    "RECORDS",
+    "WeightsError",
+    "WeightsSource",
+    "ZooRecord",
+    "download_official",
+    "find_record",
+    "read_weights_source",
+]
 
-__all__ = ["RECORDS", "WeightsError", "ZooRecord", "load_exported", "load_official", "official_file", "record"]
-
-for _name in RECORDS:
-    register_weights(_name, partial(load_official, _name))
+# The registry must not import this package, which lies above it; bcos_train/__init__.py imports both.
+register_weights_loader(build_with_weights, tuple(RECORDS))

@@ -1,4 +1,4 @@
-"""The official Model Zoo: a record for each of its 34 rows.
+"""Records of the official Model Zoo: one for each of its 34 models.
 
 The weights are those of Böhle, Singh, Fritz, Schiele: B-cos Alignment for Inherently Interpretable CNNs and Vision
 Transformers, TPAMI 2024, arXiv 2306.10898, as published at https://github.com/B-cos/B-cos-v2. Accuracies and
@@ -10,27 +10,28 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import ClassVar
 
-from bcos_train.suggest import suggest
+from bcos_train.model import list_models, model_signature
+from bcos_train.suggest import join_words, nearest
 
-__all__ = ["RECORDS", "RELEASE", "ZooRecord", "record", "timm_name"]
+__all__ = ["RECORDS", "RELEASE", "ZooRecord", "find_record", "timm_name"]
 
-#: Address of the release that all files are in.
+#: URL of the release that holds all files.
 RELEASE = "https://github.com/B-cos/B-cos-v2/releases/download/v0.0.1-weights"
 
 
 @dataclass(frozen=True)
 class ZooRecord:
-    """A row of the official table.
+    """Official weights of a model.
 
     Args:
-        name: The model here, and the official entry point.
+        name: Model name, equal to the official entry point.
         collection: Official group of experiments: ``bcos_final``, ``bcos_final_long`` or ``vit_final``.
         experiment: The official experiment in it.
-        file: Name of the file of weights. It ends in the first ten digits of the file's SHA-256.
+        file: Name of the weights file. It ends in the first ten digits of the file's SHA-256.
         top1, top5: Published accuracy on ImageNet's validation set, in percent.
         params_published_m: Published number of parameters, in millions.
         params: Exact number of parameters.
-        n_state_dict_entries: Tensors in the file.
+        n_state_dict_entries: Number of tensors in the file.
     """
 
     name: str
@@ -43,23 +44,23 @@ class ZooRecord:
     params: int
     n_state_dict_entries: int
 
-    #: That of the official repository. Its authors add that the networks are trained on ImageNet, whose terms of access
-    #: allow non-commercial use of the data only: each user has to check whether that concerns them.
-    licence: ClassVar[str] = "Apache-2.0"
+    #: License of the official repository. Its authors add that the networks are trained on ImageNet, whose terms of
+    #: access allow non-commercial use of the data only: each user has to check whether that concerns them.
+    license: ClassVar[str] = "Apache-2.0"
     paper: ClassVar[str] = "arXiv:2306.10898"
-    #: Of the evaluation preset: the side of the central crop in pixels, and the interpolation.
+    #: Evaluation preset: side of the center crop in pixels, and interpolation.
     crop_size: ClassVar[int] = 224
     interpolation: ClassVar[str] = "bilinear"
     num_classes: ClassVar[int] = 1000
 
     @property
     def resize_size(self) -> int:
-        """Of the evaluation preset: length of the shorter side in pixels, before the crop."""
+        """Evaluation preset: length of the shorter side in pixels, before the crop."""
         return 232 if self.collection == "bcos_final_long" else 256
 
     @property
     def url(self) -> str:
-        """Address of the file."""
+        """URL of the file."""
         return f"{RELEASE}/{self.file}"
 
     @property
@@ -69,28 +70,32 @@ class ZooRecord:
 
     @property
     def is_bcos(self) -> bool:
-        """Whether it is a B-cos network; the others are baselines with standard layers, on standardised RGB."""
+        """True for B-cos networks; the others are baselines with standard layers on standardized RGB."""
         return not self.name.startswith("standard_")
 
     @property
     def is_count_misprinted(self) -> bool:
-        """Whether the published number of parameters isn't the exact one, rounded."""
+        """True if the published number of parameters is not the exact one, rounded."""
         return self.params_published_m != round(self.params / 1e6, 2)
 
 
-def record(name: str) -> ZooRecord:
-    """The row of this name.
+def find_record(name: str) -> ZooRecord:
+    """Return the record of a model.
 
     Raises:
-        ValueError: There is none; the message names the nearest.
+        ValueError: Unknown model, or one without official weights; the message names the nearest that has some.
     """
-    if name not in RECORDS:
-        raise ValueError(f"no official weights of {name}{suggest(name, RECORDS)} (see bcos_train.weights.RECORDS)")
-    return RECORDS[name]
+    if name in RECORDS:
+        return RECORDS[name]
+    model_signature(name)
+    near = nearest(name, list_models(pretrained=True))
+    verb = "has" if len(near) == 1 else "have"
+    hint = f"near it, {join_words(near, 'and')} {verb}" if near else "see list_models(pretrained=True)"
+    raise ValueError(f"{name} has no official weights; {hint}")
 
 
 def timm_name(name: str) -> str | None:
-    """Name of a model of ours in timm after ``import bcos_train.timm``; ``None`` if it is not registered there."""
+    """Return a model's name in timm after ``import bcos_train.timm``; ``None`` if it is not registered there."""
     if name in RECORDS and not RECORDS[name].is_bcos:
         return name
     return None if name.startswith(("standard_", "timm")) else f"bcos_{name}"
@@ -98,7 +103,7 @@ def timm_name(name: str) -> str | None:
 
 # fmt: off
 _ROWS = (
-    # name, collection, experiment, file, top-1, top-5, published parameters in millions, exact ones, tensors
+    # name, collection, experiment, file, top-1, top-5, published parameters in millions, exact parameters, tensors
     # Residual networks
     ZooRecord("resnet18", "bcos_final", "resnet_18",
               "resnet_18-68b4160fff.pth", 68.736, 87.43, 11.69, 11_693_120, 101),
@@ -121,10 +126,10 @@ _ROWS = (
               "densenet_169-7037ee0604.pth", 75.186, 91.786, 14.08, 14_078_688, 845),
     ZooRecord("densenet201", "bcos_final", "densenet_201",
               "densenet_201-00ac87066f.pth", 75.48, 91.992, 19.91, 19_907_808, 1005),
-    # VGG with uncentred batch norm
+    # VGG with uncentered batch norm
     ZooRecord("vgg11_bnu", "bcos_final", "vgg_11_bnu",
               "vgg_11_bnu-34036029f0.pth", 69.31, 88.388, 132.86, 132_855_872, 43),
-    # ConvNeXt with position norm, then with uncentred batch norm
+    # ConvNeXt with position norm, then with uncentered batch norm
     ZooRecord("convnext_tiny", "bcos_final_long", "convnext_tiny_pn",
               "convnext_tiny_pn-539b1bfb37.pth", 77.488, 93.192, 28.54, 28_543_392, 100),
     ZooRecord("convnext_base", "bcos_final_long", "convnext_base_pn",
@@ -178,5 +183,5 @@ _ROWS = (
 )
 # fmt: on
 
-#: The rows by name, in the order of the official table.
+#: Records by model name, in the order of the official table.
 RECORDS: Mapping[str, ZooRecord] = MappingProxyType({row.name: row for row in _ROWS})

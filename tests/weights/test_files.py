@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from states import State, assert_same, random_state, seeded
 from torch import nn
 
 from bcos_train import checkpoint, create_model, list_models
-from bcos_train.model import registry
-from bcos_train.model.weights import load_weights, read_weights, save_weights
 from bcos_train.nn import BcosConv2d
+from bcos_train.weights import source
+from bcos_train.weights.files import read_weights, save_weights
+from bcos_train.weights.state_dict import load_weights
+
+from .states import State, assert_same, random_state, seeded
 
 
 class TinyNet(nn.Module):
@@ -126,7 +128,7 @@ def test_a_file_that_was_cut_off(old: bool, tmp_path: Path) -> None:
     torch.save(random_state("resnet20"), tmp_path / "w.pth", _use_new_zipfile_serialization=not old)
     content = (tmp_path / "w.pth").read_bytes()
     (tmp_path / "w.pth").write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match=r"w\.pth is no file of weights, or only a part of one$"):
+    with pytest.raises(ValueError, match=r"w\.pth is not a weights file, or only part of one$"):
         create_model("resnet20", weights=tmp_path / "w.pth")
 
 
@@ -222,50 +224,42 @@ def test_another_number_of_classes_must_be_asked_for(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def loaders(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Official weights are those registered in the test."""
-    fresh: dict[str, Any] = {}
-    monkeypatch.setattr(registry, "_LOADERS", fresh)
-    return fresh
+def loaded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
+    """Official weights are random; the list receives each model that is loaded, and whether with a progress bar."""
+    calls: list[tuple[str, bool]] = []
+
+    def load_official(name: str, progress: bool) -> State:
+        calls.append((name, progress))
+        with torch.random.fork_rng(devices=[]):
+            return random_state(name)
+
+    monkeypatch.setattr(source, "load_official", load_official)
+    return calls
 
 
-def test_registered_weights(loaders: dict[str, Any]) -> None:
-    state, asked = random_state("resnet20"), []
-
-    def load(progress: bool) -> State:
-        asked.append(progress)
-        return state
-
-    registry.register_weights("resnet20", load)
-    assert list_models(pretrained=True) == ["resnet20"]
-    assert_same(dict(create_model("resnet20", pretrained=True).state_dict()), state)
-    assert_same(dict(create_model("resnet20", weights="official", progress=False).state_dict()), state)
-    assert asked == [True, False]
-    with pytest.raises(ValueError, match="official weights of 'resnet20' are registered already"):
-        registry.register_weights("resnet20", load)
-    with pytest.raises(ValueError, match="unknown model 'renset20'; did you mean resnet20"):
-        registry.register_weights("renset20", load)
+def test_official_weights(loaded: list[tuple[str, bool]]) -> None:
+    state = random_state("resnet18")
+    assert_same(dict(create_model("resnet18", pretrained=True).state_dict()), state)
+    assert_same(dict(create_model("resnet18", weights="official", progress=False).state_dict()), state)
+    assert loaded == [("resnet18", True), ("resnet18", False)]
 
 
-def test_drawing_is_the_same_with_weights(loaders: dict[str, Any]) -> None:
-    state = random_state("resnet20")
-    registry.register_weights("resnet20", lambda progress: state)
-    seeded("resnet20")
+def test_options_of_official_weights_are_free(loaded: list[tuple[str, bool]]) -> None:
+    assert create_model("resnet18", pretrained=True, b=1.5).fc.b == 1.5
+
+
+def test_drawing_is_the_same_with_weights(loaded: list[tuple[str, bool]]) -> None:
+    seeded("resnet18")
     expected = torch.rand(3)
-    seeded("resnet20", pretrained=True)
+    seeded("resnet18", pretrained=True)
     assert torch.equal(torch.rand(3), expected)
 
 
-@pytest.mark.usefixtures("loaders")
 def test_models_without_official_weights() -> None:
-    with pytest.raises(ValueError, match=r"^resnet20 has no official weights; list_models\(pretrained=True\) names"):
+    with pytest.raises(ValueError, match=r"^resnet20 has no official weights; near it, resnet.* have$"):
         create_model("resnet20", pretrained=True)
-    registry.register_weights("resnet50", lambda progress: {})
-    with pytest.raises(ValueError, match=r"^resnet20 has no official weights; near it, resnet50 has$"):
-        create_model("resnet20", weights="official")
-    registry.register_weights("resnet18", lambda progress: {})
-    with pytest.raises(ValueError, match=r"^resnet20 has no official weights; near it, resnet\d+ and resnet\d+ have$"):
-        create_model("resnet20", pretrained=True)
+    with pytest.raises(ValueError, match=r"^plain_cnn9 has no official weights; see list_models\(pretrained=True\)$"):
+        create_model("plain_cnn9", weights="official")
 
 
 def test_pretrained_and_a_file(tmp_path: Path) -> None:

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from states import assert_same, random_state, seeded
 
 from bcos_train import checkpoint, create_model
-from bcos_train.model.weights import save_weights
 from bcos_train.weights.export import export
+from bcos_train.weights.files import save_weights
+
+from .states import assert_same, random_state, seeded
 
 
 @pytest.fixture
@@ -73,7 +74,7 @@ def test_other_options_than_the_trained_ones(part: str, tmp_path: Path) -> None:
         create_model("resnet20", weights=path, b=2)
     assert str(caught.value) == (
         f"weights={path} were trained with b=1.5, the model has b=2: give b=1.5 (on the command line model.b=1.5); "
-        "if the difference is meant, give a bare file of them, as scripts/export_weights.py writes it (.pth)"
+        "if the difference is intended, give a bare weights file, as scripts/export_weights.py writes it (.pth)"
     )
 
 
@@ -132,7 +133,7 @@ def test_a_folder_of_another_model(described: Path) -> None:
 @pytest.mark.parametrize("text", ["{", "[]", '{"library_name": "bcos-train"}'])
 def test_a_garbled_description(described: Path, text: str) -> None:
     (described / "config.json").write_text(text)
-    with pytest.raises(ValueError, match=r"config\.json(: not a| is no config of an exported folder| can't be read)"):
+    with pytest.raises(ValueError, match=r"config\.json(: not a| is not the config of an exported folder|: Expecting)"):
         create_model("resnet20", weights=described)
 
 
