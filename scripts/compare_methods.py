@@ -26,7 +26,6 @@ from bcos_train import LoadedClassifier, create_model, load
 from bcos_train.command_line import MISTAKE, Parser
 from bcos_train.explanation import color_explanation, evaluating, explain, is_explainable
 from bcos_train.explanation.method import CannotExplain, Method, list_methods, make_method
-from bcos_train.explanation.method.base import probabilities
 from bcos_train.report import Panel, Row, map_table, save_gallery
 from bcos_train.suggest import join_words, suggest
 from bcos_train.weights.layout import RUN_CONFIG
@@ -227,7 +226,7 @@ def draw(arguments: argparse.Namespace) -> None:
                 columns[name] = maps
     if not columns:
         raise ValueError(f"none of the methods can explain {subject.title}")
-    names, shares = classifier.class_names, probabilities(model)(logits)
+    names, shares = classifier.class_names, classifier.to_probabilities(logits)
     rows = []
     for i, picture in enumerate(pictures):
         k = int(targets[i])

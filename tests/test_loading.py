@@ -53,6 +53,19 @@ def test_checkpoint_of_a_run(checkpoint: str, trained_run: Path) -> None:  # noq
         assert torch.equal(classifier.model(x), load(trained_run, use_ema=False).model(x))
 
 
+@pytest.mark.parametrize(("loss", "activation"), [("CrossEntropy", "softmax"), ("BinaryCrossEntropy", "sigmoid")])
+def test_probabilities_follow_the_loss(loss: str, activation: str, trained_run: Path, tmp_path: Path) -> None:  # noqa: F811
+    shutil.copytree(trained_run, tmp_path / "run")
+    config = yaml.safe_load((trained_run / "config.yaml").read_text())
+    config["loss"] = {"_target_": f"bcos_train.loss.{loss}"}
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(config))
+    export(str(tmp_path / "run"), tmp_path / "out")
+    for folder in ("run", "out"):
+        prediction = load(tmp_path / folder).predict(torch.rand(2, 6, 16, 16))
+        expected = prediction.logits.softmax(1) if activation == "softmax" else prediction.logits.sigmoid()
+        assert torch.equal(prediction.probabilities, expected)
+
+
 def test_preprocessing_of_a_run(trained_run: Path, tmp_path: Path) -> None:  # noqa: F811
     shutil.copytree(trained_run, tmp_path / "run")
     config = yaml.safe_load((trained_run / "config.yaml").read_text())
@@ -220,6 +233,11 @@ def test_is_explainable(name: str) -> None:
 def test_wrong_number_of_class_names() -> None:
     with pytest.raises(ValueError, match="1 class names, but resnet20 has 10 classes"):
         LoadedClassifier(create_model("resnet20"), "resnet20", ("cat",))
+
+
+def test_unknown_activation() -> None:
+    with pytest.raises(ValueError, match="activation='relu': sigmoid or softmax"):
+        LoadedClassifier(create_model("resnet20"), "resnet20", activation="relu")
 
 
 def test_config_of_an_export_without_a_preprocessing(trained_run: Path, tmp_path: Path) -> None:  # noqa: F811

@@ -5,8 +5,9 @@ Axes: N images, C input channels (6 for B-cos networks), H, W pixels, K classes.
 
 import copy
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,10 @@ from bcos_train.weights.source import WeightsSource, read_weights_source
 __all__ = ["ImageLike", "LoadedClassifier", "Prediction", "load"]
 
 ImageLike = Image.Image | str | os.PathLike[str]
+_ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "sigmoid": torch.sigmoid,
+    "softmax": partial(torch.softmax, dim=-1),
+}
 Images = ImageLike | Sequence[ImageLike] | Tensor
 
 
@@ -34,7 +39,8 @@ class Prediction:
 
     Attributes:
         logits: (N, K).
-        probabilities: (N, K) in [0, 1]: sigmoids for B-cos models, which need not sum to 1, softmax otherwise.
+        probabilities: (N, K) in [0, 1]. Sigmoids need not sum to 1: they are those of models trained with binary
+            cross-entropy, as B-cos models usually are; cross-entropy has the softmax.
         class_names: K names.
     """
 
@@ -66,9 +72,11 @@ class LoadedClassifier:
         class_names: K names; ``class 0``, ``class 1``, … by default.
         dataset: Name of the training data set, if known.
         origin: Where the weights come from, in a few words.
+        activation: ``"sigmoid"`` or ``"softmax"``: converts logits to probabilities; ``None``: the model's own
+            ``to_probabilities``.
 
     Raises:
-        ValueError: The number of class names is not that of the model's classes.
+        ValueError: The number of class names is not that of the model's classes, or another activation.
     """
 
     model: nn.Module
@@ -76,6 +84,7 @@ class LoadedClassifier:
     class_names: tuple[str, ...] = ()
     dataset: str | None = None
     origin: str = ""
+    activation: str | None = None
 
     def __post_init__(self) -> None:
         self.model.eval()
@@ -84,6 +93,8 @@ class LoadedClassifier:
             object.__setattr__(self, "class_names", tuple(f"class {k}" for k in range(n)))
         if len(self.class_names) != n:
             raise ValueError(f"{len(self.class_names)} class names, but {self.name} has {n} classes")
+        if self.activation not in (None, *_ACTIVATIONS):
+            raise ValueError(f"activation={self.activation!r}: {' or '.join(_ACTIVATIONS)}")
 
     @property
     def device(self) -> torch.device:
@@ -157,7 +168,11 @@ class LoadedClassifier:
             ValueError: As for :meth:`prepare`.
         """
         logits = self.model(self.prepare(images))
-        return Prediction(logits, probabilities(self.model)(logits), self.class_names)
+        return Prediction(logits, self.to_probabilities(logits), self.class_names)
+
+    def to_probabilities(self, logits: Tensor) -> Tensor:
+        """Convert logits (N, K) to probabilities (N, K)."""
+        return probabilities(self.model)(logits) if self.activation is None else _ACTIVATIONS[self.activation](logits)
 
     def explain(self, images: Images, target: Tensor | int | None = None) -> Explanation:
         """Explain a class of each image by its dynamic linear weights W(x).
@@ -221,7 +236,7 @@ def load(
     _check_preprocessing(weights)
     network = build_from_source(weights).to(device)
     names = _class_names(weights, int(network.num_classes), class_names)  # type: ignore[arg-type]
-    return LoadedClassifier(network, weights.model_name, names, weights.dataset, weights.origin)
+    return LoadedClassifier(network, weights.model_name, names, weights.dataset, weights.origin, weights.activation)
 
 
 def _find_checkpoint(folder: Path, which: str) -> Path:

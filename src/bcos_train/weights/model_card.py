@@ -41,6 +41,7 @@ def export_config(
         "num_classes": options.pop("num_classes"),
         "model_args": options,
         "averaged": source.is_ema,
+        "activation": source.activation,
         "preprocessing": None if preprocessing is None else preprocessing.to_json(),
         "pretrained_cfg": _timm_cfg(source, preprocessing, in_chans),
         "origin": source.origin,

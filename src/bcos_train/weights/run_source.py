@@ -9,7 +9,7 @@ from bcos_train.weights.files import read_json
 from bcos_train.weights.layout import CHECKPOINTS, EVALUATION, LAST, RUN_CONFIG, SUMMARY
 from bcos_train.weights.model_options import TIMM, model_of_config
 
-__all__ = ["class_names_of", "dataset_of", "read_metrics", "read_run_config", "starts_from_official"]
+__all__ = ["activation_of", "class_names_of", "dataset_of", "read_metrics", "read_run_config", "starts_from_official"]
 
 _CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _DIGITS = tuple("0123456789")
@@ -39,6 +39,13 @@ def dataset_of(config: Mapping[str, Any]) -> str | None:
     dataset = config.get("dataset")
     target = dataset.get("_target_") if isinstance(dataset, Mapping) else None
     return None if target is None else str(target).rpartition(".")[2].lower()
+
+
+def activation_of(config: Mapping[str, Any]) -> str | None:
+    """Return the activation that the loss in a run's config implies: ``"sigmoid"``, ``"softmax"`` or ``None``."""
+    loss = config.get("loss")
+    target = str(loss.get("_target_")).rpartition(".")[2] if isinstance(loss, Mapping) else ""
+    return "softmax" if target == "CrossEntropy" else "sigmoid" if target.endswith("BinaryCrossEntropy") else None
 
 
 def class_names_of(dataset: str) -> tuple[str, ...] | None:

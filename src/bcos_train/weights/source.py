@@ -45,6 +45,8 @@ class WeightsSource:
         model_name: The model, ``timm:<name>`` for one of timm's; ``None``: unknown.
         options: The model's options as far as they are known.
         preprocessing: Inference transform; ``None``: the model's own.
+        activation: ``"sigmoid"`` or ``"softmax"``, converts logits to probabilities under the loss of the training;
+            ``None``: the model's own.
         class_names: Class names in the order of the outputs.
         dataset: Name of the training data set.
         metrics: Validation results of exactly these weights: ``acc1`` and ``acc5`` in percent, ``loss``, ….
@@ -62,6 +64,7 @@ class WeightsSource:
     model_name: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     preprocessing: Preprocessing | None = None
+    activation: str | None = None
     class_names: tuple[str, ...] | None = None
     dataset: str | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -236,6 +239,7 @@ def _read_run(path: Path, label: str, folder: Path, config: Mapping[str, Any], u
         model_name=name,
         options=options,
         preprocessing=Preprocessing.from_config(config.get("augmentation"), config.get("encoding")),
+        activation=run_source.activation_of(config),
         class_names=None if dataset is None else run_source.class_names_of(dataset),
         dataset=dataset,
         metrics=metrics,
@@ -262,6 +266,7 @@ def _read_export(path: Path, label: str, config: Mapping[str, Any], use_ema: boo
         model_name=config["model_name"],
         options={"num_classes": config["num_classes"], **config["model_args"]},
         preprocessing=None if preprocessing is None else Preprocessing.from_json(preprocessing),
+        activation=config.get("activation"),
         class_names=None if names is None else tuple(names),
         dataset=config.get("dataset"),
         metrics=config.get("metrics", {}),
