@@ -5,5 +5,5 @@ from setuptools import find_packages, setup
 setup(
     packages=[*find_packages("src"), "bcos_train.configs"],
     package_dir={"": "src", "bcos_train.configs": "configs"},
-    package_data={"bcos_train": ["py.typed"], "bcos_train.configs": ["**/*.yaml"]},
+    package_data={"bcos_train": ["py.typed", "weights/*.jinja"], "bcos_train.configs": ["**/*.yaml"]},
 )

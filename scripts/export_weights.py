@@ -1,12 +1,12 @@
-"""Hand on trained weights in a form that others read.
+"""Export trained weights.
 
 python scripts/export_weights.py RUN out/resnet50 --license apache-2.0     # a folder for the Hugging Face Hub
-python scripts/export_weights.py RUN resnet50.pth --hash --no-ema          # as the official files are
+python scripts/export_weights.py RUN resnet50.pth --hash --no-ema          # like the official files
 python scripts/export_weights.py official:resnet50 resnet50.safetensors
-python scripts/export_weights.py epoch=89.ckpt out --model resnet50 num_classes=100   # of the official training code
+python scripts/export_weights.py epoch=89.ckpt out --model resnet50        # a checkpoint of the official training code
 
-SOURCE is a run folder, a checkpoint or file of weights (.ckpt, .pth, .safetensors), an exported folder, or
-official:<row of the Model Zoo>. TARGET is a .pth file, a .safetensors file, or else a folder.
+SOURCE is a run folder, a checkpoint or weights file (.ckpt, .pth, .safetensors), an exported folder, or
+official:<model>. TARGET is a .pth file, a .safetensors file, or else a folder.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bcos_train.command_line import MISTAKE, Parser
-from bcos_train.zoo.export import export
+from bcos_train.weights.export import export
 
 
 def parser() -> Parser:
@@ -25,24 +25,24 @@ def parser() -> Parser:
     add = result.add_argument
     add("source", metavar="SOURCE")
     add("target", metavar="TARGET")
-    # With a default of its own argparse doesn't list it among what is missing.
+    # With a default, argparse doesn't list it among the missing arguments.
     add(
         "options",
         metavar="KEY=VALUE",
         nargs="*",
         default=[],
-        help="options of the model, where the source doesn't say them",
+        help="model options that the source doesn't specify",
     )
-    add("--model", metavar="NAME", help="the model, where the source doesn't say it; timm:<name> for one of timm's")
+    add("--model", metavar="NAME", help="model name, if the source doesn't say it; timm:<name> for one of timm's")
     add(
         "--ema",
         action=argparse.BooleanOptionalAction,
-        help="the averaged weights or the plain ones (default: averaged)",
+        help="export the averaged or the plain weights (default: averaged)",
     )
-    add("--hash", action="store_true", help="end the file's name in ten digits of its SHA-256")
-    add("--force", action="store_true", help="overwrite what is there")
-    add("--license", metavar="ID", help="of the weights, such as apache-2.0; official ones have theirs")
-    add("--classes", metavar="FILE", type=Path, help="names of the classes, one a line, in the order of the outputs")
+    add("--hash", action="store_true", help="append ten digits of the SHA-256 to the file's name")
+    add("--force", action="store_true", help="overwrite existing files")
+    add("--license", metavar="ID", help="license of the weights, such as apache-2.0 (default: as the source says)")
+    add("--classes", metavar="FILE", type=Path, help="class names, one per line, in the order of the outputs")
     return result
 
 
@@ -51,8 +51,8 @@ def model_option(text: str) -> tuple[str, Any]:
 
     key, is_pair, value = text.partition("=")
     if not is_pair or not key:
-        raise ValueError(f"{text}: options of the model are given as KEY=VALUE")
-    for read, mistake in ((json.loads, ValueError), (yaml.safe_load, yaml.YAMLError)):  # 1e-3 is text in YAML
+        raise ValueError(f"{text}: model options are given as KEY=VALUE")
+    for read, mistake in ((json.loads, ValueError), (yaml.safe_load, yaml.YAMLError)):  # YAML reads 1e-3 as text
         try:
             return key, read(value)
         except mistake:
@@ -64,7 +64,7 @@ def read_lines(path: Path) -> list[str]:
     try:
         return path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--classes {path} can't be read: {error}") from error
+        raise ValueError(f"can't read --classes {path}: {error}") from error
 
 
 def model_options(texts: Sequence[str]) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def model_options(texts: Sequence[str]) -> dict[str, Any]:
 
 def run(arguments: argparse.Namespace) -> None:
     for name in ("source", "target"):
-        if not getattr(arguments, name):  # as a path it would be the present folder
+        if not getattr(arguments, name):  # an empty path would be the current folder
             raise ValueError(f"{name.upper()} is empty")
     exported = export(
         arguments.source,
@@ -88,15 +88,15 @@ def run(arguments: argparse.Namespace) -> None:
         use_ema=arguments.ema,
         with_hash=arguments.hash,
         force=arguments.force,
-        licence=arguments.license,
+        license=arguments.license,
         class_names=None if arguments.classes is None else read_lines(arguments.classes),
     )
     source = exported.source
-    print(f"{source.name}, {'averaged' if source.is_ema else 'plain'} weights of {source.origin}")
+    print(f"{source.model_name}, {'averaged' if source.is_ema else 'plain'} weights of {source.origin}")
     print(f"written: {exported.path}")
     print(f"sha256 of the weights: {exported.sha256}")
-    if source.licence is None and exported.path.is_dir():
-        print("no licence: give one with --license before you publish the folder", file=sys.stderr)
+    if source.license is None and exported.path.is_dir():
+        print("no license: give one with --license before you publish the folder", file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> int:

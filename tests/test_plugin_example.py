@@ -12,7 +12,7 @@ import bcos_train.run
 from bcos_train import commands
 from bcos_train.config import targets
 from bcos_train.evaluation import METRICS, register_metric
-from bcos_train.evaluation.scoring import BETTER, SCORERS
+from bcos_train.evaluation.scoring import HIGHER_IS_BETTER, SCORERS
 from bcos_train.model import registry
 from bcos_train.run import main as run_saved_config
 
@@ -30,7 +30,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         path.write_text(text.partition("\n")[2])
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    tables = (registry._BUILDERS, targets.REGISTERED, SCORERS, BETTER)
+    tables = (registry._BUILDERS, targets.REGISTERED, SCORERS, HIGHER_IS_BETTER)
     before = [table.copy() for table in tables]
     metrics = list(METRICS)
     yield
@@ -45,7 +45,7 @@ def forget() -> None:
     """As in a new process, where nobody has imported the plugin."""
     sys.modules.pop("my_package", None)
     registry._BUILDERS.pop("my_net", None)
-    for table in (SCORERS, BETTER):
+    for table in (SCORERS, HIGHER_IS_BETTER):
         table.pop("positive_share", None)
     METRICS[:] = [name for name in METRICS if name != "positive_share"]
 
@@ -93,7 +93,7 @@ def test_processes_under_torchrun_get_the_plugins(monkeypatch: pytest.MonkeyPatc
 
 def test_a_metric_of_ones_own() -> None:
     with pytest.raises(ValueError, match="a metric named 'sparsity' is registered already"):
-        register_metric("sparsity", lambda case: case.maps.sum((1, 2)), better="larger")
+        register_metric("sparsity", lambda case: case.maps.sum((1, 2)), higher_is_better=True)
 
 
 def test_the_example_has_about_30_lines() -> None:

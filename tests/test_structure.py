@@ -24,9 +24,10 @@ ALLOWED = {
     "nn": set(),
     "explanation": {"nn"},
     "model": {"explanation", "nn"},
-    "zoo": {"explanation", "model", "nn"},
+    "weights": {"explanation", "model", "nn"},
+    "integrations": {"explanation", "model", "nn", "weights"},
     "metric": {"explanation", "nn"},
-    "evaluation": {"explanation", "metric", "report"},
+    "evaluation": {"explanation", "metric", "model", "report", "weights"},
     "loss": set(),
     "optimizer": set(),
     "schedule": set(),
@@ -36,9 +37,23 @@ ALLOWED = {
 }
 FOR_ALL = {"bcos_train.compiling", "bcos_train.replacing", "bcos_train.suggest"}
 #: Modules that a package may import although the rest of their package is out of reach for it.
-ALLOWED_MODULES = {"model": ("bcos_train.augmentation", "bcos_train.dataset.encoding", "bcos_train.checkpoint")}
+ALLOWED_MODULES = {
+    "model": ("bcos_train.augmentation", "bcos_train.dataset.encoding"),
+    "weights": ("bcos_train.checkpoint",),
+}
 #: Packages that never see Lightning, Hydra or OmegaConf.
-PURE = {"nn", "explanation", "model", "zoo", "metric", "evaluation", "loss", "optimizer", "schedule"}
+PURE = {
+    "nn",
+    "explanation",
+    "model",
+    "weights",
+    "integrations",
+    "metric",
+    "evaluation",
+    "loss",
+    "optimizer",
+    "schedule",
+}
 FRAMEWORKS = {"pytorch_lightning", "lightning", "hydra", "omegaconf"}
 
 
@@ -207,7 +222,10 @@ def test_entry_points_are_thin(path: Path) -> None:
 
 
 #: What may be imported without the training dependencies.
-LIGHT = ["bcos_train", *(f"bcos_train.{name}" for name in ("nn", "model", "zoo", "explanation", "loss", "schedule"))]
+LIGHT = [
+    "bcos_train",
+    *(f"bcos_train.{name}" for name in ("nn", "model", "weights", "explanation", "loss", "schedule")),
+]
 
 
 def test_light_packages_load_no_framework() -> None:

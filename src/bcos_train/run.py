@@ -27,8 +27,6 @@ from bcos_train.config.overrides import plugins_in_overrides
 from bcos_train.dataset import BcosEncoding, ImageSource, NotCacheable, Standardize, UnevenImages, UnreadableImage
 from bcos_train.dataset.data_module import DataModule
 from bcos_train.evaluation import ExplanationOptions
-from bcos_train.model.registry import find_weights
-from bcos_train.model.weights import load_weights
 from bcos_train.optimizer import prefer_fused
 from bcos_train.schedule import Schedule
 from bcos_train.training import explanation_logging, launch, loggers
@@ -44,6 +42,9 @@ from bcos_train.training.module import Classifier, NonFiniteLoss
 from bcos_train.training.options import BatchSplit, TrainerOptions, default_workers, split_batch
 from bcos_train.training.progress import ProgressDisplay, TrainingLog
 from bcos_train.training.run_folder import CHECKPOINTS, CONFIG, RunFolder, find_run_folder, locked, run_hash
+from bcos_train.weights.model_options import model_of_config
+from bcos_train.weights.source import read_model_weights
+from bcos_train.weights.state_dict import load_weights
 
 #: Exit code of a run that stopped because its loss was no longer finite.
 DIVERGED = 3
@@ -262,16 +263,17 @@ def evaluate(config: Mapping[str, Any], given: Sequence[str] = ()) -> int:
     if launch.launched_world_size() is None:
         parts = replace(parts, trainer=replace(parts.trainer, devices=1, num_nodes=1))
     with user_errors_at(""):
-        source = find_checkpoint(folder / CHECKPOINTS, parts.checkpoint) if folder else parts.weights
-        assert source is not None
-        state, is_ema, origin = find_weights(name, source, use_ema=parts.use_ema, node=fresh)
+        path = find_checkpoint(folder / CHECKPOINTS, parts.checkpoint) if folder else parts.weights
+        assert path is not None
+        source = read_model_weights(name, path, parts.use_ema)
+        source.check_model(*model_of_config(fresh))
         trainer = build_trainer(parts.trainer)
         split = split_batch(parts.batch_size, parts.trainer.world_size, None)
     trainer.strategy.setup_environment()
     data = _load_data(parts, split, trainer, stage="validate")
     model = build_model(parts, data)
     with user_errors_at(""):
-        load_weights(model, state, origin)
+        load_weights(model, source.state, source.label)
     # The training part may be missing.
     module = _build_module(parts, model, data, steps_per_epoch=1)
     explanations = explanation_logging.ExplanationReport(trainer)
@@ -281,7 +283,7 @@ def evaluate(config: Mapping[str, Any], given: Sequence[str] = ()) -> int:
         trainer.validate(module, datamodule=data, verbose=False)
     if trainer.is_global_zero:
         output = Path(parts.output or folder or Path("evaluations", name))
-        described = {"weights": str(source), "ema": is_ema, "model": name}
+        described = {"weights": str(path), "ema": source.is_ema, "model": name}
         report_evaluation(module, data, described, output, time.monotonic() - started)
         explanations.write(module, data, parts.explanation, described, config, output)
     return 0

@@ -10,7 +10,7 @@ from bcos_train.config import UserError, check, instantiate, to_container
 from bcos_train.config.composition import Composer
 from bcos_train.evaluation import ExplanationOptions
 from bcos_train.evaluation.options import METRICS, MethodName
-from bcos_train.evaluation.scoring import BETTER, SCORERS
+from bcos_train.evaluation.scoring import HIGHER_IS_BETTER, SCORERS
 from bcos_train.explanation.method import METHODS
 from bcos_train.run import EvaluateConfig
 
@@ -32,7 +32,7 @@ def build(*overrides: str) -> ExplanationOptions:
 
 def test_names_are_those_of_the_methods_and_metrics() -> None:
     assert list(get_args(MethodName)) == list(METHODS)
-    assert set(METRICS) == {*SCORERS, "grid_pointing", "alignment"} == set(BETTER)
+    assert set(METRICS) == {*SCORERS, "grid_pointing", "alignment"} == set(HIGHER_IS_BETTER)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from bcos_train.evaluation import measure
 from bcos_train.evaluation.report import evaluate_explanations
-from bcos_train.evaluation.summary import describe, tables
+from bcos_train.evaluation.summary import tables, to_json
 from bcos_train.explanation.method import GuidedBackprop
 
 from .toys import make_options, make_subject
@@ -94,7 +94,7 @@ def test_no_grids_leave_a_line_and_no_figure(tmp_path: Path, capsys: pytest.Capt
 @pytest.mark.parametrize(("width", "n_tables"), [(60, 3), (80, 2), (200, 1)])
 def test_tables_fit_the_terminal(width: int, n_tables: int, capsys: pytest.CaptureFixture[str]) -> None:
     options = make_options(metrics=["sparsity", "completeness", "deletion"])
-    found, lines = tables(describe(measure(make_subject(), options), options), "title", width)
+    found, lines = tables(to_json(measure(make_subject(), options), options), "title", width)
     assert len(found) == n_tables
     console = Console(width=width)
     for part in found:
@@ -102,4 +102,4 @@ def test_tables_fit_the_terminal(width: int, n_tables: int, capsys: pytest.Captu
     shown = capsys.readouterr().out
     assert "…" not in shown
     assert max(map(len, shown.splitlines())) <= width
-    assert lines[0] == "grad_cam, completeness: its maps aren't meant to add up to the logit"
+    assert lines[0] == "grad_cam, completeness: its maps are not meant to sum to the logit"

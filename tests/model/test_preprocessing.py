@@ -20,9 +20,9 @@ def image() -> Image.Image:
 @pytest.mark.parametrize("name", ["resnet18", "resnet50_long", "resnet20", "standard_resnet18"])
 def test_the_transform_comes_back(name: str) -> None:
     transform: Any = create_model(name).transform
-    found = Preprocessing.of(transform)
+    found = Preprocessing.from_transform(transform)
     assert found is not None
-    again = Preprocessing.of_json(json.loads(json.dumps(found.to_json())))
+    again = Preprocessing.from_json(json.loads(json.dumps(found.to_json())))
     assert again == found
     picture = image()
     assert torch.equal(again.transform()(picture), transform(picture))
@@ -31,23 +31,23 @@ def test_the_transform_comes_back(name: str) -> None:
 @pytest.mark.parametrize(
     ("node", "size", "sentence"),
     [
-        ({"_target_": "bcos_train.augmentation.plain"}, (270, 300), "Take the image in its own size"),
+        ({"_target_": "bcos_train.augmentation.plain"}, (270, 300), "Keep the image's size"),
         ({"_target_": "bcos_train.augmentation.plain", "size": 48}, (48, 48), "Resize to 48 x 48 pixels (bilinear"),
         (
             {"_target_": "bcos_train.augmentation.imagenet_eval", "resize_size": 72, "interpolation": "bicubic"},
             (224, 224),
-            "Resize the shorter side to 72 pixels (bicubic, antialiased), cut 224 x 224 pixels out",
+            "Resize the shorter side to 72 pixels (bicubic, antialiased), crop the central 224 x 224 pixels",
         ),
     ],
     ids=["own size", "square", "crop"],
 )
 def test_of_a_config(node: dict[str, Any], size: tuple[int, int], sentence: str) -> None:
-    found = Preprocessing.of_config({"eval": node}, BCOS)
+    found = Preprocessing.from_config({"eval": node}, BCOS)
     assert found is not None
-    x = Preprocessing.of_json(found.to_json()).transform()(image())
+    x = Preprocessing.from_json(found.to_json()).transform()(image())
     assert x.shape == (6, *size)
     assert torch.equal(x[3:], 1 - x[:3])
-    assert found.describe().startswith(sentence)
+    assert found.to_sentence().startswith(sentence)
 
 
 @pytest.mark.parametrize(
@@ -56,12 +56,12 @@ def test_of_a_config(node: dict[str, Any], size: tuple[int, int], sentence: str)
     ids=["none", "empty", "another target", "unknown key"],
 )
 def test_what_cannot_be_told(augmentation: Any) -> None:
-    assert Preprocessing.of_config(augmentation, BCOS) is None
+    assert Preprocessing.from_config(augmentation, BCOS) is None
 
 
 @pytest.mark.parametrize(
     "values", [{"size": 3}, {"resize_size": 3, "interpolation": "cubic"}, {"mean": [1], "std": [0]}, []], ids=str
 )
 def test_json_that_makes_none(values: Any) -> None:
-    with pytest.raises(ValueError, match="no preprocessing"):
-        Preprocessing.of_json(values)
+    with pytest.raises(ValueError, match="invalid preprocessing"):
+        Preprocessing.from_json(values)

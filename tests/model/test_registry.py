@@ -92,7 +92,7 @@ def test_register() -> None:
     assert list_models("tiny") == ["tiny"]
     assert create_model("tiny", width=5).weight.shape == (4, 5)
     assert list(model_signature("tiny").parameters) == ["num_classes", "width"]
-    with pytest.raises(ValueError, match="'tiny' is registered already"):
+    with pytest.raises(ValueError, match="'tiny' is already registered"):
         register_model("tiny", tiny)
 
 

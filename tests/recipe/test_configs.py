@@ -57,13 +57,13 @@ def test_evaluation_on_imagenet_is_the_models_own(model: str) -> None:
     """What a run is evaluated on is what ``model.transform`` makes of an image."""
     config = compose(f"model={model}", "dataset=imagenet")
     with torch.device("meta"):
-        own = Preprocessing.of(build(config).model(num_classes=2).transform)
+        own = Preprocessing.from_transform(build(config).model(num_classes=2).transform)
     assert own is not None
     if own.crop_size is None:
         # A network for CIFAR-10, which takes images as they are; ImageNet's are cropped for it all the same.
         assert model_signature(model).parameters["num_classes"].default == 10
         own = replace(own, resize_size=256, crop_size=224)
-    assert own == Preprocessing.of_config(config["augmentation"], config["encoding"])
+    assert own == Preprocessing.from_config(config["augmentation"], config["encoding"])
 
 
 # Composing takes a moment: here one model of each kind.

@@ -41,7 +41,7 @@ def test_maps_are_the_methods(script: ModuleType) -> None:
     torch.manual_seed(0)
     model, x = create_model("resnet20").eval(), torch.rand(3, 6, 8, 8)
     targets, method = torch.tensor([1, 2, 3]), make_method("ixg")
-    found = script.maps_of("ixg", method, model, x, targets, batch_size=2, smooth=1)
+    found = script.compute_maps("ixg", method, model, x, targets, batch_size=2, smooth=1)
     torch.testing.assert_close(torch.stack(found), method(model, x, targets[:, None])[:, 0], rtol=1e-4, atol=1e-6)
 
 
@@ -74,9 +74,9 @@ def test_mistakes_take_one_line(
 
 def test_labels_and_classes(script: ModuleType) -> None:
     logits = torch.tensor([[0.0, 1.0], [2.0, 1.0]])
-    assert script.chosen_classes(logits, [0, 0], "prediction").tolist() == [1, 0]
-    assert script.chosen_classes(logits, [0, 1], "label").tolist() == [0, 1]
-    assert script.chosen_classes(logits, [None, None], "1").tolist() == [1, 1]
+    assert script.select_classes(logits, [0, 0], "prediction").tolist() == [1, 0]
+    assert script.select_classes(logits, [0, 1], "label").tolist() == [0, 1]
+    assert script.select_classes(logits, [None, None], "1").tolist() == [1, 1]
     for which, message in (("labl", "did you mean label"), ("2", "there are classes 0 to 1"), ("label", "no labels")):
         with pytest.raises(ValueError, match=message):
-            script.chosen_classes(logits, [None, None], which)
+            script.select_classes(logits, [None, None], which)

@@ -7,8 +7,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from bcos_train import create_model
-from bcos_train.zoo import load_exported
+from bcos_train import create_model, load
 
 
 @pytest.fixture
@@ -26,7 +25,7 @@ def test_folder(script: ModuleType, source: str, tmp_path: Path, capsys: pytest.
     assert config["model_args"]["b"] == 1.25
     assert config["model_args"]["logit_bias"] == -0.1
     assert config["label_names"] == ["cat", "dog", "bird"]
-    assert load_exported(target).num_classes == 3
+    assert load(target).model.num_classes == 3
     captured = capsys.readouterr()
     assert f"written: {target}" in captured.out
     assert captured.err == ""
@@ -48,9 +47,9 @@ def test_hash(script: ModuleType, source: str, tmp_path: Path, capsys: pytest.Ca
         (["{w}", "{out}", "--ema=1"], "--ema/--no-ema takes no value, '1' was given"),
         (["{w}", "{out}", "--model", "resnet20", "b=1", "b=2"], "b is given twice: 1 and 2"),
         (["{w}", "{out}", "--modle", "resnet20"], "no such option; did you mean --model?"),
-        (["{w}", "{out}", "resnet20"], "resnet20: options of the model are given as KEY=VALUE"),
+        (["{w}", "{out}", "resnet20"], "resnet20: model options are given as KEY=VALUE"),
         (["{w}", "{out}", "--model", "resnet2"], "unknown model 'resnet2'"),
-        (["{w}", "{out}", "--model", "resnet20", "--classes", "nowhere"], "--classes nowhere can't be read"),
+        (["{w}", "{out}", "--model", "resnet20", "--classes", "nowhere"], "can't read --classes nowhere"),
         (["{w}", "{w}", "--model", "resnet20"], "--force to overwrite it"),
     ],
     ids=[

@@ -16,8 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bcos_train.zoo import RECORDS
-from bcos_train.zoo.slurm import SlurmOptions
+from bcos_train.weights import RECORDS
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "model_zoo.py"
@@ -124,16 +123,16 @@ def test_exit_codes(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from bcos_train.zoo.table_run import Failed
+    from bcos_train.evaluation.zoo_rows import EvaluationFailed
 
     def evaluate(*args: Any) -> None:
-        raise Failed("no room") if raised is None else raised
+        raise EvaluationFailed("no room") if raised is None else raised
 
     monkeypatch.setattr(script, "evaluate_row", evaluate)
     arguments = ["--models", ROW, "--weights", "random", "--data", str(images), "--output", str(tmp_path)]
     assert script.main(arguments) == code
     error = capsys.readouterr().err
-    assert ("the same command goes on" if code == 130 else f"{ROW}: failed: no room") in error
+    assert ("the same command resumes" if code == 130 else f"{ROW}: failed: no room") in error
 
 
 def test_readme(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +140,7 @@ def test_readme(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "README.md").write_text(text.replace("11,693,120", "11,000,000"), encoding="utf-8")
     gmacs = {name: float(figure) for name, figure in re.findall(r"\| `(\w+)` \| [^|]+ \| ([\d.]+) \|", text)}
     monkeypatch.setattr(script, "ROOT", tmp_path)
-    monkeypatch.setattr(script, "size", lambda name: (RECORDS[name].params, gmacs[name]))
+    monkeypatch.setattr(script, "model_cost", lambda name: (RECORDS[name].params, gmacs[name]))
     assert script.main(["--readme"]) == 0
     assert (tmp_path / "README.md").read_text(encoding="utf-8") == text
 
@@ -177,7 +176,7 @@ def test_nothing_is_left(script: ModuleType, capsys: pytest.CaptureFixture[str])
     [
         (["--models", "resnet5"], "--models resnet5: no row of the zoo matches; did you mean resnet50?"),
         (["--modles", "resnet50"], "--modles resnet50: no such option; did you mean --models?"),
-        (["--weights", "none"], "--weights none: official, random or a folder, and this is no folder"),
+        (["--weights", "none"], "--weights none: official, random or a folder, and this is not a folder"),
         (["--data", "/none"], "--data /none: no such folder"),
         (["--batch-size", "0"], "--batch-size 0: at least 1"),
         (["--batch-size", "many"], "--batch-size: invalid int value: 'many'"),
@@ -185,7 +184,7 @@ def test_nothing_is_left(script: ModuleType, capsys: pytest.CaptureFixture[str])
         (["--device", "gpus"], "--device: invalid choice: 'gpus'"),
         (["--train", "submit", "--gpus", "0"], "--gpus 0: at least 1"),
         (["--train", "submit", "--time", "0"], "--time 0: more than 0"),
-        (["--set", "seed=2"], "--set seed=2: goes with --train print or --train submit"),
+        (["--set", "seed=2"], "--set seed=2: needs --train print or --train submit"),
         (["--train", "submit"], "--train submit: no Slurm here (there is no sbatch); --train print shows the commands"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
@@ -235,7 +234,7 @@ def test_settings_are_checked_before_anything_is_printed_or_submitted(
     ]
     assert lines[1] == "--set seeed: unknown key or config group; did you mean seed?"
     assert lines[3] == "--set seed=1,2: one value; give the command once for each"
-    assert lines[4] == "--set model=resnet34: --models chooses that"
+    assert lines[4] == "--set model=resnet34: --models sets that"
     assert lines[5].startswith("--set recipe=lang: no such choice; did you mean long?")
     given = ["seed=many", "model.inplanes=32", "optimizer.lrr=1"]  # inplanes: of ResNets alone
     lines = mistakes(script, capsys, "--models", "resnet18", ROW, "--train", mode, "--set", *given)
@@ -259,12 +258,12 @@ def test_the_gpus_of_a_job_are_set_once(
 ) -> None:
     monkeypatch.setattr(script, "submit", None)
     given = ("--models", "resnet18", "--set", "trainer.devices=2", "--train")
-    assert mistakes(script, capsys, *given, "submit") == ["--set trainer.devices=2: --gpus chooses that"]
+    assert mistakes(script, capsys, *given, "submit") == ["--set trainer.devices=2: --gpus sets that"]
     assert script.main([*given, "print"]) == 0
 
 
-def test_what_a_job_asks_for() -> None:
-    options = SlurmOptions(gpus=2, cpus_per_gpu=6, hours=1.5, memory_gb=64, partition="long", account="me")
+def test_resources_of_a_job(script: ModuleType) -> None:
+    options = script.SlurmOptions(gpus=2, cpus_per_gpu=6, hours=1.5, memory_gb=64, partition="long", account="me")
     assert options.parameters("resnet18") == {
         "name": "resnet18",
         "nodes": 1,
@@ -276,7 +275,7 @@ def test_what_a_job_asks_for() -> None:
         "slurm_partition": "long",
         "slurm_account": "me",
     }
-    assert not {"mem_gb", "slurm_partition", "slurm_account"} & set(SlurmOptions().parameters("resnet18"))
+    assert not {"mem_gb", "slurm_partition", "slurm_account"} & set(script.SlurmOptions().parameters("resnet18"))
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bcos_train import create_model
-from bcos_train.model.recompute import Blocks
+from bcos_train.model.grad_checkpointing import CheckpointedBlocks
 from bcos_train.training import TrainerOptions, compilation
 from bcos_train.training.compilation import (
     COMPILE_FROM_PARAMETERS,
@@ -107,7 +107,7 @@ def test_parts(name: str, options: dict[str, Any], blocks: int | None) -> None:
     if blocks is None:
         assert parts == [model]
         return
-    inside = [part for part in parts if any(part in [*m] for m in model.modules() if isinstance(m, Blocks))]
+    inside = [part for part in parts if any(part in [*m] for m in model.modules() if isinstance(m, CheckpointedBlocks))]
     assert len(inside) == blocks
     # Each parameter in one part.
     expected = sorted(map(id, model.parameters()))

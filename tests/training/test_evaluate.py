@@ -190,13 +190,14 @@ def test_average_that_is_not_there(tmp_path: Path, plain_run: Path) -> None:
     assert message.endswith("holds the plain weights, not the averaged ones")
 
 
-NO_STATE, NO_FILE = "is no state dict of tensors", "is no file of weights, or only a part of one"
+NO_SAFETENSORS = "is not a safetensors file"
+NO_STATE, NO_FILE = "is not a state dict of tensors", "is not a weights file, or only part of one"
 
 
 @pytest.mark.parametrize(
     ("name", "write", "message"),
     [
-        pytest.param("w.safetensors", lambda p: p.write_bytes(b"x" * 99), "is no safetensors file", id="safetensors"),
+        pytest.param("w.safetensors", lambda p: p.write_bytes(b"x" * 99), NO_SAFETENSORS, id="safetensors"),
         pytest.param("w.pth", lambda p: p.write_bytes(b"x" * 99), NO_FILE, id="bytes"),
         pytest.param("w.pth", lambda p: torch.save([1, 2], p), NO_STATE, id="list"),
         pytest.param("w.pth", lambda p: torch.save({}, p), NO_STATE, id="empty"),
@@ -230,7 +231,7 @@ def test_weights_of_the_model_with_other_options(part: str, tmp_path: Path, plai
     """They have the same shapes: nothing but the run's config tells that this is another function."""
     path = plain_run / part
     told = f"weights={path} were trained with b=2, the model has b=1.5: give b=2 (on the command line model.b=2)"
-    told += "; if the difference is meant, give a bare file of them, as scripts/export_weights.py writes it (.pth)"
+    told += "; if the difference is intended, give a bare weights file, as scripts/export_weights.py writes it (.pth)"
     assert mistake(tmp_path, "model.b=1.5", weights=path) == told
     config = compose(tmp_path / "runs", *TINY, "model.b=1.5")
     config["model"]["weights"] = str(path)

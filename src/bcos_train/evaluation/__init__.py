@@ -1,4 +1,4 @@
-"""Methods times metrics: measuring the explanations of a model, while it trains and afterwards."""
+"""Measure explanations, methods × metrics, during training and afterwards."""
 
 from bcos_train.evaluation.measuring import Results, measure
 from bcos_train.evaluation.options import (
@@ -11,7 +11,7 @@ from bcos_train.evaluation.options import (
 from bcos_train.evaluation.scoring import Case, NotMeasured, register_metric
 from bcos_train.evaluation.store import ScoreStore
 from bcos_train.evaluation.subject import Predictions, Subject
-from bcos_train.evaluation.summary import describe, summarize
+from bcos_train.evaluation.summary import summarize, to_json
 
 __all__ = [
     "METRICS",
@@ -25,8 +25,8 @@ __all__ = [
     "ScoreStore",
     "StabilityOptions",
     "Subject",
-    "describe",
     "measure",
     "register_metric",
     "summarize",
+    "to_json",
 ]

@@ -1,4 +1,4 @@
-"""What is measured about explanations: methods, metrics and their settings, as ``configs/explanation`` gives them."""
+"""Options of explanation measurements: methods, metrics and their settings, as in ``configs/explanation``."""
 
 import inspect
 from collections.abc import Collection, Mapping, Sequence
@@ -20,7 +20,7 @@ __all__ = [
     "StabilityOptions",
 ]
 
-#: The keys of :data:`bcos_train.explanation.method.METHODS`, so that a config can be checked before anything is built.
+#: Keys of :data:`bcos_train.explanation.method.METHODS`, spelled out so that a config can be checked by its types.
 MethodName = Literal[
     "bcos",
     "bcos_relative",
@@ -51,7 +51,7 @@ MetricName = Literal[
 ]
 #: All metrics: ours, and those that :func:`bcos_train.evaluation.register_metric` adds.
 METRICS: list[str] = list(get_args(MetricName))
-#: Those that score the explanation of a single image.
+#: Metrics that score the explanation of a single image.
 IMAGE_METRICS = tuple(name for name in METRICS if name not in ("grid_pointing", "alignment"))
 
 
@@ -61,17 +61,17 @@ class GridPointingOptions:
 
     Args:
         n: Cells along each side of a grid.
-        n_grids: Grids that are wanted; there are fewer where the images don't suffice.
-        smooth: Odd width in pixels of the average pooling of a map before it is scored, 1: none. The official
-            evaluation has 1 and 15 at 224 pixels; at 32 pixels a window of 15 would be half a cell.
-        threshold: Images take part that are classified correctly with more than this confidence; 0: all of these.
+        n_grids: Number of grids; fewer if there are not enough images.
+        smooth: Odd window in pixels of the average pooling of a map before it is scored; 1: none. The official
+            evaluation uses 1 and 15 at 224 pixels; at 32 pixels a window of 15 would be half a cell.
+        threshold: Use images that are classified correctly with more than this confidence; 0: all such images.
         rescale: Shrink the cells by n, so that a grid is as large as an image.
-        stride: Explain the grid through a window of an image's size that moves by so many pixels, for models that take
-            one size only; ``None``: the grid at once.
-        seed: Of the draw of the classes of each grid.
+        stride: Explain the grid through a sliding window of an image's size with this stride in pixels, for models
+            that take one size only; ``None``: explain the grid at once.
+        seed: Seeds the draw of each grid's classes.
 
     Raises:
-        ValueError: A number out of its range, or both ``rescale`` and ``stride``.
+        ValueError: A number is out of range, or both ``rescale`` and ``stride`` are given.
     """
 
     n: int
@@ -100,7 +100,7 @@ class PerturbationOptions:
     """Deletion, insertion and pixel perturbation; see :mod:`bcos_train.metric.perturbation`.
 
     Args:
-        block: Side in pixels of the blocks that are replaced.
+        block: Side in pixels of the replaced blocks.
     """
 
     block: int
@@ -114,9 +114,9 @@ class StabilityOptions:
     """Stability under small shifts and under noise; see :mod:`bcos_train.metric.stability`.
 
     Args:
-        shift: Pixels by which the image is moved in each direction.
+        shift: Shift of the image in each direction, in pixels.
         noise_std: Standard deviation of the noise, in units of the model's input.
-        noise_samples: Noisy copies of each image.
+        noise_samples: Number of noisy copies of each image.
     """
 
     shift: int
@@ -131,21 +131,21 @@ class StabilityOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ExplanationOptions:
-    """The config group ``explanation``, of ``train.py`` and ``evaluate.py``.
+    """Config group ``explanation`` of ``train.py`` and ``evaluate.py``.
 
     Args:
-        methods: Explanation methods by name.
-        metrics: Metrics by name. ``alignment`` is the model's, the others are measured for each method.
-        n_images: Validation images for all metrics but the grid pointing game, always the same ones. The predicted
-            class is explained.
-        batch_size: Images that a method is given at once; a grid counts as n², for it has as many pixels.
-        every_n_epochs: Epochs of the training between measurements; the last epoch is always measured. The grid
-            pointing game needs an epoch with a validation, which says which images are classified correctly.
-        gallery_images: Validation images in the gallery of the training; 0: no gallery.
-        method_options: For each method its own settings, such as ``{int_grad: {n_steps: 20}}``.
+        methods: Names of explanation methods.
+        metrics: Names of metrics. ``alignment`` is a property of the model, the others are measured for each method.
+        n_images: Number of validation images for all metrics but the grid pointing game, always the same ones. The
+            predicted class is explained.
+        batch_size: Images per batch; a grid counts as n² images, since it has as many pixels.
+        every_n_epochs: Training epochs between measurements; the last epoch is always measured. The grid pointing game
+            needs an epoch with a validation, which tells which images are classified correctly.
+        gallery_images: Number of validation images in the training's gallery; 0: no gallery.
+        method_options: Settings per method, such as ``{int_grad: {n_steps: 20}}``.
 
     Raises:
-        ValueError: A number below its minimum, or an option that the method doesn't have.
+        ValueError: A number is below its minimum, or a method lacks an option.
     """
 
     methods: list[MethodName]
@@ -180,11 +180,11 @@ class ExplanationOptions:
                 raise ValueError(f"explanation.method_options.{name}: {error}") from error
 
     def make_methods(self) -> dict[str, Method]:
-        """The chosen methods by name, in the given order, each once."""
+        """Build the chosen methods by name, in the given order, each once."""
         return {name: make_method(name, **self.method_options.get(name, {})) for name in self.methods}
 
     def settings_of(self, metric: str) -> Mapping[str, Any]:
-        """What changes the scores of this metric, besides the images."""
+        """Return the settings that change the scores of this metric."""
         if metric == "grid_pointing":
             return vars(self.grid_pointing)
         if metric in ("deletion", "insertion", "pixel_perturbation"):

@@ -1,4 +1,4 @@
-"""``explanations.json``, the scores, the figures and the table of an evaluation."""
+"""Write and print an evaluation: ``explanations.json``, scores, figures and tables."""
 
 import math
 import sys
@@ -15,22 +15,22 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from bcos_train.evaluation.measuring import Results, measure
 from bcos_train.evaluation.options import ExplanationOptions, GridPointingOptions
-from bcos_train.evaluation.scoring import BETTER, explain_grids
+from bcos_train.evaluation.scoring import arrow, explain_grids
 from bcos_train.evaluation.store import ScoreStore, fingerprint, replace_file, write_json
 from bcos_train.evaluation.subject import Subject, grid_input, grid_pictures
-from bcos_train.evaluation.summary import describe, tables
+from bcos_train.evaluation.summary import tables, to_json
 from bcos_train.explanation import evaluating
 from bcos_train.explanation.method import Method
 from bcos_train.report import Panel, Row, box_plot, map_table, save_gallery
 
 __all__ = ["evaluate_explanations"]
 
-#: Grids that are drawn.
+#: Number of grids in the figure.
 N_DRAWN = 4
-#: Between lines about the progress where there is no terminal.
+#: Seconds between progress lines if the output is not a terminal.
 LINE_SECONDS = 60
 FOLDER, SCORES, CONTENT, SAMPLES = "explanations", ".scores", "explanations.json", "explanations.npz"
-#: Ranges of metrics that have one by nature.
+#: Ranges of metrics with a natural range.
 LIMITS: Mapping[str, tuple[float, float]] = {"grid_pointing": (0, 1), "sparsity": (0, 1)}
 
 
@@ -43,31 +43,31 @@ def evaluate_explanations(
     origin: Mapping[str, Any],
     identity: Mapping[str, Any],
 ) -> Results:
-    """Measure, write, draw and print.
+    """Measure explanations, and write, draw and print the results.
 
-    Into ``output`` go ``explanations.json``, ``explanations.npz`` (all scores, and which images they belong to), and
-    in ``explanations/`` a box plot for each metric and pictures of some grids. Scores are kept in
-    ``explanations/.scores`` from batch to batch: the same command goes on after an interruption, and one that asks for
-    more methods or metrics measures only these.
+    ``output`` receives ``explanations.json``, ``explanations.npz`` (all scores and the indices of their images) and, in
+    ``explanations/``, a box plot per metric and a figure of some grids. Scores are stored in ``explanations/.scores``
+    after each batch: the same command resumes after an interruption, and a command with more methods or metrics
+    measures only the new ones.
 
     Args:
-        subject: The model and its images.
-        options: What to measure.
-        output: Folder, made if it is missing.
-        title: What is evaluated, for headlines.
-        origin: The same in detail, for the JSON file.
-        identity: All that scores depend on besides the weights and the options: the model, the data and their
-            transforms. Scores of another identity are measured anew.
+        subject: Model and images.
+        options: Methods, metrics and their settings.
+        output: Folder, created if it is missing.
+        title: Name of the evaluated model, for headlines.
+        origin: What is evaluated, for the JSON file.
+        identity: Everything that scores depend on besides the weights and the options: the model, the data and their
+            transforms. Scores of another identity are measured again.
 
     Returns:
-        What was measured.
+        The measured scores.
     """
     folder = output / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     store = ScoreStore(folder / SCORES, {"of": fingerprint({"weights": subject.model, "rest": dict(identity)})})
     with _progress() as on_step:
         results = measure(subject, options, store, on_step)
-    content = {**origin, **describe(results, options)}
+    content = {**origin, **to_json(results, options)}
     write_json(output / CONTENT, content)
     arrays = {f"{metric}/{method}": t.numpy() for metric, of in results.scores.items() for method, t in of.items()}
     if results.grids is not None:
@@ -77,8 +77,8 @@ def evaluate_explanations(
     if results.scores.get("grid_pointing"):
         figures.append(_draw_grids(subject, results, options, folder, title))
     console = Console()
-    found, lines = tables(content, title, console.width)
-    for part in found:
+    parts, lines = tables(content, title, console.width)
+    for part in parts:
         console.print(part)
     lines.append(f"explanations: {output / CONTENT}" + (f"; figures: {folder}" if figures else ""))
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
@@ -88,14 +88,14 @@ def evaluate_explanations(
 def _draw_boxes(results: Results, options: ExplanationOptions, folder: Path, title: str) -> list[Path]:
     paths = []
     for metric, scores in results.scores.items():
-        if not any(found.isfinite().any() for found in scores.values()):
+        if not any(values.isfinite().any() for values in scores.values()):
             continue
         is_grid, n = metric == "grid_pointing", options.grid_pointing.n
         name = metric.replace("_", " ")
         figure = box_plot(
             scores,
             title,
-            f"{name} ({n}x{n}) {BETTER[metric]}" if is_grid else f"{name} {BETTER[metric]}",
+            f"{name} ({n}x{n}) {arrow(metric)}" if is_grid else f"{name} {arrow(metric)}",
             uniform=1 / n**2 if is_grid else None,
             missing=[method for method in dict.fromkeys(options.methods) if method not in scores],
             limits=LIMITS.get(metric),
@@ -107,7 +107,7 @@ def _draw_boxes(results: Results, options: ExplanationOptions, folder: Path, tit
 
 
 def _draw_grids(subject: Subject, results: Results, options: ExplanationOptions, folder: Path, title: str) -> Path:
-    """Some grids with each method's map of one of their classes, smoothed as it is scored."""
+    """Draw some grids with each method's map of one of their classes, smoothed as for the score."""
     assert results.grids is not None
     assert subject.predictions is not None
     settings, scores = options.grid_pointing, results.scores["grid_pointing"]
@@ -139,10 +139,10 @@ def _smoothed(subject: Subject, method: Method, x: Any, target: Any, settings: G
 
 @contextmanager
 def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """What is being measured, how much is done and when it will be: a bar in a terminal, elsewhere a line a minute."""
+    """Show progress and remaining time: a bar in a terminal, otherwise one line per minute."""
     console = Console(file=sys.stderr, soft_wrap=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    # Methods differ in speed by orders of magnitude: the estimate is over the whole time, not the last seconds.
+    # Methods differ in speed by orders of magnitude: estimate over the whole time, not the last seconds.
     period = 1e9
     with Progress(
         *columns, TimeRemainingColumn(), console=console, transient=True, speed_estimate_period=period
@@ -153,7 +153,7 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
         def on_step(what: str, done: int, total: int) -> None:
             nonlocal printed_at
             if display.tasks[0].total is None:
-                # What was measured before an interruption says nothing about the speed.
+                # Scores from before an interruption say nothing about the speed.
                 display.reset(task, completed=done, total=total)
             display.update(task, description=f"explanations: {what}", completed=done)
             if not console.is_terminal and time.monotonic() - printed_at >= LINE_SECONDS:

@@ -1,4 +1,4 @@
-"""The metrics of a method on a batch of images or grids.
+"""Score a method on a batch of images or grids.
 
 Axes: N images, G grids, K = n² cells of a grid, C channels, H W pixels.
 """
@@ -6,7 +6,6 @@ Axes: N images, G grids, K = n² cells of a grid, C channels, H W pixels.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,36 +25,43 @@ from bcos_train.metric import (
 )
 
 __all__ = [
-    "BETTER",
+    "HIGHER_IS_BETTER",
     "SCORERS",
     "Case",
     "NotMeasured",
+    "arrow",
     "explain_grids",
-    "image_scores",
     "register_metric",
     "score_grids",
+    "score_images",
 ]
 
-#: Whether large or small values are good.
-BETTER: dict[str, str] = {
-    "grid_pointing": "↑",
-    "deletion": "↓",
-    "insertion": "↑",
-    "pixel_perturbation": "↑",
-    "sparsity": "↑",
-    "shift_stability": "↑",
-    "noise_stability": "↑",
-    "completeness": "↓",
-    "alignment": "↑",
+#: Metrics for which higher values are better; for the others, lower values are.
+HIGHER_IS_BETTER: dict[str, bool] = {
+    "grid_pointing": True,
+    "deletion": False,
+    "insertion": True,
+    "pixel_perturbation": True,
+    "sparsity": True,
+    "shift_stability": True,
+    "noise_stability": True,
+    "completeness": False,
+    "alignment": True,
 }
 
-#: Methods whose maps add up to the logit less a constant. Of the first two the constant is what the biases of the
-#: network add to the logit, of the others it is the logit of an input of zeros.
+
+def arrow(metric: str) -> str:
+    """Return "↑" if higher values of the metric are better, otherwise "↓"."""
+    return "↑" if HIGHER_IS_BETTER[metric] else "↓"
+
+
+#: Methods whose maps sum to the logit minus a constant. For the first two, the constant is what the network's biases
+#: add to the logit; for the others, it is the logit of an all-zero input.
 _LOCAL, _DIFFERENCE = ("bcos", "ixg"), ("int_grad", "deep_lift")
 
 
 class NotMeasured(ValueError):
-    """The metric says nothing about this method; the message says why."""
+    """The metric does not apply to this method; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -81,11 +87,12 @@ class Case:
 
     @torch.no_grad()
     def logits(self, x: Tensor) -> Tensor:
-        """Of the targets: (N,)."""
+        """Return the logits of the targets: (N,)."""
         with evaluating(self.model):
             return self.model(x).gather(1, self.targets[:, None])[:, 0]
 
     def area(self, order: str, insert: bool, baseline: str | float) -> Tensor:
+        """Return the area under the perturbation curve: (N,)."""
         curves = perturbation_curve(
             self.model,
             self.x,
@@ -106,7 +113,7 @@ def _completeness(case: Case) -> Tensor:
     elif case.name in _DIFFERENCE:
         constant = case.logits(torch.zeros_like(case.x))
     else:
-        raise NotMeasured("its maps aren't meant to add up to the logit")
+        raise NotMeasured("its maps are not meant to sum to the logit")
     return completeness_error(case.logits(case.x), case.maps.sum((1, 2)), constant)
 
 
@@ -128,7 +135,7 @@ def _noise_stability(case: Case) -> Tensor:
     return scores[:, 0]
 
 
-#: Metrics of single images: (N,) scores each.
+#: Metrics of single images; each returns scores (N,).
 SCORERS: dict[str, Callable[[Case], Tensor]] = {
     "deletion": lambda case: case.area("most", insert=False, baseline=0.0),
     "insertion": lambda case: case.area("most", insert=True, baseline="blur"),
@@ -140,30 +147,30 @@ SCORERS: dict[str, Callable[[Case], Tensor]] = {
 }
 
 
-def register_metric(name: str, score: Callable[[Case], Tensor], *, better: Literal["larger", "smaller"]) -> None:
+def register_metric(name: str, score: Callable[[Case], Tensor], *, higher_is_better: bool) -> None:
     """Add a metric of single images, which ``explanation.metrics`` can then name.
 
     Args:
-        name: Its name in configs, tables and files.
+        name: Name in configs, tables and files.
         score: :class:`Case` -> (N,) scores; ``case.maps`` holds the attribution maps (N, H, W). It may raise
             :class:`NotMeasured` with the reason.
-        better: Whether larger or smaller scores are better.
+        higher_is_better: True if higher scores are better.
 
     Raises:
         ValueError: The name is taken.
     """
     if name in METRICS:
         raise ValueError(f"a metric named {name!r} is registered already")
-    SCORERS[name], BETTER[name] = score, "↑" if better == "larger" else "↓"
+    SCORERS[name], HIGHER_IS_BETTER[name] = score, higher_is_better
     METRICS.append(name)
 
 
 def explain_grids(model: nn.Module, method: Method, x: Tensor, targets: Tensor, options: GridPointingOptions) -> Tensor:
-    """The maps of the classes of each grid.
+    """Compute the maps of the classes of each grid.
 
     Args:
         x: (G, C, H, W), grids.
-        targets: (G, K), the classes of the cells.
+        targets: (G, K), classes of the cells.
 
     Returns:
         (G, K, H, W).
@@ -174,16 +181,16 @@ def explain_grids(model: nn.Module, method: Method, x: Tensor, targets: Tensor, 
 
 
 def score_grids(model: nn.Module, method: Method, x: Tensor, targets: Tensor, options: GridPointingOptions) -> Tensor:
-    """(G, K) scores; arguments as for :func:`explain_grids`."""
+    """Return grid pointing scores (G, K); arguments as for :func:`explain_grids`."""
     return grid_pointing_scores(explain_grids(model, method, x, targets, options), options.smooth).cpu()
 
 
-def image_scores(metrics: list[str], case: Case) -> dict[str, Tensor | str]:
-    """For each metric (N,) scores, or why there are none."""
-    found: dict[str, Tensor | str] = {}
+def score_images(metrics: list[str], case: Case) -> dict[str, Tensor | str]:
+    """Return scores (N,) for each metric, or the reason why there are none."""
+    scores: dict[str, Tensor | str] = {}
     for metric in metrics:
         try:
-            found[metric] = SCORERS[metric](case).detach().cpu()
+            scores[metric] = SCORERS[metric](case).detach().cpu()
         except NotMeasured as error:
-            found[metric] = str(error)
-    return found
+            scores[metric] = str(error)
+    return scores

@@ -1,4 +1,4 @@
-"""Results on the disk: scores, so that an interrupted measurement goes on where it was, and files of JSON."""
+"""Store results on disk: scores, so that an interrupted measurement resumes, and JSON files."""
 
 import hashlib
 import json
@@ -20,55 +20,56 @@ _SCORES, _IDENTITY = "scores", "identity"
 
 
 class ScoreStore:
-    """A file of scores for each metric and method, written anew after every batch.
+    """Scores in one file per metric and method, rewritten after every batch.
 
-    A file holds what its scores depend on. With another identity it counts as missing and is overwritten.
+    Each file records what its scores depend on. With another identity it counts as missing and is overwritten.
 
     Args:
-        folder: Made when the first file is written; ``None``: nothing is kept.
-        identity: What all scores depend on.
+        folder: Created when the first file is written; ``None``: store nothing.
+        identity: Everything that all scores depend on.
     """
 
     def __init__(self, folder: Path | None, identity: Mapping[str, Any]) -> None:
         self.folder, self.identity = folder, identity
 
     def load(self, metric: str, method: str, settings: Mapping[str, Any]) -> Tensor | None:
-        """The scores so far, (units, ...), or None."""
+        """Load the scores so far, (units, ...), or None."""
         if self.folder is None:
             return None
         try:
             with self._path(metric, method).open("rb") as file, np.load(file, allow_pickle=False) as content:
-                if str(content[_IDENTITY]) == self._identity_of(settings):
+                if str(content[_IDENTITY]) == self._fingerprint(settings):
                     return torch.from_numpy(content[_SCORES].copy())
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # none, or damaged
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # missing or damaged
             pass
         return None
 
     def save(self, metric: str, method: str, settings: Mapping[str, Any], scores: Tensor) -> None:
+        """Store all scores so far, (units, ...)."""
         if self.folder is None:
             return
         path = self._path(metric, method)
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, {_SCORES: scores.numpy(), _IDENTITY: np.array(self._identity_of(settings))})
+        replace_file(path, {_SCORES: scores.numpy(), _IDENTITY: np.array(self._fingerprint(settings))})
 
     def _path(self, metric: str, method: str) -> Path:
         assert self.folder is not None
         return self.folder / metric / f"{method}.npz"
 
-    def _identity_of(self, settings: Mapping[str, Any]) -> str:
+    def _fingerprint(self, settings: Mapping[str, Any]) -> str:
         return fingerprint({"all": self.identity, "own": settings})
 
 
 def replace_file(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write an npz file that appears complete or not at all."""
+    """Write an npz file atomically."""
     with replacing(path) as temporary, temporary.open("wb") as file:
         np.savez(file, **dict(arrays))  # type: ignore[arg-type]
 
 
 def write_json(path: Path, content: Mapping[str, Any] | Sequence[Any]) -> None:
-    """Write a JSON file that appears complete or not at all.
+    """Write a JSON file atomically.
 
-    Numbers that are not finite, which JSON doesn't have, become null: the score of a metric that couldn't be measured.
+    Numbers that are not finite, which JSON lacks, become null, such as scores that couldn't be measured.
     """
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")
@@ -83,7 +84,7 @@ def _finite(value: Any) -> Any:
 
 
 def fingerprint(content: Any) -> str:
-    """SHA-256 in hexadecimal digits, of JSON-able values, tensors, and the weights and buffers of modules."""
+    """Return the SHA-256 of JSON-able values, tensors, and the weights and buffers of modules, in hexadecimal."""
     digest = hashlib.sha256()
     _feed(digest, content)
     return digest.hexdigest()

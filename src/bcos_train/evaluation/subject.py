@@ -1,4 +1,4 @@
-"""What is explained: a model, and the validation images that the metrics are measured on.
+"""The subject of an evaluation: a model and the validation images that its explanations are measured on.
 
 Axes: M validation images, N images of a batch, G grids, K = n² cells of a grid, C channels, H W pixels.
 """
@@ -14,17 +14,17 @@ from bcos_train.evaluation.options import GridPointingOptions
 from bcos_train.explanation import evaluating
 from bcos_train.metric import choose_grids, compose_grids
 
-__all__ = ["Predictions", "Subject", "draw_grids", "grid_input", "grid_pictures", "why_not_grids"]
+__all__ = ["Predictions", "Subject", "draw_grids", "grid_incompatibility", "grid_input", "grid_pictures"]
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a validation found for each image of the data set.
+    """Predictions of a validation for each image of the data set.
 
     Attributes:
         labels: (M,) integers.
         predictions: (M,) integers.
-        confidences: (M,), the probability of the predicted class: sigmoid or softmax, by the loss.
+        confidences: (M,), probability of the predicted class: sigmoid or softmax, depending on the loss.
     """
 
     labels: Tensor
@@ -39,9 +39,9 @@ class Subject:
     Attributes:
         model: (N, C, H, W) -> logits.
         pictures: Indices in the validation set -> uint8 RGB (N, 3, H, W), on the model's device.
-        encode: Those -> the model's input (N, C, H, W).
+        encode: uint8 RGB (N, 3, H, W) -> the model's input (N, C, H, W).
         images: Indices of the images that all metrics but the grid pointing game are measured on.
-        predictions: Of the whole validation set; ``None`` leaves the grid pointing game out.
+        predictions: Predictions for the whole validation set; ``None``: skip the grid pointing game.
     """
 
     model: nn.Module
@@ -51,16 +51,16 @@ class Subject:
     predictions: Predictions | None = None
 
     def load(self, indices: Sequence[int]) -> Tensor:
-        """The model's input: (N, C, H, W)."""
+        """Load images as the model's input: (N, C, H, W)."""
         return self.encode(self.pictures(indices))
 
 
-def draw_grids(found: Predictions, options: GridPointingOptions) -> Tensor:
-    """Which images make up which grid: (G, K) indices in the validation set."""
+def draw_grids(predictions: Predictions, options: GridPointingOptions) -> Tensor:
+    """Draw the images of each grid: (G, K) indices in the validation set."""
     return choose_grids(
-        found.labels,
-        found.predictions,
-        found.confidences,
+        predictions.labels,
+        predictions.predictions,
+        predictions.confidences,
         options.n,
         options.n_grids,
         threshold=options.threshold,
@@ -69,7 +69,7 @@ def draw_grids(found: Predictions, options: GridPointingOptions) -> Tensor:
 
 
 def grid_input(subject: Subject, grids: Tensor, options: GridPointingOptions) -> Tensor:
-    """Grids as the model sees them.
+    """Compose grids as the model sees them.
 
     Args:
         grids: (G, K) indices in the validation set.
@@ -77,15 +77,15 @@ def grid_input(subject: Subject, grids: Tensor, options: GridPointingOptions) ->
     Returns:
         (G, C, n H, n W), with ``rescale`` (G, C, n ⌊H/n⌋, n ⌊W/n⌋).
     """
-    return _composed(subject.load(grids.flatten().tolist()), grids, options)
+    return _compose(subject.load(grids.flatten().tolist()), grids, options)
 
 
 def grid_pictures(subject: Subject, grids: Tensor, options: GridPointingOptions) -> Tensor:
-    """Grids to look at: RGB (G, 3, n H, n W) in [0, 1], or smaller as for :func:`grid_input`."""
-    return _composed(subject.pictures(grids.flatten().tolist()).float() / 255, grids, options)
+    """Compose grids for display: RGB (G, 3, n H, n W) in [0, 1], or smaller as for :func:`grid_input`."""
+    return _compose(subject.pictures(grids.flatten().tolist()).float() / 255, grids, options)
 
 
-def _composed(images: Tensor, grids: Tensor, options: GridPointingOptions) -> Tensor:
+def _compose(images: Tensor, grids: Tensor, options: GridPointingOptions) -> Tensor:
     if options.rescale:
         # Encoding and interpolation are both linear with weights that sum to 1: their order doesn't matter.
         size = [side // options.n for side in images.shape[2:]]
@@ -94,8 +94,8 @@ def _composed(images: Tensor, grids: Tensor, options: GridPointingOptions) -> Te
 
 
 @torch.no_grad()
-def why_not_grids(subject: Subject, grids: Tensor, options: GridPointingOptions) -> str | None:
-    """Why the model can't be shown a grid, or None if it can."""
+def grid_incompatibility(subject: Subject, grids: Tensor, options: GridPointingOptions) -> str | None:
+    """Return the reason why the model cannot process grids, or None."""
     if not len(grids):
         return (
             f"no grid of {options.n}x{options.n} classes: too few images are classified correctly with a confidence "
@@ -111,9 +111,9 @@ def why_not_grids(subject: Subject, grids: Tensor, options: GridPointingOptions)
         raise
     except (ValueError, RuntimeError, AssertionError) as error:
         size = "x".join(map(str, x.shape[2:]))
-        said = " ".join(str(error).split())
+        message = " ".join(str(error).split())
         return (
-            f"the model takes no grid of {size} pixels ({said}): explanation.grid_pointing.rescale=true shrinks the "
+            f"the model takes no grid of {size} pixels ({message}): explanation.grid_pointing.rescale=true shrinks the "
             "cells, explanation.grid_pointing.stride=… moves a window over the grid"
         )
     return None

@@ -1,4 +1,4 @@
-"""Numbers and a table of what was measured."""
+"""Summarize measured scores as numbers and as tables."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,24 +11,24 @@ from torch import Tensor
 
 from bcos_train.evaluation.measuring import Results
 from bcos_train.evaluation.options import ExplanationOptions
-from bcos_train.evaluation.scoring import BETTER
+from bcos_train.evaluation.scoring import HIGHER_IS_BETTER, arrow
 from bcos_train.metric import bootstrap_interval
 
-__all__ = ["describe", "summarize", "tables"]
+__all__ = ["summarize", "tables", "to_json"]
 
-#: Characters of the first column and of each of the others, with their borders.
+#: Widths in characters of the first column and of each other column, with borders.
 FIRST, CELL = 20, 25
 PERCENTILES = (25, 50, 75, 100)
 
 
 def summarize(scores: Tensor) -> dict[str, float | int | None]:
-    """``mean`` with its 95 % bootstrap interval ``low`` and ``high``, percentiles ``p25`` … ``p100``, and ``n`` units.
+    """Return mean, 95 % bootstrap interval, percentiles and number of units.
 
     Args:
-        scores: (units, ...), at least one; what belongs to one unit is resampled together.
+        scores: (units, ...), at least one unit; the scores of one unit are resampled together.
 
     Returns:
-        JSON-able: None stands for NaN, which a method has that gives one.
+        ``mean``, ``low`` and ``high``, ``p25`` … ``p100``, and ``n``; None where the value is not finite.
     """
     values = scores.double()
     interval = bootstrap_interval(values)
@@ -38,8 +38,8 @@ def summarize(scores: Tensor) -> dict[str, float | int | None]:
     return {**{key: _finite(value) for key, value in numbers.items()}, "n": len(values)}
 
 
-def describe(results: Results, options: ExplanationOptions) -> dict[str, Any]:
-    """All of it, JSON-able: the content of ``explanations.json``."""
+def to_json(results: Results, options: ExplanationOptions) -> dict[str, Any]:
+    """Return the content of ``explanations.json``, JSON-able."""
     metrics: dict[str, Any] = {}
     for metric, scores in results.scores.items():
         methods: dict[str, Any] = {}
@@ -48,7 +48,7 @@ def describe(results: Results, options: ExplanationOptions) -> dict[str, Any]:
                 methods[method] = summarize(scores[method])
             elif reason := results.reasons.get(metric, {}).get(method):
                 methods[method] = {"reason": reason}
-        metrics[metric] = {"better": "larger" if BETTER[metric] == "↑" else "smaller", "methods": methods}
+        metrics[metric] = {"better": "larger" if HIGHER_IS_BETTER[metric] else "smaller", "methods": methods}
     if results.grids is not None and "grid_pointing" in metrics:
         metrics["grid_pointing"] |= {"uniform": 1 / options.grid_pointing.n**2, "n_grids": len(results.grids)}
     content: dict[str, Any] = {"metrics": metrics, "n_images": len(results.images)}
@@ -60,20 +60,23 @@ def describe(results: Results, options: ExplanationOptions) -> dict[str, Any]:
 
 
 def tables(content: Mapping[str, Any], title: str, width: int) -> tuple[list[Table], list[str]]:
-    """Methods down, metrics across, in as many tables as the width asks for, and lines to print below.
+    """Build tables with a row per method and a column per metric.
 
     Args:
-        content: from :func:`describe`.
-        title: above the tables.
-        width: of the terminal, in characters.
+        content: From :func:`to_json`.
+        title: Title of the tables.
+        width: Width of the terminal in characters; determines the number of tables.
+
+    Returns:
+        The tables, and lines to print below them.
     """
     metrics: Mapping[str, Any] = content["metrics"]
     methods = list(dict.fromkeys(content["settings"]["methods"]))
-    at_once = max(1, (width - FIRST) // CELL)
+    n_columns = max(1, (width - FIRST) // CELL)
     names = list(metrics)
-    found = [
-        _table({name: metrics[name] for name in names[i : i + at_once]}, methods, content, title)
-        for i in range(0, len(names), at_once)
+    result = [
+        _table({name: metrics[name] for name in names[i : i + n_columns]}, methods, content, title)
+        for i in range(0, len(names), n_columns)
     ]
     reasons: dict[str, list[str]] = {}
     for method in methods:
@@ -83,22 +86,26 @@ def tables(content: Mapping[str, Any], title: str, width: int) -> tuple[list[Tab
     lines = [f"{_places(places, len(metrics))}: {reason}" for reason, places in reasons.items()]
     units = [f"{content['n_images']} images"] if any("uniform" not in metric for metric in metrics.values()) else []
     if "grid_pointing" in metrics:
-        n_grids, wanted = metrics["grid_pointing"]["n_grids"], content["settings"]["grid_pointing"]["n_grids"]
-        few = f" (of {wanted}: too few images are classified correctly and surely enough)" if n_grids < wanted else ""
+        n_grids, requested = metrics["grid_pointing"]["n_grids"], content["settings"]["grid_pointing"]["n_grids"]
+        few = (
+            f" (of {requested}: too few images are classified correctly and confidently enough)"
+            if n_grids < requested
+            else ""
+        )
         units.insert(0, f"{n_grids} grids{few}")
     if units:
-        lines.append(f"means over {' and '.join(units)}, in brackets their 95 % intervals (bootstrap)")
+        lines.append(f"means over {' and '.join(units)}, 95 % bootstrap intervals in brackets")
     if "alignment" in content:
         mean, layers = content["alignment"]["mean"], content["alignment"]["layers"]
         lines.append(f"alignment of the model: {_number(mean)} (mean |cos| of {len(layers)} layers)")
-    return found, lines
+    return result, lines
 
 
 def _table(metrics: Mapping[str, Any], methods: Sequence[str], content: Mapping[str, Any], title: str) -> Table:
     result = Table(title=title)
     result.add_column("method", vertical="bottom")
     for name, metric in metrics.items():
-        head = f"{name.replace('_', ' ')} {BETTER[name]}"
+        head = f"{name.replace('_', ' ')} {arrow(name)}"
         if "uniform" in metric:
             n = content["settings"]["grid_pointing"]["n"]
             head += f"\n{n}x{n}, uniform {metric['uniform']:.3f}"
@@ -108,12 +115,12 @@ def _table(metrics: Mapping[str, Any], methods: Sequence[str], content: Mapping[
     return result
 
 
-def _cell(found: Mapping[str, Any]) -> str:
-    if "mean" not in found:
+def _cell(summary: Mapping[str, Any]) -> str:
+    if "mean" not in summary:
         return "–"
-    if found["mean"] is None:
+    if summary["mean"] is None:
         return "not finite"
-    return f"{_number(found['mean'])} \\[{_number(found['low'])}, {_number(found['high'])}]"
+    return f"{_number(summary['mean'])} \\[{_number(summary['low'])}, {_number(summary['high'])}]"
 
 
 def _finite(value: float) -> float | None:
@@ -127,7 +134,7 @@ def _number(value: float | None) -> str:
 
 
 def _places(places: list[str], n_metrics: int) -> str:
-    """Methods alone where all of their metrics have the same reason."""
+    """Join places; a method whose metrics all have the same reason is listed by its name alone."""
     methods = dict.fromkeys(place.partition(", ")[0] for place in places)
     whole = all(sum(place.startswith(f"{method}, ") for place in places) == n_metrics for method in methods)
     return ", ".join(methods) if whole else "; ".join(places)

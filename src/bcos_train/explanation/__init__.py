@@ -2,7 +2,7 @@
 
 from bcos_train.explanation.dynamic_linear import Explanation, constant_term, explain
 from bcos_train.explanation.image import color_explanation, gradient_to_image, official_dict, plot_contribution_map
-from bcos_train.explanation.mode import evaluating, explanation_mode
+from bcos_train.explanation.mode import evaluating, explanation_mode, is_explainable
 from bcos_train.explanation.precision import allow_tf32, without_tf32
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "explain",
     "explanation_mode",
     "gradient_to_image",
+    "is_explainable",
     "official_dict",
     "plot_contribution_map",
     "without_tf32",

@@ -7,7 +7,14 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["evaluating", "explanation_mode"]
+from bcos_train.nn import BcosConv2d, BcosLinear
+
+__all__ = ["evaluating", "explanation_mode", "is_explainable"]
+
+
+def is_explainable(model: nn.Module) -> bool:
+    """True if the model has B-cos layers, so that in explanation mode the gradient of a logit is W(x)."""
+    return any(isinstance(module, (BcosConv2d, BcosLinear)) for module in model.modules())
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What is done to an image before a model sees it, as plain values that a file can hold."""
+"""An inference transform as JSON-able values."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -18,13 +18,13 @@ _ENCODINGS = {"bcos_train.dataset.BcosEncoding": BcosEncoding, "bcos_train.datas
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """From a PIL image to the input ``(C, H, W)``.
+    """Preprocessing from a PIL image to the input ``(C, H, W)``.
 
     Args:
-        resize_size: Length in pixels of the shorter side, or of both sides as ``(S, S)``; ``None``: the image's own.
-        crop_size: Side in pixels of the square cut out of the centre; ``None``: nothing is cut off.
+        resize_size: Length in pixels of the shorter side, or of both sides as ``(S, S)``; ``None``: no resizing.
+        crop_size: Side in pixels of the center crop; ``None``: no crop.
         interpolation: ``nearest``, ``bilinear`` or ``bicubic``.
-        mean, std: Of each channel, for standardised RGB; ``None``: ``[r, g, b, 1-r, 1-g, 1-b]`` in [0, 1].
+        mean, std: Per channel, for standardized RGB; ``None``: ``[r, g, b, 1-r, 1-g, 1-b]`` in [0, 1].
     """
 
     resize_size: int | tuple[int, int] | None = None
@@ -34,8 +34,8 @@ class Preprocessing:
     std: tuple[float, ...] | None = None
 
     @classmethod
-    def of(cls, transform: Any) -> "Preprocessing | None":
-        """That of a model's ``transform``; ``None`` if it isn't one of this package."""
+    def from_transform(cls, transform: Any) -> "Preprocessing | None":
+        """Describe a model's ``transform``; ``None`` if it is not an :class:`InferenceTransform`."""
         if not isinstance(transform, InferenceTransform):
             return None
         sizes: dict[str, Any] = {}
@@ -48,46 +48,48 @@ class Preprocessing:
                 sizes["crop_size"] = step.size[0]
         encoding = transform.encoding
         if isinstance(encoding, Standardize):
-            # The numbers that were given, without the digits that float32 adds.
+            # As the user wrote them, without the digits that float32 adds.
             sizes |= {k: tuple(round(v, 8) for v in getattr(encoding, k).flatten().tolist()) for k in ("mean", "std")}
         return cls(**sizes)
 
     @classmethod
-    def of_config(cls, augmentation: Any, encoding: Any) -> "Preprocessing | None":
-        """That of the evaluation in a run's config; ``None`` if it can't be told.
+    def from_config(cls, augmentation: Any, encoding: Any) -> "Preprocessing | None":
+        """Describe the evaluation transform of a run's config; ``None`` if it is not one of this package.
 
         Args:
-            augmentation: The node ``augmentation``.
-            encoding: The node ``encoding``.
+            augmentation: The config's node ``augmentation``.
+            encoding: The config's node ``encoding``.
         """
         try:
             geometry = _call(_GEOMETRIES, augmentation["eval"])
-            return cls.of(_with(geometry, _call(_ENCODINGS, encoding)))
+            return cls.from_transform(_transform(geometry, _call(_ENCODINGS, encoding)))
         except (KeyError, TypeError, ValueError):
             return None
 
     @classmethod
-    def of_json(cls, values: Mapping[str, Any]) -> "Preprocessing":
-        """The inverse of :meth:`to_json`.
+    def from_json(cls, values: Mapping[str, Any]) -> "Preprocessing":
+        """Invert :meth:`to_json`.
 
         Raises:
-            ValueError: Keys or values that make no preprocessing.
+            ValueError: Unknown keys or invalid values.
         """
         try:
-            own: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-            own.pop("channels", None)
-            made = cls(**own)
-            made.transform()
+            fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+            fields.pop("channels", None)
+            preprocessing = cls(**fields)
+            preprocessing.transform()
         except (AttributeError, TypeError, ValueError) as error:
-            raise ValueError(f"no preprocessing: {dict(values) if isinstance(values, Mapping) else values}") from error
-        return made
+            shown = dict(values) if isinstance(values, Mapping) else values
+            raise ValueError(f"invalid preprocessing: {shown}") from error
+        return preprocessing
 
     def to_json(self) -> dict[str, Any]:
+        """Return the fields and, for readers, the channels of the input."""
         channels = ["r", "g", "b"] if self.mean is not None else ["r", "g", "b", "1-r", "1-g", "1-b"]
         return {"channels": channels, **{k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}}
 
     def transform(self) -> InferenceTransform:
-        """PIL image -> ``(C, H, W)``."""
+        """Build the transform: PIL image -> ``(C, H, W)``."""
         steps: list[v2.Transform] = []
         if self.resize_size is not None:
             steps.append(v2.Resize(self.resize_size, interpolation=v2.InterpolationMode(self.interpolation)))
@@ -95,26 +97,26 @@ class Preprocessing:
             steps.append(v2.CenterCrop(self.crop_size))
         is_bcos = self.mean is None or self.std is None
         encoding = BcosEncoding() if is_bcos else Standardize(self.mean, self.std)  # type: ignore[arg-type]
-        return _with(v2.Compose([*steps, v2.PILToTensor()]), encoding)
+        return _transform(v2.Compose([*steps, v2.PILToTensor()]), encoding)
 
-    def describe(self) -> str:
-        """A sentence."""
+    def to_sentence(self) -> str:
+        """Describe the preprocessing in a sentence."""
         size = self.resize_size
         first = f"Resize the shorter side to {size} pixels" if isinstance(size, int) else ""
         if isinstance(size, tuple):
             first = f"Resize to {size[0]} x {size[1]} pixels"
-        steps = [f"{first} ({self.interpolation}, antialiased)" if first else "Take the image in its own size"]
+        steps = [f"{first} ({self.interpolation}, antialiased)" if first else "Keep the image's size"]
         if self.crop_size is not None:
-            steps.append(f"cut {self.crop_size} x {self.crop_size} pixels out of the centre")
+            steps.append(f"crop the central {self.crop_size} x {self.crop_size} pixels")
         steps.append("scale to [0, 1]")
         if self.mean is not None and self.std is not None:
-            steps.append(f"standardise RGB with mean {list(self.mean)} and std {list(self.std)}")
+            steps.append(f"standardize RGB with mean {list(self.mean)} and std {list(self.std)}")
         else:
             steps.append("append the complements: the channels are [r, g, b, 1-r, 1-g, 1-b]")
         return ", ".join(steps) + "."
 
 
-def _with(geometry: Any, encoding: BcosEncoding | Standardize) -> InferenceTransform:
+def _transform(geometry: Any, encoding: BcosEncoding | Standardize) -> InferenceTransform:
     transform = InferenceTransform(None, 224, encoding)
     transform.geometry = geometry
     return transform

@@ -1,4 +1,4 @@
-"""Figures of a run and of explanation methods."""
+"""Figures of runs and explanation methods, and the Model Zoo table."""
 
 from bcos_train.report.box_plot import box_plot
 from bcos_train.report.gallery import gallery, save_gallery

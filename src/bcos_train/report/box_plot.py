@@ -1,4 +1,4 @@
-"""Scores of explanation methods side by side: a box for each method."""
+"""Box plots of scores, one box per explanation method."""
 
 import math
 import textwrap
@@ -12,8 +12,8 @@ from bcos_train.report.gallery import MUTED
 
 __all__ = ["box_plot"]
 
-#: The smallest score that a logarithmic axis shows.
-LEAST = 1e-9
+#: Smallest score on a logarithmic axis.
+MIN_LOG_SCORE = 1e-9
 BOX, FILL, MEDIAN, MEAN = "#374151", "#bfdbfe", "#1d4ed8", "#111827"
 
 
@@ -29,26 +29,26 @@ def box_plot(
 ) -> Figure:
     """Draw the distribution of each method's scores.
 
-    A box goes from the 25th to the 75th percentile, its line is the median, a diamond the mean; whiskers end at the
-    last score within 1.5 box lengths, and what lies beyond is a dot.
+    A box spans the 25th to the 75th percentile; its line is the median, the diamond the mean. Whiskers end at the last
+    score within 1.5 box lengths, and scores beyond are dots.
 
     Args:
         scores: method -> scores of any shape, at least one.
-        title: above the picture.
-        axis: what the scores are.
-        uniform: dashed line: what an explanation scores that is the same everywhere.
-        missing: methods without scores, named below the picture.
-        limits: of the axis; None: those of the scores.
-        logarithmic: for scores of which only the magnitude is of interest; smaller ones than 1e-9 are drawn as that.
+        title: Title of the figure.
+        axis: Label of the score axis.
+        uniform: Score of a uniform explanation, drawn as a dashed line.
+        missing: Methods without scores, listed below the plot.
+        limits: Limits of the score axis; ``None``: those of the scores.
+        logarithmic: Use a logarithmic axis; scores below 1e-9 are drawn as 1e-9.
 
     Raises:
-        ValueError: no method has scores.
+        ValueError: No method has finite scores.
     """
-    flat = {name: found.detach().cpu().double().flatten() for name, found in scores.items()}
+    flat = {name: tensor.detach().cpu().double().flatten() for name, tensor in scores.items()}
     values = {
-        name: found[found.isfinite()].clamp(min=LEAST if logarithmic else -math.inf).numpy()
-        for name, found in flat.items()
-        if found.isfinite().any()
+        name: tensor[tensor.isfinite()].clamp(min=MIN_LOG_SCORE if logarithmic else -math.inf).numpy()
+        for name, tensor in flat.items()
+        if tensor.isfinite().any()
     }
     if not values:
         raise ValueError("no method has scores to draw")

@@ -1,4 +1,4 @@
-"""A page of explained samples: image, colour explanation and contribution map side by side.
+"""A page of explained samples: image, color explanation and contribution map side by side.
 
 Axes: N samples, C = 6 encoded channels [r, g, b, 1-r, 1-g, 1-b], H, W pixels, K classes.
 """
@@ -32,18 +32,18 @@ GAP = 0.06  # between the pictures of a sample
 TITLE = 0.24  # the line above a sample
 SAMPLE_GAP = (0.4, 0.14)  # between samples, across and down
 MARGIN = 0.3
-HEADER = 0.5  # run name and figures
+HEADER = 0.5  # run name and metrics
 COLUMN_HEAD = 0.18
-FOOTER = 0.62  # colour bar and legend
+FOOTER = 0.62  # color bar and legend
 
-ASPECT = 1.3  # width / height of the page that the layout aims at
+ASPECT = 1.3  # target width / height of the page
 NAME_LENGTH = 18  # characters of a class name
-SHARP = 96  # images up to this many pixels high show their pixels, larger ones are resampled smoothly
+SHARP = 96  # images up to this height in pixels are drawn without interpolation
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where things lie on a page of N samples; lengths in inches from the top left corner."""
+    """Layout of a page of N samples; lengths in inches from the top left corner."""
 
     columns: int
     rows: int
@@ -86,35 +86,35 @@ def gallery(
     smooth: int | Literal["auto"] = "auto",
     alpha_percentile: float = 99.5,
 ) -> Figure:
-    """Draw each sample's image, colour explanation and contribution map, titled with prediction and label.
+    """Draw each sample's image, color explanation and contribution map, titled with prediction and label.
 
-    Green titles with a tick are right predictions, red ones with a cross are wrong and name the label at the right; a
-    class other than the prediction that is explained is named in its place.
-    All contribution maps share one scale, that of the strongest (its 99.5th percentile), so a pale one holds little
-    evidence. The figure belongs to no pyplot state and needs no display.
+    Correct predictions have a green title with a tick; wrong ones have a red title with a cross, and the label at the
+    right. If the explained class is not the prediction, it is named there instead. All contribution maps share one
+    scale, that of the strongest (its 99.5th percentile), so a pale map holds little evidence. The figure belongs to no
+    pyplot state and needs no display.
 
     Args:
         images: (N, 6, H, W) in [0, 1], as explained.
-        explanation: of those images.
+        explanation: Explanation of these images.
         labels: (N,) class indices.
-        class_names: K names; of "golden_retriever, Canis ..." only what is before the comma is shown, shortened.
-        probabilities: (N, K) in [0, 1], to be shown beside the classes: the sigmoid of the logits for networks trained
-            with binary cross-entropy, the softmax for cross-entropy. None: left out.
-        run_name: headline.
-        epoch: for the line below it.
-        accuracy: of the whole evaluation, in [0, 1], for the line below the headline.
-        max_samples: the first so many samples are drawn.
-        smooth: as for :func:`~bcos_train.explanation.color_explanation`; "auto": the usual 15 pixels at a height of 224
+        class_names: K names, shown up to the first comma ("golden_retriever, Canis ...") and shortened.
+        probabilities: (N, K) in [0, 1], shown beside the classes: sigmoids of the logits for networks trained with
+            binary cross-entropy, softmax for cross-entropy. ``None``: not shown.
+        run_name: Headline.
+        epoch: Epoch, shown below the headline.
+        accuracy: Accuracy of the whole evaluation in [0, 1], shown below the headline.
+        max_samples: Number of samples to draw at most; the first ones are drawn.
+        smooth: As for :func:`~bcos_train.explanation.color_explanation`; "auto": the usual 15 pixels at a height of 224
             and in proportion otherwise (3 at 32), so that small images keep their detail.
-        alpha_percentile: as for :func:`~bcos_train.explanation.color_explanation`.
+        alpha_percentile: As for :func:`~bcos_train.explanation.color_explanation`.
 
     Raises:
-        ValueError: there is no sample, lengths differ, or there are fewer names than classes.
+        ValueError: There is no sample, lengths differ, or there are fewer names than classes.
     """
     _check(images, explanation, labels, class_names, probabilities, max_samples)
     n_samples, (height, width) = min(len(images), max_samples), images.shape[2:]
     x = images[:n_samples].detach().cpu().float()
-    # A diverged network is still to be looked at: NaN is drawn as no evidence.
+    # Galleries of diverged networks must not fail: NaN is drawn as no evidence.
     weights, maps = (
         torch.nan_to_num(tensor[:n_samples].detach().cpu().float(), 0.0, 0.0, 0.0)
         for tensor in (explanation.weights, explanation.contribution_map)
@@ -137,9 +137,13 @@ def gallery(
 
 
 def save_gallery(path: str | os.PathLike[str], figure: Figure, *, dpi: int = 150, max_bytes: int = 2_000_000) -> None:
-    """Write the figure as PNG, at a lower resolution where it would exceed ``max_bytes`` (never below 60 dpi).
+    """Save a figure as PNG.
 
-    The folder must exist. ``dpi`` in pixels per inch.
+    Args:
+        path: File in an existing folder.
+        figure: The figure.
+        dpi: Resolution in pixels per inch.
+        max_bytes: The resolution is reduced, not below 60 dpi, until the file has at most this size.
     """
     while True:
         buffer = io.BytesIO()
@@ -173,7 +177,7 @@ def _check(
 
 
 def _choose_layout(n_samples: int, height: int, width: int) -> _Layout:
-    """The number of columns that brings the page closest to ASPECT, with as few empty places as possible."""
+    """Choose the number of columns for a page close to ASPECT with few empty places."""
     picture = (PICTURE, PICTURE * height / width)
     layouts = [_Layout(columns, math.ceil(n_samples / columns), picture) for columns in range(1, min(n_samples, 6) + 1)]
 
@@ -221,7 +225,7 @@ def _title_sample(
         **style,
     )
     if target != prediction:
-        # One name fits here; the class that the pictures are about is the one to know.
+        # There is room for one name: the explained class matters most.
         note = f"{'label, explained' if target == label else 'explained'}: {named(target)}"
     else:
         note = "" if right else f"label {named(label)}"
@@ -249,7 +253,7 @@ def _draw_color_bar(figure: Figure, layout: _Layout, scale: float) -> None:
 
 
 def _window(smooth: int | str, height: int) -> int:
-    """Pixels; "auto" is the odd number of pixels nearest to 15 at a height of 224."""
+    """Return the window in pixels; "auto": the odd number nearest to 15 at a height of 224."""
     if not isinstance(smooth, str):
         return smooth
     if smooth != "auto":
@@ -258,10 +262,10 @@ def _window(smooth: int | str, height: int) -> int:
 
 
 def _on_white(rgba: Tensor, maps: Tensor, window: int) -> Tensor:
-    """(N, H, W, 4) on a white page, (N, H, W, 3).
+    """Blend RGBA images (N, H, W, 4) with white: (N, H, W, 3).
 
-    Only windows with a pixel that does not speak against the class are drawn: where nearly the whole image speaks
-    against it, opacity is normalised to next to nothing, and the official numbers are opaque all over.
+    Windows in which every pixel is evidence against the class are not drawn: if nearly the whole image is, the official
+    normalization of the opacity makes everything opaque.
     """
     shown = (maps >= 0).float()
     if window > 1:
@@ -280,7 +284,7 @@ def _shorten(text: str, length: int) -> str:
 
 
 def _percent(share: float) -> str:
-    """Rounded, but never to 0 % or 100 %, which would claim certainty."""
+    """Format as a percentage, never as 0 % or 100 %, which would claim certainty."""
     if not math.isfinite(share):
         return "?"
     return "<1%" if share < 0.005 else ">99%" if share > 0.995 else f"{share:.0%}"

@@ -1,4 +1,4 @@
-"""Pictures of explanations in rows and columns: images or grids down, methods across.
+"""Figures of explanations in a table: a row per image or grid, a column per method.
 
 Axes: H, W pixels.
 """
@@ -25,18 +25,18 @@ PICTURE = 1.45
 GAP = (0.08, 0.1)  # across and down
 MARGIN, HEAD, COLUMN_HEAD, NOTE, FOOTER, LABEL = 0.2, 0.36, 0.24, 0.17, 0.55, 0.3
 CELL = "#16a34a"  # the frame of a cell
-#: Pixels beyond this percentile of a map's magnitudes have the full colour.
+#: Pixels beyond this percentile of a map's magnitudes have the full color.
 PERCENTILE = 99.5
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One picture.
+    """One picture of the table.
 
     Attributes:
-        values: (H, W, 3) a picture in [0, 1]; (H, W) a signed map; or None for none.
-        note: a line below it; in place of a picture that is missing, why.
-        box: left, top, width and height in pixels of a frame drawn around a part of it.
+        values: RGB picture (H, W, 3) in [0, 1], signed map (H, W), or ``None`` if it is missing.
+        note: Line below the picture, or the reason why it is missing.
+        box: Left, top, width and height in pixels of a frame drawn in the picture.
     """
 
     values: Tensor | None
@@ -46,7 +46,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Row:
-    """A label and a panel for each column."""
+    """A row of the table: a label and a panel per column."""
 
     label: str
     panels: Sequence[Panel]
@@ -55,16 +55,16 @@ class Row:
 def map_table(columns: Sequence[str], rows: Sequence[Row], title: str) -> Figure:
     """Draw pictures and signed maps, each map with its own symmetric scale.
 
-    Red speaks for the class, blue against it. Maps of different methods have different units, so each is scaled by its
-    own 99.5th percentile. The figure belongs to no pyplot state.
+    Red is evidence for the class, blue against it. Maps of different methods have different units, so each is scaled by
+    its own 99.5th percentile. The figure belongs to no pyplot state.
 
     Args:
-        columns: a head for each column.
-        rows: at least one, each with as many panels as there are columns.
-        title: headline.
+        columns: Column titles.
+        rows: At least one row, each with a panel per column.
+        title: Title of the figure.
 
     Raises:
-        ValueError: no rows, or a row of another length.
+        ValueError: There are no rows, or a row has another length.
     """
     if not rows or any(len(row.panels) != len(columns) for row in rows):
         raise ValueError(f"at least one row with {len(columns)} panels each, got {[len(row.panels) for row in rows]}")
@@ -99,8 +99,8 @@ def _draw(ax: Axes, panel: Panel) -> None:
     ax.set(xticks=[], yticks=[])
     ax.spines[:].set(color=FRAME, linewidth=0.6)
     if panel.values is None:
-        words = panel.note or "none"
-        ax.text(0.5, 0.5, _wrapped(words), transform=ax.transAxes, ha="center", va="center", fontsize=7, color=MUTED)
+        reason = panel.note or "none"
+        ax.text(0.5, 0.5, _wrapped(reason), transform=ax.transAxes, ha="center", va="center", fontsize=7, color=MUTED)
         return
     values = torch.nan_to_num(panel.values.detach().cpu().float(), 0.0, 0.0, 0.0)
     if values.ndim == 3:

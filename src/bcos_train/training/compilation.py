@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bcos_train.compiling import missing_for_compiling, prepare_to_compile
-from bcos_train.model.recompute import Blocks
+from bcos_train.model.grad_checkpointing import CheckpointedBlocks
 from bcos_train.training.options import TrainerOptions
 
 #: On CUDA, networks with at least so many parameters are compiled by default. A smaller one (ResNet-20 has 0.5 million)
@@ -42,7 +42,7 @@ def parts_to_compile(model: nn.Module) -> list[nn.Module]:
     whole model is compiled, and so it is where blocks are computed again in the backward pass, which has to run the
     same code as the forward pass.
     """
-    sequences = [module for module in model.modules() if isinstance(module, Blocks)]
+    sequences = [module for module in model.modules() if isinstance(module, CheckpointedBlocks)]
     blocks = [block for sequence in sequences for block in sequence]
     kinds = {repr(block) for block in blocks}
     if not blocks or 2 * len(kinds) > len(blocks) or any(sequence.grad_checkpointing for sequence in sequences):

@@ -20,9 +20,8 @@ from bcos_train.dataset.data_module import DataModule
 from bcos_train.evaluation import ExplanationOptions, Predictions, Results, Subject, measure
 from bcos_train.evaluation.report import evaluate_explanations
 from bcos_train.evaluation.store import write_json
-from bcos_train.explanation import evaluating, explain
+from bcos_train.explanation import evaluating, explain, is_explainable
 from bcos_train.metric import GridPointing
-from bcos_train.model import BcosModel
 from bcos_train.report import gallery, save_gallery
 from bcos_train.training.distributed import is_distributed
 from bcos_train.training.logging import log_now
@@ -145,7 +144,7 @@ class ExplanationCallback(PredictionRecorder):
         with evaluating(pl_module.model), isolated_rng():
             if self.options.methods and self.options.metrics:
                 self._measure(trainer, pl_module, predictions)
-            if self.options.gallery_images and isinstance(pl_module.model, BcosModel):
+            if self.options.gallery_images and is_explainable(pl_module.model):
                 self._draw(trainer, pl_module, epoch)
 
     def _measure(self, trainer: pl.Trainer, module: Classifier, predictions: Predictions | None) -> None:

@@ -12,9 +12,7 @@ from rich.table import Table
 
 from bcos_train.dataset.data_module import DataModule
 from bcos_train.evaluation.store import write_json
-from bcos_train.explanation import evaluating
-from bcos_train.model import BcosModel
-from bcos_train.model.weights import EMA_WEIGHTS, WEIGHTS, save_weights
+from bcos_train.explanation import evaluating, is_explainable
 from bcos_train.report import save_gallery
 from bcos_train.training.checkpointer import Checkpointer
 from bcos_train.training.ema import EmaCallback
@@ -23,6 +21,8 @@ from bcos_train.training.logging import METRICS, read_metrics
 from bcos_train.training.module import Classifier
 from bcos_train.training.progress import duration
 from bcos_train.training.run_folder import SUMMARY, RunFolder
+from bcos_train.weights.files import save_weights
+from bcos_train.weights.layout import EMA_WEIGHTS, WEIGHTS
 
 
 def finish(
@@ -88,7 +88,7 @@ def report_evaluation(
         "correct5": round(result["acc5"] * result["count"] / 100),
         "seconds": round(seconds, 2),
     }
-    if isinstance(module.model, BcosModel):
+    if is_explainable(module.model):
         images, labels = (tensor.to(module.device) for tensor in data.fixed_val_samples(n_gallery))
         headline = {"run_name": f"{origin['model']} on {data.dataset.name}", "accuracy": result["acc1"] / 100}
         with evaluating(module.model):

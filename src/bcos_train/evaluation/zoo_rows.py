@@ -1,0 +1,332 @@
+"""Evaluate the rows of the Model Zoo table one after another, saving each result as soon as it is there."""
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bcos_train.model import create_model
+from bcos_train.replacing import replacing
+from bcos_train.report.zoo_table import N_VAL, Row, model_cost, published_row, to_csv, to_json, to_markdown
+from bcos_train.weights.download import WeightsError, download_official
+from bcos_train.weights.files import file_sha256, save_weights
+from bcos_train.weights.layout import EVALUATION, RUN_CONFIG, SUMMARY
+from bcos_train.weights.records import RECORDS
+from bcos_train.weights.source import read_export_config
+
+__all__ = [
+    "EvaluationFailed",
+    "MissingWeights",
+    "RowWeights",
+    "Settings",
+    "evaluate_arguments",
+    "evaluate_row",
+    "evaluate_rows",
+    "find_own_weights",
+    "is_complete",
+    "summarize_failures",
+    "write_table",
+]
+
+OFFICIAL, RANDOM = "official", "random"
+#: Seed of random weights.
+SEED = 0
+#: Exit codes of a process that was told to stop (128 + SIGINT, SIGTERM, SIGUSR1) or ended by a signal.
+STOPPED = (130, 143, 138, -2, -15)
+RESULT = "row.json"
+
+
+class EvaluationFailed(Exception):
+    """An evaluation failed; the message says why."""
+
+
+class MissingWeights(Exception):
+    """There are no weights for a row; the message says why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Settings of the evaluations.
+
+    Args:
+        weights: ``"official"``, ``"random"``, or a folder of the user's own weights or runs.
+        data: Folder that holds ``val/``; ``None``: there is no data.
+        batch_size: Images per batch.
+        limit: Evaluate this many images; ``None``: all.
+        device: ``auto``, ``cpu``, ``cuda``, ``gpu`` or ``mps``.
+
+    Raises:
+        ValueError: A folder is missing, or a number is below 1.
+    """
+
+    weights: str = OFFICIAL
+    data: Path | None = None
+    batch_size: int = 128
+    limit: int | None = None
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.weights not in (OFFICIAL, RANDOM) and not Path(self.weights).is_dir():
+            raise ValueError(f"--weights {self.weights}: {OFFICIAL}, {RANDOM} or a folder, and this is not a folder")
+        if self.data is not None and not (self.data / "val").is_dir():
+            missing = "it has no folder val/" if self.data.is_dir() else "no such folder"
+            raise ValueError(
+                f"--data {self.data}: {missing}; give the folder that holds val/, or set IMAGENET_PATH to it"
+            )
+        if self.batch_size < 1:
+            raise ValueError(f"--batch-size {self.batch_size}: at least 1")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"--limit {self.limit}: at least 1")
+
+
+@dataclass(frozen=True)
+class RowWeights:
+    """Weights of a row.
+
+    Args:
+        label: What the table calls them.
+        setting: Key and value that ``evaluate.py`` takes them by.
+        identity: Text that changes when the weights do.
+    """
+
+    label: str
+    setting: tuple[str, str]
+    identity: str
+
+
+#: Evaluates a row with these weights and returns the content of ``evaluation.json``; raises EvaluationFailed.
+Evaluate = Callable[[str, RowWeights, Settings, Path], Mapping[str, Any]]
+
+
+def evaluate_rows(
+    names: Sequence[str],
+    settings: Settings,
+    folder: Path,
+    evaluate: Evaluate | None,
+    on_step: Callable[[str, int, int], None] = lambda text, done, todo: None,
+) -> list[Row]:
+    """Evaluate rows as far as there are weights and data, rewriting the table after each row.
+
+    A row that was evaluated with the same settings before is read from its file, so an interruption loses at most the
+    row in progress.
+
+    Args:
+        names: Model names.
+        settings: What to evaluate.
+        folder: Folder of the table, and of a folder per row under ``rows/``.
+        evaluate: Evaluates a row; ``None``: rows are listed without measurements.
+        on_step: Called with the next step and the numbers of rows done and left: once for their cost, then again
+            for the evaluations, where earlier results count as done.
+    """
+    rows: dict[str, Row] = {}
+    for done, name in enumerate(names):
+        on_step(f"{name}: parameters and GMACs", done, len(names) - done)
+        rows[name] = published_row(name, *model_cost(name))
+    todo: list[str] = []
+    for name in names:
+        if evaluate is not None and settings.data is None:
+            rows[name] = replace(rows[name], status="no data")
+        elif evaluate is not None:
+            result = _load_result(name, settings, folder)
+            rows[name] = replace(rows[name], **({} if result is None else result))
+            todo += [name] if result is None else []
+    write_table(list(rows.values()), settings, folder)
+    for done, name in enumerate(todo, len(names) - len(todo)):
+        assert evaluate is not None
+        on_step(name, done, len(names) - done)
+        rows[name] = replace(rows[name], **_measure_row(name, settings, folder, evaluate))
+        write_table(list(rows.values()), settings, folder)
+    on_step("done", len(names), 0)
+    return list(rows.values())
+
+
+def _measure_row(name: str, settings: Settings, folder: Path, evaluate: Evaluate) -> dict[str, Any]:
+    """Return the fields of the table's row that an evaluation fills in."""
+    row_folder = folder / "rows" / name
+    try:
+        with _available_weights(name, settings.weights) as weights:
+            result = evaluate(name, weights, settings, row_folder)
+            fields = _row_fields(result, weights, settings)
+            content = {"settings": _result_key(weights, settings), "row": fields}
+    except (WeightsError, MissingWeights) as error:
+        return {"status": "no weights", "reason": str(error)}
+    except EvaluationFailed as error:
+        return {"status": "failed", "reason": str(error)}
+    _write(row_folder / RESULT, json.dumps(content, indent=2) + "\n")
+    return fields
+
+
+def _row_fields(result: Mapping[str, Any], weights: RowWeights, settings: Settings) -> dict[str, Any]:
+    """Convert the content of an ``evaluation.json``."""
+    count, seconds = int(result["count"]), float(result["seconds"])
+    return {
+        "status": "measured",
+        "weights": weights.label,
+        "top1": result["acc1"],
+        "top5": result["acc5"],
+        "images": count,
+        "images_per_second": count / seconds if seconds else None,
+        "comparable": settings.weights != RANDOM and result["dataset"] == "imagenet" and count == N_VAL,
+        "explanation": {key: value for key, value in result.items() if key.startswith("explanation/")},
+    }
+
+
+def _load_result(name: str, settings: Settings, folder: Path) -> dict[str, Any] | None:
+    """Read the result of an earlier evaluation with the same settings."""
+    try:
+        content = json.loads((folder / "rows" / name / RESULT).read_text(encoding="utf-8"))
+        is_same = content["settings"] == _result_key(_find_weights(name, settings.weights), settings)
+        return dict(content["row"]) if is_same else None
+    except (OSError, ValueError, KeyError, TypeError, MissingWeights):
+        return None
+
+
+def _result_key(weights: RowWeights, settings: Settings) -> dict[str, Any]:
+    """Everything that a row's measurements depend on."""
+    others = {"batch_size": settings.batch_size, "limit": settings.limit, "device": settings.device}
+    return {"weights": weights.identity, "data": str(settings.data and settings.data.resolve()), **others}
+
+
+def _find_weights(name: str, setting: str) -> RowWeights:
+    """Return the weights of a row before they are downloaded or created.
+
+    Raises:
+        MissingWeights: The user's folder has none for it.
+    """
+    if setting == OFFICIAL:
+        return RowWeights(OFFICIAL, ("weights", OFFICIAL), f"{OFFICIAL} {RECORDS[name].sha256}")
+    if setting == RANDOM:
+        return RowWeights(f"random (seed {SEED})", ("weights", ""), f"{RANDOM} {SEED}")
+    return find_own_weights(name, Path(setting))
+
+
+@contextmanager
+def _available_weights(name: str, setting: str) -> Iterator[RowWeights]:
+    """Make the weights of a row available within the block."""
+    weights = _find_weights(name, setting)
+    if setting == OFFICIAL:
+        download_official(RECORDS[name])
+    if setting != RANDOM:
+        yield weights
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"{name}.safetensors"
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(SEED)
+            save_weights(create_model(name), path)
+        yield replace(weights, setting=("weights", str(path)))
+
+
+def find_own_weights(name: str, folder: Path) -> RowWeights:
+    """Find the weights of a row in a folder of weights files, exported folders or runs.
+
+    A file is named like the model or like the official file, an exported folder like the model. Among the finished
+    ImageNet runs of a model (``<folder>/imagenet/<model>/<run>`` or ``<folder>/<model>/<run>``), the latest is taken,
+    with its best checkpoint.
+
+    Raises:
+        MissingWeights: There are none.
+    """
+    for file in (*(f"{name}{suffix}" for suffix in (".safetensors", ".pth", ".ckpt")), RECORDS[name].file):
+        if (path := folder / file).is_file():
+            return RowWeights(str(path), ("weights", str(path.resolve())), f"{path.resolve()} {file_sha256(path)}")
+    if (path := folder / name).is_dir() and (config := read_export_config(path)) is not None:
+        return RowWeights(str(path), ("weights", str(path.resolve())), f"{path.resolve()} {config['sha256']}")
+    runs = [path.parent for place in (f"imagenet/{name}", name) for path in folder.glob(f"{place}/*/{RUN_CONFIG}")]
+    finished = [run for run in runs if (run / SUMMARY).is_file()]
+    if not finished:
+        missing = f"no file {name}.safetensors, .pth or .ckpt, no exported folder {name} and no run"
+        raise MissingWeights(f"{folder}: {f'{len(runs)} runs have not ended' if runs else missing}")
+    run = max(finished, key=lambda run: (run / SUMMARY).stat().st_mtime)
+    return RowWeights(str(run), ("run", str(run.resolve())), f"{run.resolve()} {file_sha256(run / SUMMARY)}")
+
+
+def evaluate_row(script: Path, name: str, weights: RowWeights, settings: Settings, output: Path) -> Mapping[str, Any]:
+    """Run ``evaluate.py`` in a process of its own, with its output in a log file.
+
+    Args:
+        script: Path of ``evaluate.py``.
+        name: Model name.
+        weights: Weights to evaluate.
+        settings: What to evaluate.
+        output: Folder for the results, created if it is missing.
+
+    Returns:
+        The content of ``evaluation.json``.
+
+    Raises:
+        EvaluationFailed: With the last line that the process printed.
+        KeyboardInterrupt: The process was told to stop.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    (output / EVALUATION).unlink(missing_ok=True)
+    log = output / "evaluate.log"
+    with log.open("w", encoding="utf-8") as file:
+        command = [sys.executable, str(script), *evaluate_arguments(name, weights, settings, output)]
+        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
+    if code in STOPPED:
+        raise KeyboardInterrupt
+    if code:
+        lines = [line for line in log.read_text(encoding="utf-8").splitlines() if line.strip()] or ["no output"]
+        raise EvaluationFailed(f"{lines[-1].strip()} (exit code {code}; {log})")
+    content: dict[str, Any] = json.loads((output / EVALUATION).read_text(encoding="utf-8"))
+    return content
+
+
+def evaluate_arguments(name: str, weights: RowWeights, settings: Settings, output: Path) -> list[str]:
+    """Return the arguments of ``evaluate.py``."""
+    values = dict([weights.setting])
+    values |= {"dataset.root": str(settings.data and settings.data.resolve()), "output": str(output.resolve())}
+    # A run knows its model; its data set is given again, because the data may have moved.
+    model = [] if weights.setting[0] == "run" else [f"model={name}"]
+    numbers = {"batch_size": settings.batch_size, "limit_val": settings.limit or "null"}
+    numbers["trainer.accelerator"] = settings.device
+    return [*model, "dataset=imagenet", *(f"{k}={v}" for k, v in numbers.items()), *map(_quoted, values.items())]
+
+
+def _quoted(item: tuple[str, str]) -> str:
+    """Quote a value for Hydra, to which colons, commas and braces mean something."""
+    return f"{item[0]}='{item[1].replace(chr(39), chr(92) + chr(39))}'"
+
+
+def write_table(rows: Sequence[Row], settings: Settings, folder: Path) -> None:
+    """Write ``model_zoo.md``, ``.csv`` and ``.json``, each atomically."""
+    content = {
+        "weights": settings.weights,
+        "data": None if settings.data is None else str(settings.data),
+        "batch_size": settings.batch_size,
+        "limit": settings.limit,
+        "device": settings.device,
+    }
+    texts = {"md": to_markdown(rows), "csv": to_csv(rows), "json": to_json(rows, content)}
+    for suffix, text in texts.items():
+        _write(folder / f"model_zoo.{suffix}", text)
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def summarize_failures(rows: Sequence[Row]) -> list[str]:
+    """Return a line for each row that failed, and one for all rows without weights."""
+    lines = [f"{row.name}: {row.status}: {row.reason}" for row in rows if row.status == "failed"]
+    if missing := [row for row in rows if row.status == "no weights"]:
+        first = missing[0].name if len(missing) == 1 else f"the first, {missing[0].name}"
+        lines.append(f"no weights for {len(missing)} of {len(rows)} rows; {first}: {missing[0].reason}")
+    return lines
+
+
+def is_complete(rows: Sequence[Row], setting: str) -> bool:
+    """True if every row that has weights was measured: all rows have official and random ones, some the user's own."""
+    statuses = [row.status for row in rows]
+    has_all = "no weights" not in statuses or (setting not in (OFFICIAL, RANDOM) and "measured" in statuses)
+    return has_all and "failed" not in statuses

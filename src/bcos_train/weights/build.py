@@ -1,0 +1,86 @@
+"""Build models with weights: the part of :func:`bcos_train.create_model` that reads files."""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from bcos_train.weights.model_options import build_model
+from bcos_train.weights.source import WeightsSource, read_model_weights
+from bcos_train.weights.state_dict import count_classes, load_weights
+
+__all__ = ["build_from_source", "build_with_weights", "with_num_classes"]
+
+
+def build_with_weights(
+    name: str,
+    weights: str | os.PathLike[str],
+    options: Mapping[str, Any],
+    build: Callable[[Mapping[str, Any]], nn.Module],
+    *,
+    progress: bool,
+) -> nn.Module:
+    """Build a model and load weights into it; arguments and errors as for :func:`bcos_train.create_model`.
+
+    Args:
+        build: Builds the model from all of its options, with random weights.
+    """
+    source = read_model_weights(name, weights, progress=progress)
+    if source.folder is not None:
+        merged = {**source.options, **options}
+        source.check_model(name, merged)
+        if "num_classes" not in merged:
+            merged["num_classes"] = _num_classes(build, merged, source)
+    else:
+        merged = dict(options)
+    model = build(merged)
+    listed = ", ".join(f"{key}={value}" for key, value in options.items())
+    label = f"{source.label}, loaded with {listed}," if listed else source.label
+    load_weights(model, source.state, label, new_classifier="num_classes" in options)
+    _set_transform(model, source)
+    return model
+
+
+def with_num_classes(source: WeightsSource) -> WeightsSource:
+    """Add the number of classes to the options, counted in the weights unless it is known."""
+    assert source.model_name is not None
+    if "num_classes" in source.options:
+        return source
+    name = source.model_name
+    counted = _num_classes(lambda options: build_model(name, options), source.options, source)
+    return replace(source, options={**source.options, "num_classes": counted})
+
+
+def build_from_source(source: WeightsSource) -> nn.Module:
+    """Build the model that a source describes, with its weights and its inference transform.
+
+    Args:
+        source: Names its model.
+
+    Returns:
+        The model in training mode.
+
+    Raises:
+        ValueError: Unknown model or option, or the weights don't fit.
+    """
+    source = with_num_classes(source)
+    assert source.model_name is not None
+    model = build_model(source.model_name, source.options)
+    load_weights(model, source.state, source.label)
+    _set_transform(model, source)
+    return model
+
+
+def _num_classes(
+    build: Callable[[Mapping[str, Any]], nn.Module], options: Mapping[str, Any], source: WeightsSource
+) -> int:
+    with torch.device("meta"):  # allocates nothing and draws no random numbers
+        return count_classes(build(options), source.state)
+
+
+def _set_transform(model: nn.Module, source: WeightsSource) -> None:
+    if source.preprocessing is not None:
+        model.transform = source.preprocessing.transform()  # type: ignore[assignment]

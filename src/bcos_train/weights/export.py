@@ -1,0 +1,275 @@
+"""Export weights as official-style ``.pth``, as ``.safetensors``, or as a folder for the Hugging Face Hub.
+
+The contract:
+
+* Weights are checked against the model, keys and shapes, before anything is written.
+* What was written is read back and compared, and only then gets its name: a failure leaves nothing behind.
+* Nothing is overwritten unless requested, and a run folder never.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bcos_train.explanation import is_explainable
+from bcos_train.model.preprocessing import Preprocessing
+from bcos_train.suggest import join_words, suggest
+from bcos_train.weights.build import with_num_classes
+from bcos_train.weights.files import read_weights
+from bcos_train.weights.layout import CARD, EMA_WEIGHTS, EXPORT_CONFIG, RUN_CONFIG, WEIGHTS
+from bcos_train.weights.model_card import export_config, model_card
+from bcos_train.weights.model_options import build_model, check_options, known_options
+from bcos_train.weights.source import WeightsSource, read_weights_source
+from bcos_train.weights.state_dict import load_weights
+
+__all__ = ["Exported", "export"]
+
+_FILE_SUFFIXES = (".pth", ".safetensors")
+#: Suffixes of other programs' files, which no folder should have.
+_OTHER_SUFFIXES = (".pt", ".ckpt", ".bin", ".pkl", ".onnx", ".h5", ".tar", ".zip", ".gz", ".json", ".safetensor")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """Result of an export.
+
+    Args:
+        path: The file or folder.
+        source: The weights, with the model's name and all its options.
+        sha256: Digest of the weights file.
+    """
+
+    path: Path
+    source: WeightsSource
+    sha256: str
+
+
+def export(
+    source: str,
+    target: Path,
+    *,
+    model: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    use_ema: bool | None = None,
+    with_hash: bool = False,
+    force: bool = False,
+    license: str | None = None,
+    class_names: Sequence[str] | None = None,
+) -> Exported:
+    """Export weights.
+
+    Args:
+        source: As for :func:`bcos_train.weights.read_weights_source`.
+        target: ``*.pth``: a state dict as in the official release. ``*.safetensors``: the same in that format. Anything
+            else: a folder with ``model.safetensors``, ``config.json`` and a model card, ``README.md``.
+        model: Model name, ``timm:<name>`` for one of timm's; ``None``: as the source says.
+        options: Model options that the source doesn't specify. The number of classes is read off the weights.
+        use_ema: True for the averaged weights, False for the plain ones; ``None``: averaged if there are any.
+        with_hash: Append the first ten digits of the file's SHA-256 to its name, as in the official release.
+        force: Overwrite existing files; in a folder, the three files.
+        license: License of the weights, as the Hugging Face Hub calls it; ``None``: as the source says, else none.
+        class_names: In the order of the outputs; ``None``: as the source says, or the data set's if known.
+
+    Raises:
+        ValueError: The source can't be read, its weights don't fit the model, the target exists or can't be written, or
+            the license is not an identifier.
+    """
+    is_file = _check_target(target, with_hash)
+    if license is not None and not re.fullmatch(r"[\w.+-]+", license):
+        raise ValueError(
+            f"license {license!r}: give it as the Hugging Face Hub calls it, such as apache-2.0, mit or other"
+        )
+    if not with_hash:
+        _check_free(target, force)
+    weights, network = _checked(read_weights_source(source, use_ema).for_model(model, options or {}))
+    weights = replace(weights, license=license or weights.license, class_names=_class_names(weights, class_names))
+    if is_file:
+        content = _pth(weights.state) if target.suffix == ".pth" else _safetensors(weights.state)
+        digest = hashlib.sha256(content).hexdigest()
+        if with_hash:
+            target = target.with_name(f"{target.stem}-{digest[:10]}{target.suffix}")
+        _check_free(target, force)
+        files = {target.name: content}
+    else:
+        content = _safetensors(weights.state)
+        digest = hashlib.sha256(content).hexdigest()
+        files = {WEIGHTS: content, **_description(weights, network, digest)}
+    with _staged(target, files) as stage:
+        written = stage / target.name if is_file else stage
+        _compare(written, weights.state)
+        _publish(stage, target, is_file, list(files))
+    return Exported(target, weights, digest)
+
+
+# ---- check of the source
+
+
+def _checked(source: WeightsSource) -> tuple[WeightsSource, nn.Module]:
+    """Check that the weights fit their model.
+
+    Returns:
+        The source with its tensors in the model's order and all options, and the model on the meta device.
+
+    Raises:
+        ValueError: The model is unknown, or the weights don't fit it.
+    """
+    if source.model_name is None:
+        raise ValueError(f"{source.origin} doesn't say which model it belongs to: give --model NAME")
+    check_options(source.model_name, source.options)
+    name, source = source.model_name, with_num_classes(source)
+    # Shapes suffice, and the largest models take gigabytes.
+    with torch.device("meta"):
+        network = build_model(name, source.options)
+    shapes = {key: torch.empty_like(value, device="meta") for key, value in source.state.items()}
+    load_weights(network, shapes, source.origin)
+    state = {key: _copied(source.state[key]) for key in network.state_dict()}
+    for key, value in state.items():
+        if not torch.isfinite(value).all():
+            raise ValueError(f"{source.origin}: {key} holds values that are not finite")
+    options = _with_defaults(source.options, known_options(name))
+    return replace(source, state=state, options=options), network
+
+
+def _with_defaults(options: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+    """Write defaults out, so that the folder stays right should they ever change."""
+    return {
+        key: options.get(key, default)
+        for key, default in known.items()
+        if key in options or isinstance(default, (str, int, float))
+    }
+
+
+def _copied(value: Tensor) -> Tensor:
+    """Copy to the CPU, contiguous and with its own storage: a view would drag all of its storage into the file."""
+    return value.detach().to("cpu").clone(memory_format=torch.contiguous_format)
+
+
+def _class_names(source: WeightsSource, class_names: Sequence[str] | None) -> tuple[str, ...] | None:
+    n = source.options["num_classes"]
+    if class_names is not None and len(class_names) != n:
+        raise ValueError(f"{len(class_names)} class names, but the model has {n} classes")
+    names = source.class_names if class_names is None else tuple(class_names)
+    return names if names is not None and len(names) == n else None
+
+
+# ---- target
+
+
+def _check_target(target: Path, with_hash: bool) -> bool:
+    """True if the target is a file.
+
+    Raises:
+        ValueError: The suffix is neither a file's nor a folder's, or a folder can't have the hash in its name.
+    """
+    is_file = target.suffix in _FILE_SUFFIXES
+    if not is_file and target.suffix in _OTHER_SUFFIXES:
+        near = suggest(target.suffix, _FILE_SUFFIXES)
+        raise ValueError(f"{target}: a target is a .pth or .safetensors file or a folder, not {target.suffix}{near}")
+    if with_hash and not is_file:
+        raise ValueError(f"--hash needs a file, and {target} would be a folder; its {EXPORT_CONFIG} holds the SHA-256")
+    return is_file
+
+
+def _check_free(target: Path, force: bool) -> None:
+    """Raise a ValueError if writing to the target would overwrite something that may not be overwritten."""
+    if target.suffix in _FILE_SUFFIXES:
+        if target.is_dir():
+            raise ValueError(f"{target} is a folder")
+        is_described = any((target.parent / name).exists() for name in (RUN_CONFIG, EXPORT_CONFIG))
+        if is_described and target.name in (WEIGHTS, EMA_WEIGHTS):
+            raise ValueError(f"{target} belongs to its run or exported folder: choose another place")
+        if target.exists() and not force:
+            raise ValueError(f"{target} exists: give another name, or --force to overwrite it")
+        return
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"{target} is a file; a target is a .pth or .safetensors file or a folder")
+    if any((target / name).exists() for name in (RUN_CONFIG, EMA_WEIGHTS)):
+        raise ValueError(f"{target} is a run folder, and nothing is exported into those: choose another place")
+    if target.exists() and any(target.iterdir()) and not force:
+        raise ValueError(f"{target} exists and isn't empty: give another name, or --force to overwrite its files")
+
+
+def _pth(state: Mapping[str, Tensor]) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(dict(state), buffer)
+    return buffer.getvalue()
+
+
+def _safetensors(state: Mapping[str, Tensor]) -> bytes:
+    try:
+        from safetensors.torch import save
+    except ModuleNotFoundError as error:
+        raise ValueError("writing .safetensors needs the package safetensors: pip install safetensors") from error
+    return save(dict(state), metadata={"format": "pt"})
+
+
+def _description(source: WeightsSource, network: nn.Module, digest: str) -> dict[str, bytes]:
+    """Return the contents of ``config.json`` and the model card by file name."""
+    preprocessing = source.preprocessing or Preprocessing.from_transform(getattr(network, "transform", None))
+    in_chans = int(getattr(network, "in_chans", 3))
+    n_params = sum(parameter.numel() for parameter in network.parameters())
+    config = export_config(source, preprocessing, in_chans, digest)
+    card = model_card(source, preprocessing, n_params, is_explainable(network))
+    return {EXPORT_CONFIG: (json.dumps(config, indent=2) + "\n").encode(), CARD: card.encode()}
+
+
+@contextlib.contextmanager
+def _staged(target: Path, files: Mapping[str, bytes]) -> Iterator[Path]:
+    """Write the files to a temporary folder beside the target.
+
+    The folder is removed at the end; after a failure, so are the parent folders that were created for it.
+    """
+    target = target.absolute()
+    created = [folder for folder in target.parents if not folder.exists()]
+    stage = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        stage.mkdir(parents=True)
+        for name, content in files.items():
+            with (stage / name).open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        yield stage
+        created = []
+    except OSError as error:
+        raise ValueError(f"can't write {target}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+        for folder in created:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def _compare(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Raise a ValueError unless reading the weights back returns the same tensors."""
+    again, _ = read_weights(path, use_ema=False)
+    differing = [
+        key
+        for key in {**state, **again}
+        if key not in again
+        or key not in state
+        or again[key].dtype != state[key].dtype
+        or not torch.equal(again[key], state[key])
+    ]
+    if differing:
+        raise ValueError(f"{path.name} reads back different from what was written: {join_words(differing)}")
+
+
+def _publish(stage: Path, target: Path, is_file: bool, names: Sequence[str]) -> None:
+    if not is_file and not target.exists():
+        os.replace(stage, target)
+        return
+    # Other files in the folder stay, such as the Hub's .git.
+    for name in names:
+        os.replace(stage / name, target if is_file else target / name)

@@ -1,0 +1,151 @@
+"""Read and write weights files without executing anything stored in them.
+
+The optional package safetensors is needed for ``.safetensors`` files only.
+"""
+
+import json
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bcos_train import checkpoint as checkpoints
+from bcos_train.checkpoint import file_sha256
+from bcos_train.replacing import replacing
+from bcos_train.weights.layout import EMA_WEIGHTS, WEIGHTS
+
+__all__ = ["file_sha256", "read_file", "read_json", "read_weights", "save_weights"]
+
+#: Key prefixes of the model and its average in checkpoints of the official training code.
+_OFFICIAL_PREFIXES = ("model.", "ema.module.")
+
+
+def save_weights(model: nn.Module, path: Path) -> None:
+    """Save the model's state dict as safetensors."""
+    from safetensors.torch import save
+
+    # Weights in channels_last are stored in the memory order that every reader expects.
+    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    with replacing(path) as temporary:
+        temporary.write_bytes(save(state))  # safetensors' own writer creates files that nobody else may read
+
+
+def read_weights(path: Path, use_ema: bool | None = None) -> tuple[dict[str, Tensor], bool]:
+    """Read a state dict from a file, or from a folder with ``model.safetensors`` (a finished run or an export).
+
+    Args:
+        path: File, as for :func:`read_file`, or folder.
+        use_ema: True for the averaged weights, False for the plain ones; ``None``: averaged if there are any.
+
+    Returns:
+        The state dict, and True if it holds the averaged weights. Tensors may be memory-mapped, so that loading them
+        into a model needs no second copy.
+
+    Raises:
+        ValueError: The file is missing, damaged or not a weights file, or lacks the requested weights.
+    """
+    if not path.is_dir():
+        return read_file(path, use_ema)[:2]
+    is_ema = (path / EMA_WEIGHTS).is_file() if use_ema is None else use_ema
+    file = path / (EMA_WEIGHTS if is_ema else WEIGHTS)
+    if not file.is_file():
+        if (path / WEIGHTS).is_file():
+            raise ValueError(f"{path} holds no averaged weights, only the plain ones in {WEIGHTS}")
+        raise ValueError(f"{path} holds no {file.name}")
+    return _read_safetensors(file), is_ema
+
+
+def read_file(path: Path, use_ema: bool | None = None) -> tuple[dict[str, Tensor], bool, dict[str, Any] | None]:
+    """Read a state dict from a file.
+
+    Args:
+        path: A ``.safetensors`` file; one of our checkpoints, which is verified; a checkpoint of the official training
+            code; or any other file with a state dict saved by torch. Nothing in the file is executed.
+        use_ema: As for :func:`read_weights`.
+
+    Returns:
+        As :func:`read_weights`, and the hyperparameters of an official training checkpoint, otherwise ``None``.
+
+    Raises:
+        ValueError: As for :func:`read_weights`.
+    """
+    if not path.is_file():
+        raise ValueError(f"weights={path}: no such file")
+    hyper_parameters = None
+    if path.suffix == ".safetensors":
+        states = [_read_safetensors(path), {}]
+    elif path.suffix == checkpoints.SUFFIX and path.with_name(f"{path.name}.sha256").is_file():
+        content = checkpoints.load(path)
+        if "model" not in content:
+            raise ValueError(f"{path} holds no model")
+        states = [content["model"], content.get("model_ema", {})]
+    else:
+        states, hyper_parameters = _read_third_party(path)
+    is_ema = bool(states[1]) if use_ema is None else use_ema
+    if is_ema and not states[1]:
+        raise ValueError(f"{path} holds no averaged weights, only the plain ones")
+    return states[is_ema], is_ema, hyper_parameters
+
+
+def _read_third_party(path: Path) -> tuple[list[dict[str, Tensor]], dict[str, Any] | None]:
+    """Plain and averaged weights saved by another program, and the hyperparameters of the official training code."""
+    content = _torch_load(path)
+    content = content if isinstance(content, dict) else {}
+    state, hyper_parameters = content.get("state_dict", content), None
+    states = [state, {}]
+    if "state_dict" in content and "pytorch-lightning_version" in content:
+        hyper_parameters = content.get("hyper_parameters")
+        hyper_parameters = hyper_parameters if isinstance(hyper_parameters, dict) else {}
+        states = [{k.removeprefix(p): v for k, v in state.items() if k.startswith(p)} for p in _OFFICIAL_PREFIXES]
+    elif path.suffix == checkpoints.SUFFIX:
+        checkpoints.verify(path)  # its error names the missing digest file
+    if not states[0] or not all(isinstance(value, Tensor) for state in states for value in state.values()):
+        expected = "state dict of tensors" if hyper_parameters is None else "checkpoint of the official training code"
+        raise ValueError(f"{path} is not a {expected}")
+    return states, hyper_parameters
+
+
+def _torch_load(path: Path) -> Any:
+    try:
+        # Before version 1.6 torch wrote no zip files, and only those can be mapped into memory.
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except OSError as error:
+        raise ValueError(f"can't read {path}: {error.strerror or error}") from error
+    except Exception as error:
+        if match := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise ValueError(
+                f"{path} holds a Python object ({match[1]}), and reading that could run code; if you trust the file, "
+                "save its state_dict alone with the program that wrote it"
+            ) from error
+        # torch's own message suggests weights_only=False, which would run whatever the file contains.
+        raise ValueError(f"{path} is not a weights file, or only part of one") from error
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ModuleNotFoundError as error:
+        raise ValueError(f"reading {path} needs the package safetensors: pip install safetensors") from error
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file: {error}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read the object in a JSON file.
+
+    Raises:
+        ValueError: The file can't be read or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"can't read {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: not a JSON object")
+    return content
