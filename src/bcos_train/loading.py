@@ -39,13 +39,13 @@ class Prediction:
 
     Attributes:
         logits: (N, K).
-        probability_function: (N, K) in [0, 1]. Sigmoids need not sum to 1: they are those of models trained with binary
+        probabilities: (N, K) in [0, 1]. Sigmoids need not sum to 1: they are those of models trained with binary
             cross-entropy, as B-cos models usually are; cross-entropy has the softmax.
         class_names: K names.
     """
 
     logits: Tensor
-    probability_function: Tensor
+    probabilities: Tensor
     class_names: tuple[str, ...]
 
     @property
@@ -56,7 +56,7 @@ class Prediction:
     def top(self, k: int = 5) -> list[list[tuple[str, float]]]:
         """Return the ``k`` most probable classes of each image, best first, as (class name, probability)."""
         order = self.logits.topk(min(k, self.logits.shape[1]), dim=1).indices.tolist()
-        return [[(self.class_names[c], float(self.probability_function[n, c])) for c in row] for n, row in enumerate(order)]
+        return [[(self.class_names[c], float(self.probabilities[n, c])) for c in row] for n, row in enumerate(order)]
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class LoadedClassifier:
         class_names: K names; ``class 0``, ``class 1``, … by default.
         dataset: Name of the training data set, if known.
         origin: Where the weights come from, in a few words.
-        activation: ``"sigmoid"`` or ``"softmax"``: converts logits to probability_function; ``None``: the model's own
+        activation: ``"sigmoid"`` or ``"softmax"``: converts logits to probabilities; ``None``: the model's own
             ``to_probabilities``.
 
     Raises:
@@ -171,8 +171,9 @@ class LoadedClassifier:
         return Prediction(logits, self.to_probabilities(logits), self.class_names)
 
     def to_probabilities(self, logits: Tensor) -> Tensor:
-        """Convert logits (N, K) to probability_function (N, K)."""
-        return probability_function(self.model)(logits) if self.activation is None else _ACTIVATIONS[self.activation](logits)
+        """Convert logits (N, K) to probabilities (N, K)."""
+        convert = probability_function(self.model) if self.activation is None else _ACTIVATIONS[self.activation]
+        return convert(logits)
 
     def explain(self, images: Images, target: Tensor | int | None = None) -> Explanation:
         """Explain a class of each image by its dynamic linear weights W(x).

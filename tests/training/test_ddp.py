@@ -46,8 +46,8 @@ def start(command: list[str], *overrides: str) -> subprocess.CompletedProcess[st
     ("command", "norm", "extra"),
     [
         pytest.param(SELF_START, "lnu-linear", (), id="own start, no batch statistics"),
-        pytest.param(TORCHRUN, "bnu-linear", ("trainer.sync_batchnorm=true",), id="torchrun, synchronised uncentred"),
-        pytest.param(SELF_START, "bn", ("trainer.sync_batchnorm=true",), id="own start, synchronised centred"),
+        pytest.param(TORCHRUN, "bnu-linear", ("trainer.sync_batchnorm=true",), id="torchrun, synchronized uncentered"),
+        pytest.param(SELF_START, "bn", ("trainer.sync_batchnorm=true",), id="own start, synchronized centered"),
     ],
 )
 def test_same_losses_as_one_process(command: list[str], norm: str, extra: tuple[str, ...], tmp_path: Path) -> None:

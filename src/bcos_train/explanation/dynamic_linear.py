@@ -119,7 +119,7 @@ def constant_term(model: nn.Module, x: Tensor, target: Tensor | int | None = Non
     """The part of the target's logit that does not come from the input: c(x) in logit(x) = W(x) x + c(x).
 
     Found without looking at the logit's value, so that completeness can be checked against it: what a module answers
-    to a zero input (a bias, the shift of a centred batch norm, a positional embedding, the logit bias) is its own
+    to a zero input (a bias, the shift of a centered batch norm, a positional embedding, the logit bias) is its own
     constant, and the gradient of the logit at the module's output says how much of it arrives. This is the
     bias part of FullGrad (Srinivas & Fleuret, NeurIPS 2019, arXiv 1905.00780) on the frozen network. Constants that
     no module adds by itself (a parameter added in a parent's ``forward``) are not seen.

@@ -30,7 +30,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _is_active(module: Any) -> bool:
-    """The state of one module; modules that keep none (a centred batch norm has nothing to detach) count as off."""
+    """The state of one module; modules that keep none (a centered batch norm has nothing to detach) count as off."""
     return bool(getattr(module, "is_in_explanation_mode", getattr(module, "detach", False)))
 
 
@@ -52,7 +52,7 @@ class explanation_mode(ContextDecorator):
         model: any module; one without detachable parts is left as it is.
 
     Raises:
-        whatever a module raises in ``set_explanation_mode(True)`` (a centred batch norm in training mode does); the
+        whatever a module raises in ``set_explanation_mode(True)`` (a centered batch norm in training mode does); the
         modules that had been switched on before it are then restored.
     """
 
