@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bcos_train.command_line import MISTAKE, Parser
+from bcos_train.utils.command_line import MISTAKE, Parser
 from bcos_train.weights.export import export
 
 

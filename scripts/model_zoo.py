@@ -21,10 +21,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bcos_train.command_line import INTERRUPTED, MISTAKE, Parser
 from bcos_train.evaluation.zoo_rows import Settings, evaluate_row, evaluate_rows, is_complete, summarize_failures
 from bcos_train.report.zoo_table import model_cost, published_row, select_rows, train_command, update_readme
-from bcos_train.suggest import join_words
+from bcos_train.utils.command_line import INTERRUPTED, MISTAKE, Parser
+from bcos_train.utils.suggestions import join_words
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -35,11 +35,11 @@ ALLOWED = {
     "dataset": set(),
     "config": {"model"},
 }
-FOR_ALL = {"bcos_train.compiling", "bcos_train.replacing", "bcos_train.suggest"}
+FOR_ALL = {"bcos_train.utils.compiling", "bcos_train.utils.atomic", "bcos_train.utils.suggestions"}
 #: Modules that a package may import although the rest of their package is out of reach for it.
 ALLOWED_MODULES = {
     "model": ("bcos_train.augmentation", "bcos_train.dataset.encoding"),
-    "weights": ("bcos_train.checkpoint",),
+    "weights": ("bcos_train.runs.checkpoint",),
 }
 #: Packages that never see Lightning, Hydra or OmegaConf.
 PURE = {

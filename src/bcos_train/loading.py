@@ -242,7 +242,7 @@ def load(
 
 def _find_checkpoint(folder: Path, which: str) -> Path:
     # Imported here: it needs Lightning, which users without runs need not have.
-    from bcos_train.training.checkpointer import find_checkpoint
+    from bcos_train.training.callbacks.checkpoint import find_checkpoint
 
     if not (folder / RUN_CONFIG).is_file():
         raise ValueError(f"checkpoint={which} needs a run folder, and {folder} has no {RUN_CONFIG}")

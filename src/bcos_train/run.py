@@ -28,20 +28,22 @@ from bcos_train.dataset import BcosEncoding, ImageSource, NotCacheable, Standard
 from bcos_train.dataset.data_module import DataModule
 from bcos_train.evaluation import ExplanationOptions
 from bcos_train.optimizer import prefer_fused
+from bcos_train.runs import launch
+from bcos_train.runs.folder import CHECKPOINTS, CONFIG, RunFolder, find_run_folder, locked, run_hash
+from bcos_train.runs.interrupt import Interrupted, StopFlag
 from bcos_train.schedule import Schedule
-from bcos_train.training import explanation_logging, launch, loggers
+from bcos_train.training import loggers
 from bcos_train.training.build import build_model, build_trainer, choose_num_classes, print_banner
-from bcos_train.training.checkpointer import Checkpointer, Checkpointing, UnknownMonitor, find_checkpoint
+from bcos_train.training.callbacks import explanations as explanation_logging
+from bcos_train.training.callbacks.checkpoint import Checkpointer, Checkpointing, UnknownMonitor, find_checkpoint
+from bcos_train.training.callbacks.ema import Ema, EmaCallback, ema_decay
+from bcos_train.training.callbacks.metrics import CsvLogger
+from bcos_train.training.callbacks.progress import ProgressDisplay, TrainingLog
 from bcos_train.training.compilation import should_compile
-from bcos_train.training.ema import Ema, EmaCallback, ema_decay
 from bcos_train.training.finish import finish, report_evaluation
 from bcos_train.training.image_size import check_image_size
-from bcos_train.training.interrupt import Interrupted, StopFlag
-from bcos_train.training.logging import CsvLogger
 from bcos_train.training.module import Classifier, NonFiniteLoss
 from bcos_train.training.options import BatchSplit, TrainerOptions, default_workers, split_batch
-from bcos_train.training.progress import ProgressDisplay, TrainingLog
-from bcos_train.training.run_folder import CHECKPOINTS, CONFIG, RunFolder, find_run_folder, locked, run_hash
 from bcos_train.weights.model_options import model_of_config
 from bcos_train.weights.source import read_model_weights
 from bcos_train.weights.state_dict import load_weights

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from bcos_train import checkpoint as files
 from bcos_train.config.composition import Composer
+from bcos_train.runs import checkpoint as files
 from bcos_train.training import Classifier
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import torch
 
-from bcos_train.checkpoint import LAST
+from bcos_train.runs.checkpoint import LAST
 from bcos_train.training.checkpoint_io import VerifiedCheckpointIO
 
 from .runs import assert_same_state

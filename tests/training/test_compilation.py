@@ -149,7 +149,7 @@ def test_default(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    monkeypatch.setattr("bcos_train.compiling.missing_for_compiling", lambda cuda=False: missing)
+    monkeypatch.setattr("bcos_train.utils.compiling.missing_for_compiling", lambda cuda=False: missing)
     monkeypatch.setattr(compilation, "missing_for_compiling", lambda cuda=False: missing)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "elsewhere")
     options = TrainerOptions(max_epochs=1, compile=given)

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bcos_train.compiling import compiler_name
 from bcos_train.config import UserError
 from bcos_train.run import train
-from bcos_train.training.logging import read_metrics
+from bcos_train.training.callbacks.metrics import read_metrics
+from bcos_train.utils.compiling import compiler_name
 
 from .runs import TINY, compose
 from .toys import TinyNet, fit, make_data, make_module

@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from bcos_train import checkpoint as files
 from bcos_train.config import UserError
 from bcos_train.run import evaluate, train
-from bcos_train.training.logging import read_metrics
+from bcos_train.runs import checkpoint as files
+from bcos_train.training.callbacks.metrics import read_metrics
 
 from .runs import TINY, compose, run_folder
 

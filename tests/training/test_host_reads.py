@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import nn
 
+from bcos_train.runs.interrupt import StopFlag
 from bcos_train.training import Checkpointing
-from bcos_train.training.checkpointer import Checkpointer
-from bcos_train.training.ema import EmaCallback
-from bcos_train.training.interrupt import StopFlag
+from bcos_train.training.callbacks.checkpoint import Checkpointer
+from bcos_train.training.callbacks.ema import EmaCallback
 
 from .host_reads import ReadsPerStep
 from .toys import fit, make_data, make_module

@@ -15,20 +15,20 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from bcos_train import checkpoint as files
 from bcos_train.augmentation import BatchMix
-from bcos_train.checkpoint import LAST
 from bcos_train.config import UserError
 from bcos_train.dataset.data_module import DataModule
 from bcos_train.dataset.randomness import step_seed
 from bcos_train.loss import BinaryCrossEntropy, CrossEntropy
 from bcos_train.optimizer import adaptive_clip_grad_
 from bcos_train.run import train
+from bcos_train.runs import checkpoint as files
+from bcos_train.runs.checkpoint import LAST
+from bcos_train.runs.interrupt import StopFlag
 from bcos_train.schedule import Cosine, Schedule, Step
 from bcos_train.training import Checkpointing, Classifier, NonFiniteLoss
-from bcos_train.training.checkpointer import Checkpointer
-from bcos_train.training.interrupt import StopFlag
-from bcos_train.training.logging import read_metrics
+from bcos_train.training.callbacks.checkpoint import Checkpointer
+from bcos_train.training.callbacks.metrics import read_metrics
 from bcos_train.training.module import _seed
 
 from .runs import TINY, compose, run_folder

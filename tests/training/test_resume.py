@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from bcos_train import checkpoint as files
 from bcos_train.run import train
+from bcos_train.runs import checkpoint as files
 
 from .runs import TINY, assert_same_state, compose, final_state, metric_rows, run_folder, signal_at
 

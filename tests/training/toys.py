@@ -19,8 +19,8 @@ from bcos_train.nn import BcosConv2d, make_norm
 from bcos_train.schedule import Constant, Schedule
 from bcos_train.training import Classifier, TrainerOptions
 from bcos_train.training.build import build_trainer
-from bcos_train.training.logging import CsvLogger
-from bcos_train.training.progress import TrainingLog
+from bcos_train.training.callbacks.metrics import CsvLogger
+from bcos_train.training.callbacks.progress import TrainingLog
 
 SIDE = 8
 

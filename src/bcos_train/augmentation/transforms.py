@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from torchvision.transforms import v2
 
-from bcos_train.suggest import join_words, suggest
+from bcos_train.utils.suggestions import join_words, suggest
 
 __all__ = ["Interpolation", "Policy", "crop_flip", "digits_train", "imagenet_eval", "imagenet_train", "plain"]
 

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import TypeAdapter, ValidationError
 
-from bcos_train.suggest import join_words, suggest
+from bcos_train.utils.suggestions import join_words, suggest
 
 __all__ = [
     "describe",

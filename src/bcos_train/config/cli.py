@@ -29,7 +29,7 @@ from bcos_train.config.overrides import check_choices, plugins_in_overrides, rea
 from bcos_train.config.plugins import KEY as PLUGINS
 from bcos_train.config.plugins import load_plugins, plugins_in_folder
 from bcos_train.config.validation import Problem, check
-from bcos_train.suggest import suggest
+from bcos_train.utils.suggestions import suggest
 
 __all__ = ["entry_point", "overridden_keys"]
 

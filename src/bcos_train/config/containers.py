@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
 from bcos_train.config.errors import UserError
-from bcos_train.replacing import replacing
+from bcos_train.utils.atomic import replacing
 
 __all__ = ["join", "load", "overlay", "save", "to_container"]
 

@@ -12,7 +12,7 @@ from bcos_train.config.composition import Composer, Override, OverrideError, Ove
 from bcos_train.config.containers import join
 from bcos_train.config.plugins import KEY as PLUGINS
 from bcos_train.config.validation import Problem
-from bcos_train.suggest import join_words, nearest, suggest
+from bcos_train.utils.suggestions import join_words, nearest, suggest
 
 __all__ = ["check_choices", "plugins_in_overrides", "read_overrides"]
 

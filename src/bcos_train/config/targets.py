@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import Any
 
 from bcos_train.config.errors import UserError
-from bcos_train.suggest import join_words, nearest
+from bcos_train.utils.suggestions import join_words, nearest
 
 __all__ = ["TARGETS", "resolve"]
 

@@ -23,7 +23,7 @@ from bcos_train.config.plugins import KEY as PLUGINS
 from bcos_train.config.plugins import missing_plugins
 from bcos_train.config.signature import keyword_parameters, return_type
 from bcos_train.config.targets import resolve
-from bcos_train.suggest import suggest
+from bcos_train.utils.suggestions import suggest
 
 __all__ = ["Problem", "check"]
 

@@ -7,7 +7,7 @@ from types import GenericAlias
 from typing import Any, Literal, get_args
 
 from bcos_train.explanation.method import METHODS, Method, make_method
-from bcos_train.suggest import join_words, suggest
+from bcos_train.utils.suggestions import join_words, suggest
 
 __all__ = [
     "IMAGE_METRICS",

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bcos_train.replacing import replacing
+from bcos_train.utils.atomic import replacing
 
 __all__ = ["ScoreStore", "fingerprint", "replace_file", "write_json"]
 

@@ -29,7 +29,7 @@ from bcos_train.model import Bottleneck, create_model, list_models, model_signat
 from bcos_train.model.base import resolve_pooling
 from bcos_train.model.conv_net import BcosConvNet
 from bcos_train.model.grad_checkpointing import CheckpointedBlocks, set_grad_checkpointing
-from bcos_train.suggest import join_words, suggest
+from bcos_train.utils.suggestions import join_words, suggest
 from bcos_train.weights.records import RECORDS, timm_name
 
 FeatureClass = Literal["list", "dict", "hook"]

@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from bcos_train.suggest import join_words, suggest
+from bcos_train.utils.suggestions import join_words, suggest
 
 __all__ = ["Interval", "bootstrap_interval"]
 

@@ -34,7 +34,7 @@ from bcos_train.explanation.method.base import (
     probability_function,
     select_targets,
 )
-from bcos_train.suggest import join_words, suggest
+from bcos_train.utils.suggestions import join_words, suggest
 
 __all__ = ["FRACTIONS", "area_under_curve", "perturbation_curve"]
 

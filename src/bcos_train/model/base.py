@@ -18,7 +18,7 @@ from bcos_train.explanation import (
 )
 from bcos_train.model.grad_checkpointing import set_grad_checkpointing
 from bcos_train.model.transform import InferenceTransform
-from bcos_train.suggest import suggest
+from bcos_train.utils.suggestions import suggest
 
 __all__ = ["PREVIOUS_GROUP", "BcosModel", "GroupMatcher", "check_images", "resolve_pooling"]
 

@@ -18,7 +18,7 @@ from bcos_train.model.base import GroupMatcher, check_images
 from bcos_train.model.conv_net import NO_RESIZE_TRANSFORM, BcosConvNet, make_logit_layer
 from bcos_train.model.registry import register_model
 from bcos_train.nn import BcosConv2d
-from bcos_train.suggest import join_words
+from bcos_train.utils.suggestions import join_words
 
 __all__ = ["BcosPlainCnn", "ScaledBcosConv2d"]
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from bcos_train.model.grad_checkpointing import set_grad_checkpointing
 from bcos_train.nn import Backend, set_backend
-from bcos_train.suggest import suggest
+from bcos_train.utils.suggestions import suggest
 
 Builder = Callable[..., nn.Module]
 

@@ -9,7 +9,7 @@ from torchvision.transforms import v2
 
 from bcos_train.dataset.encoding import BcosEncoding
 from bcos_train.model.transform import InferenceTransform
-from bcos_train.suggest import suggest
+from bcos_train.utils.suggestions import suggest
 
 __all__ = ["timm_model"]
 

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 from torch import nn
 
-from bcos_train.suggest import suggest
+from bcos_train.utils.suggestions import suggest
 
 try:
     from bcos_train.nn import fast

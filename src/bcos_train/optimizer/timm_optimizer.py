@@ -7,7 +7,7 @@ from timm.optim import create_optimizer_v2, list_optimizers
 from torch import Tensor
 from torch.optim import Optimizer
 
-from bcos_train.suggest import suggest
+from bcos_train.utils.suggestions import suggest
 
 
 def timm_optimizer(

@@ -13,7 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bcos_train.model import create_model
-from bcos_train.suggest import join_words, suggest
+from bcos_train.utils.suggestions import join_words, suggest
 from bcos_train.weights.records import RECORDS
 
 __all__ = [

@@ -1,7 +1,7 @@
 """Training: the LightningModule, its callbacks, checkpoints and the run folder."""
 
-from bcos_train.training.checkpointer import Checkpointing, find_checkpoint
-from bcos_train.training.ema import Ema
+from bcos_train.training.callbacks.checkpoint import Checkpointing, find_checkpoint
+from bcos_train.training.callbacks.ema import Ema
 from bcos_train.training.loggers import tensorboard_logger, wandb_logger
 from bcos_train.training.module import Classifier, NonFiniteLoss
 from bcos_train.training.options import TrainerOptions

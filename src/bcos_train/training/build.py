@@ -18,10 +18,10 @@ from bcos_train.config import UserError, user_errors_at
 from bcos_train.dataset.data_module import DataModule
 from bcos_train.explanation import allow_tf32
 from bcos_train.nn import RunningNorm2d, sync_batch_norm_
+from bcos_train.runs.folder import RunFolder
 from bcos_train.training.checkpoint_io import VerifiedCheckpointIO
 from bcos_train.training.module import EndEvaluation
 from bcos_train.training.options import BatchSplit, TrainerOptions
-from bcos_train.training.run_folder import RunFolder
 
 #: torch 2.15 renamed DDP's switch for broadcasting buffers at each forward pass.
 _BUFFERS = next(

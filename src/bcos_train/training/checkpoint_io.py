@@ -5,11 +5,11 @@ from typing import Any
 
 from pytorch_lightning.plugins.io import CheckpointIO
 
-from bcos_train import checkpoint as files
+from bcos_train.runs import checkpoint as files
 
 
 class VerifiedCheckpointIO(CheckpointIO):
-    """Lightning's door to the checkpoint files of :mod:`bcos_train.checkpoint`."""
+    """Lightning's door to the checkpoint files of :mod:`bcos_train.runs.checkpoint`."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         files.save(checkpoint, Path(path))

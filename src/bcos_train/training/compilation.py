@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bcos_train.compiling import missing_for_compiling, prepare_to_compile
 from bcos_train.model.grad_checkpointing import CheckpointedBlocks
 from bcos_train.training.options import TrainerOptions
+from bcos_train.utils.compiling import missing_for_compiling, prepare_to_compile
 
 #: On CUDA, networks with at least so many parameters are compiled by default. A smaller one (ResNet-20 has 0.5 million)
 #: gains from it too, but its runs may be shorter than the compilation.
@@ -18,7 +18,7 @@ COMPILE_FROM_PARAMETERS = 1_000_000
 def should_compile(options: TrainerOptions, model: nn.Module) -> bool:
     """Whether a run compiles its network: what ``trainer.compile`` says, or its default for this machine and network.
 
-    Prepares PyTorch for it; see :func:`~bcos_train.compiling.prepare_to_compile`.
+    Prepares PyTorch for it; see :func:`~bcos_train.utils.compiling.prepare_to_compile`.
 
     Raises:
         ValueError: It is asked for and something is missing. As a mere default it is then left out.

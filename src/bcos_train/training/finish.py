@@ -14,13 +14,13 @@ from bcos_train.dataset.data_module import DataModule
 from bcos_train.evaluation.store import write_json
 from bcos_train.explanation import evaluating, is_explainable
 from bcos_train.report import save_gallery
-from bcos_train.training.checkpointer import Checkpointer
-from bcos_train.training.ema import EmaCallback
-from bcos_train.training.explanation_logging import draw_gallery
-from bcos_train.training.logging import METRICS, read_metrics
+from bcos_train.runs.folder import SUMMARY, RunFolder
+from bcos_train.training.callbacks.checkpoint import Checkpointer
+from bcos_train.training.callbacks.ema import EmaCallback
+from bcos_train.training.callbacks.explanations import draw_gallery
+from bcos_train.training.callbacks.metrics import METRICS, read_metrics
+from bcos_train.training.callbacks.progress import duration
 from bcos_train.training.module import Classifier
-from bcos_train.training.progress import duration
-from bcos_train.training.run_folder import SUMMARY, RunFolder
 from bcos_train.weights.files import save_weights
 from bcos_train.weights.layout import EMA_WEIGHTS, WEIGHTS
 

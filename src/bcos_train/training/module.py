@@ -18,9 +18,9 @@ from bcos_train.explanation import without_tf32
 from bcos_train.nn import cached_weights
 from bcos_train.optimizer import adaptive_clip_grad_
 from bcos_train.schedule import Schedule
+from bcos_train.training.callbacks.metrics import log_now
 from bcos_train.training.compilation import CompiledNetwork
 from bcos_train.training.distributed import broadcast_buffers, is_distributed, largest, mean_and_votes
-from bcos_train.training.logging import log_now
 from bcos_train.training.score import ClassificationScore
 
 #: images (N, 3, H, W) uint8 RGB, labels (N,) int64, indices (N,) int64 of the samples in the data set

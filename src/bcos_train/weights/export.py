@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from bcos_train.explanation import is_explainable
 from bcos_train.model.preprocessing import Preprocessing
-from bcos_train.suggest import join_words, suggest
+from bcos_train.utils.suggestions import join_words, suggest
 from bcos_train.weights.build import with_num_classes
 from bcos_train.weights.files import read_weights
 from bcos_train.weights.layout import CARD, EMA_WEIGHTS, EXPORT_CONFIG, RUN_CONFIG, WEIGHTS

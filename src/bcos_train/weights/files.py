@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bcos_train import checkpoint as checkpoints
-from bcos_train.checkpoint import file_sha256
-from bcos_train.replacing import replacing
+from bcos_train.runs import checkpoint
+from bcos_train.runs.checkpoint import file_sha256
+from bcos_train.utils.atomic import replacing
 from bcos_train.weights.layout import EMA_WEIGHTS, WEIGHTS
 
 __all__ = ["file_sha256", "read_file", "read_json", "read_weights", "save_weights"]

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from bcos_train.model import create_model, model_signature, timm_model
-from bcos_train.suggest import join_words, suggest
+from bcos_train.utils.suggestions import join_words, suggest
 
 __all__ = ["TIMM", "build_model", "check_options", "known_options", "model_of_config", "option_differences"]
 

@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import ClassVar
 
 from bcos_train.model import list_models, model_signature
-from bcos_train.suggest import join_words, nearest
+from bcos_train.utils.suggestions import join_words, nearest
 
 __all__ = ["RECORDS", "RELEASE", "ZooRecord", "find_record", "timm_name"]
 

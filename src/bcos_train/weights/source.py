@@ -19,7 +19,7 @@ from torch import Tensor
 from bcos_train.model import list_models
 from bcos_train.model.preprocessing import Preprocessing
 from bcos_train.model.registry import OFFICIAL
-from bcos_train.suggest import suggest
+from bcos_train.utils.suggestions import suggest
 from bcos_train.weights import records, run_source
 from bcos_train.weights.download import load_official
 from bcos_train.weights.files import file_sha256, read_file, read_json, read_weights

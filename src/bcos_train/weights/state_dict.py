@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bcos_train.suggest import suggest
+from bcos_train.utils.suggestions import suggest
 
 __all__ = ["count_classes", "load_weights"]
 

@@ -14,7 +14,7 @@ from bcos_train.explanation.method.lime import Lime
 from bcos_train.explanation.method.linear import Bcos, Gradient, InputXGradient
 from bcos_train.explanation.method.occlusion import Occlusion
 from bcos_train.explanation.method.rise import Rise
-from bcos_train.suggest import join_words, suggest
+from bcos_train.utils.suggestions import join_words, suggest
 
 __all__ = [
     "METHODS",

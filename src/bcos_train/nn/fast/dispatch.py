@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
-from bcos_train.compiling import prepare_to_compile
 from bcos_train.nn.fast.batch_norm import uncentered_batch_norm
 from bcos_train.nn.fast.conv import Convolution, bcos_conv2d, can_box, detached_bcos_conv2d
 from bcos_train.nn.fast.gpu_device import GPU_TYPES, uses_triton
@@ -33,6 +32,7 @@ from bcos_train.nn.fast.kernels import EAGER, Kernels, compiled_kernels
 from bcos_train.nn.fast.linear import bcos_linear, detached_bcos_linear, linear
 from bcos_train.nn.fast.unit_weight import normalize, normalize_on_gpu
 from bcos_train.nn.functional import is_linear, normalize_weight
+from bcos_train.utils.compiling import prepare_to_compile
 
 if TYPE_CHECKING:
     from bcos_train.nn.conv import BcosConv2d

@@ -18,7 +18,7 @@ from bcos_train.nn.norm.group import (
     PositionNormUncentered2d,
 )
 from bcos_train.nn.norm.running import AllNorm2d, AllNormUncentered2d, BatchNorm2d, BatchNormUncentered2d
-from bcos_train.suggest import suggest
+from bcos_train.utils.suggestions import suggest
 
 __all__ = ["NORM_NAMES", "NoBias", "NormFactory", "Unaffine", "make_norm"]
 

@@ -1,6 +1,6 @@
 import pytest
 
-from bcos_train.suggest import join_words, nearest, suggest
+from bcos_train.utils.suggestions import join_words, nearest, suggest
 
 MODELS = ["resnet18", "resnet50", "resnet152", "densenet121", "vitc_l_patch1_14"]
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from bcos_train.replacing import replacing
+from bcos_train.utils.atomic import replacing
 
 
 @pytest.mark.parametrize("before", [None, "old"])

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from bcos_train import checkpoint as files
+from bcos_train.runs import checkpoint as files
 from bcos_train.dataset.data_module import DataModule
 from bcos_train.run import train
 from bcos_train.training import Classifier
-from bcos_train.training.interrupt import SIGNALS, StopFlag
+from bcos_train.runs.interrupt import SIGNALS, StopFlag
 
-from .runs import TINY, assert_same_state, compose, final_state, metric_rows, run_folder, signal_at
+from training.runs import TINY, assert_same_state, compose, final_state, metric_rows, run_folder, signal_at
 
 SMALL = (*TINY, "limit_train=24", "limit_val=17")
 STEPS = 3  # an epoch

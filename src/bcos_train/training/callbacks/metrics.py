@@ -14,7 +14,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities import rank_zero_only
 
-from bcos_train.replacing import replacing
+from bcos_train.utils.atomic import replacing
 
 METRICS = "metrics.csv"
 

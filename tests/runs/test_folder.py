@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from bcos_train import checkpoint as files
+from bcos_train.runs import checkpoint as files
 from bcos_train.config import UserError
 from bcos_train.run import train
-from bcos_train.training.run_folder import find_run_folder, locked, run_hash
+from bcos_train.runs.folder import find_run_folder, locked, run_hash
 
-from .runs import TINY, compose, run_folder, signal_at
+from training.runs import TINY, compose, run_folder, signal_at
 
 SMALL = (*TINY, "limit_train=16", "limit_val=9", "trainer.max_epochs=1")
 

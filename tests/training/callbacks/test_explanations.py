@@ -10,11 +10,11 @@ import torch
 
 from bcos_train.evaluation import METRICS, Results
 from bcos_train.run import evaluate, train
-from bcos_train.training.explanation_logging import PredictionRecorder, keep_choices_of_the_dataset, logged_metrics
-from bcos_train.training.logging import read_metrics
+from bcos_train.training.callbacks.explanations import PredictionRecorder, keep_choices_of_the_dataset, logged_metrics
+from bcos_train.training.callbacks.metrics import read_metrics
 
-from .runs import TINY, assert_same_state, compose, final_state, run_folder
-from .toys import fit, make_data
+from ..runs import TINY, assert_same_state, compose, final_state, run_folder
+from ..toys import fit, make_data
 
 WITHOUT = (*TINY, "limit_train=16")
 EXPLAINED = (

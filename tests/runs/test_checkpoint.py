@@ -16,8 +16,8 @@ import pytest
 import torch
 from training.runs import assert_same_state
 
-from bcos_train import checkpoint as files
-from bcos_train.checkpoint import LAST, PREVIOUS, DamagedCheckpoint
+from bcos_train.runs import checkpoint as files
+from bcos_train.runs.checkpoint import LAST, PREVIOUS, DamagedCheckpoint
 
 NESTED = {
     "model": OrderedDict(weight=torch.randn(3, 4), bias=torch.zeros(3, dtype=torch.float64), empty=torch.zeros(0)),

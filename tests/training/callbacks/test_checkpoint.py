@@ -15,19 +15,19 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-from bcos_train import checkpoint as files
-from bcos_train.checkpoint import LAST, PREVIOUS
 from bcos_train.config import UserError
 from bcos_train.run import train
+from bcos_train.runs import checkpoint as files
+from bcos_train.runs.checkpoint import LAST, PREVIOUS
+from bcos_train.runs.interrupt import Interrupted, StopFlag
 from bcos_train.training import Checkpointing, Classifier, find_checkpoint
 from bcos_train.training import checkpointer as module_under_test
-from bcos_train.training.checkpointer import Checkpointer, UnknownMonitor
-from bcos_train.training.interrupt import Interrupted, StopFlag
-from bcos_train.training.logging import log_now
+from bcos_train.training.callbacks.checkpoint import Checkpointer, UnknownMonitor
+from bcos_train.training.callbacks.metrics import log_now
 from bcos_train.training.module import NonFiniteLoss
 
-from .runs import TINY, assert_same_state, compose, final_state, metric_rows, run_folder
-from .toys import fit, make_data, make_module
+from ..runs import TINY, assert_same_state, compose, final_state, metric_rows, run_folder
+from ..toys import fit, make_data, make_module
 
 ROOT = Path(__file__).parents[2]
 SMALL = (*TINY, "limit_train=16", "limit_val=9")

@@ -10,15 +10,15 @@ import pytest
 import pytorch_lightning as pl
 from rich.console import Console
 
+from bcos_train.runs.interrupt import Interrupted, StopFlag
 from bcos_train.training import progress
-from bcos_train.training.checkpointer import Checkpointer, Checkpointing
-from bcos_train.training.interrupt import Interrupted, StopFlag
-from bcos_train.training.logging import read_metrics
+from bcos_train.training.callbacks.checkpoint import Checkpointer, Checkpointing
+from bcos_train.training.callbacks.metrics import read_metrics
+from bcos_train.training.callbacks.progress import ProgressDisplay, duration
 from bcos_train.training.module import NonFiniteLoss
-from bcos_train.training.progress import ProgressDisplay, duration
 
 from .test_module import SometimesBad
-from .toys import fit, make_data, make_module
+from ..toys import fit, make_data, make_module
 
 
 @pytest.mark.parametrize(

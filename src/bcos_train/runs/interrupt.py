@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-from bcos_train.training.launch import SIGNALS, handling, rank
+from bcos_train.runs.launch import SIGNALS, handling, rank
 
 
 class Interrupted(Exception):

@@ -4,7 +4,7 @@ import argparse
 import re
 from typing import NoReturn
 
-from bcos_train.suggest import suggest
+from bcos_train.utils.suggestions import suggest
 
 __all__ = ["INTERRUPTED", "MISTAKE", "Parser"]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from bcos_train.replacing import replacing
+from bcos_train.utils.atomic import replacing
 
 #: Where rank 0 tells the process that started it its pid and, at the end, its exit code.
 REPORT = "BCOS_TRAIN_REPORT"

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from bcos_train import checkpoint as files
 from bcos_train.run import train
-from bcos_train.training.logging import CsvLogger, read_metrics
+from bcos_train.runs import checkpoint as files
+from bcos_train.training.callbacks.metrics import CsvLogger, read_metrics
 
-from .runs import TINY, compose, metric_rows, run_folder
+from ..runs import TINY, compose, metric_rows, run_folder
 
 SMALL = (*TINY, "limit_train=16", "limit_val=9", "trainer.max_epochs=1")
 

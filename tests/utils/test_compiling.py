@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
 
-from bcos_train.compiling import missing_for_compiling, prepare_to_compile
+from bcos_train.utils.compiling import missing_for_compiling, prepare_to_compile
 
 
 @pytest.mark.parametrize("given", [None, "default", "elsewhere"])

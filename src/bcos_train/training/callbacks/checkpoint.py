@@ -11,13 +11,13 @@ from typing import Any, Literal
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Checkpoint
 
-from bcos_train import checkpoint as files
 from bcos_train.evaluation.store import write_json
-from bcos_train.suggest import join_words, suggest
+from bcos_train.runs import checkpoint as files
+from bcos_train.runs.interrupt import Interrupted, StopFlag
+from bcos_train.runs.launch import SIGNALS
 from bcos_train.training.distributed import is_distributed, largest
-from bcos_train.training.interrupt import Interrupted, StopFlag
-from bcos_train.training.launch import SIGNALS
 from bcos_train.training.module import Classifier
+from bcos_train.utils.suggestions import join_words, suggest
 
 BEST = "best.json"
 

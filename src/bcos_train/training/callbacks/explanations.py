@@ -23,8 +23,8 @@ from bcos_train.evaluation.store import write_json
 from bcos_train.explanation import evaluating, explain, is_explainable
 from bcos_train.metric import GridPointing
 from bcos_train.report import gallery, save_gallery
+from bcos_train.training.callbacks.metrics import log_now
 from bcos_train.training.distributed import is_distributed
-from bcos_train.training.logging import log_now
 from bcos_train.training.module import Batch, Classifier
 
 

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch.optim import Optimizer
 
-from bcos_train.training.logging import CsvLogger, log_now
+from bcos_train.training.callbacks.metrics import CsvLogger, log_now
 from bcos_train.training.module import Batch, Classifier
 
 

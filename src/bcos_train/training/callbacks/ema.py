@@ -8,8 +8,8 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from bcos_train.nn import cached_weights
+from bcos_train.training.callbacks.metrics import log_now
 from bcos_train.training.distributed import broadcast_buffers
-from bcos_train.training.logging import log_now
 from bcos_train.training.module import Batch, Classifier
 from bcos_train.training.score import ClassificationScore
 

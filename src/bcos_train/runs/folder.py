@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bcos_train import checkpoint as files
+from bcos_train.runs import checkpoint as files
 
 CONFIG = "config.yaml"
 SUMMARY = "summary.json"
