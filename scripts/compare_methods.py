@@ -26,9 +26,9 @@ from bcos_train import LoadedClassifier, create_model, load
 from bcos_train.explanation import color_explanation, evaluating, explain, is_explainable
 from bcos_train.explanation.method import CannotExplain, Method, list_methods, make_method
 from bcos_train.report import Panel, Row, map_table, save_gallery
+from bcos_train.runs.layout import RUN_CONFIG
 from bcos_train.utils.command_line import MISTAKE, Parser
 from bcos_train.utils.suggestions import join_words, suggest
-from bcos_train.weights.layout import RUN_CONFIG
 from bcos_train.weights.run_source import class_names_of
 
 DEFAULT_METHODS = ("bcos", "ixg", "gradient", "int_grad", "guided_backprop", "grad_cam")

@@ -218,7 +218,7 @@ def check_settings(settings: Sequence[str], names: Sequence[str], taken: Mapping
     from bcos_train.config import Problem, UserError, check
     from bcos_train.config.composition import Composer
     from bcos_train.config.overrides import check_choices, read_overrides
-    from bcos_train.run import TrainConfig
+    from bcos_train.training.config import TrainConfig
 
     composer = Composer(ROOT / "configs")
     top_level = inspect.signature(TrainConfig).parameters

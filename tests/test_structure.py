@@ -24,10 +24,12 @@ ALLOWED = {
     "nn": set(),
     "explanation": {"nn"},
     "model": {"explanation", "nn"},
-    "weights": {"explanation", "model", "nn"},
+    "runs": set(),
+    "weights": {"explanation", "model", "nn", "runs"},
     "integrations": {"explanation", "model", "nn", "weights"},
     "metric": {"explanation", "nn"},
     "evaluation": {"explanation", "metric", "model", "report", "weights"},
+    "task": {"explanation", "loss", "nn"},
     "loss": set(),
     "optimizer": set(),
     "schedule": set(),
@@ -35,11 +37,12 @@ ALLOWED = {
     "dataset": set(),
     "config": {"model"},
 }
-FOR_ALL = {"bcos_train.utils.compiling", "bcos_train.utils.atomic", "bcos_train.utils.suggestions"}
+FOR_ALL = {f"bcos_train.utils.{name}" for name in ("atomic", "command_line", "compiling", "suggestions")}
 #: Modules that a package may import although the rest of their package is out of reach for it.
 ALLOWED_MODULES = {
     "model": ("bcos_train.augmentation", "bcos_train.dataset.encoding"),
-    "weights": ("bcos_train.runs.checkpoint",),
+    "evaluation": ("bcos_train.runs.layout",),
+    "task": ("bcos_train.dataset.batch",),
 }
 #: Packages that never see Lightning, Hydra or OmegaConf.
 PURE = {
@@ -50,6 +53,8 @@ PURE = {
     "integrations",
     "metric",
     "evaluation",
+    "runs",
+    "task",
     "loss",
     "optimizer",
     "schedule",

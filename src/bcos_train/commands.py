@@ -6,6 +6,7 @@ from typing import Any
 try:
     from bcos_train import run
     from bcos_train.config.cli import entry_point, overridden_keys
+    from bcos_train.training.config import EvaluateConfig, TrainConfig
 except ModuleNotFoundError as error:
     if (error.name or "").startswith("bcos_train"):
         raise
@@ -14,13 +15,13 @@ except ModuleNotFoundError as error:
 __all__ = ["evaluate", "train"]
 
 
-@entry_point(config_name="train", root=run.TrainConfig)
+@entry_point(config_name="train", root=TrainConfig)
 def train(config: dict[str, Any]) -> int:
     """Train a network: ``bcos-train model=resnet50 dataset=imagenet``; ``--help`` lists the groups and keys."""
     return run.train(config)
 
 
-@entry_point(config_name="evaluate", root=run.EvaluateConfig)
+@entry_point(config_name="evaluate", root=EvaluateConfig)
 def evaluate(config: dict[str, Any]) -> int:
     """Evaluate a network: ``bcos-evaluate run=<run folder>`` or ``model=… dataset=… weights=official|<path>``."""
     return run.evaluate(config, overridden_keys())

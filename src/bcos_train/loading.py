@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from bcos_train.explanation import Explanation, explain, is_explainable
 from bcos_train.explanation.method.base import probability_function
 from bcos_train.model.transform import InferenceTransform
+from bcos_train.runs.folder import find_checkpoint
+from bcos_train.runs.layout import CHECKPOINTS, RUN_CONFIG
 from bcos_train.weights.build import build_from_source
-from bcos_train.weights.layout import CHECKPOINTS, RUN_CONFIG
 from bcos_train.weights.model_options import check_options
 from bcos_train.weights.source import WeightsSource, read_weights_source
 
@@ -241,9 +242,6 @@ def load(
 
 
 def _find_checkpoint(folder: Path, which: str) -> Path:
-    # Imported here: it needs Lightning, which users without runs need not have.
-    from bcos_train.training.callbacks.checkpoint import find_checkpoint
-
     if not (folder / RUN_CONFIG).is_file():
         raise ValueError(f"checkpoint={which} needs a run folder, and {folder} has no {RUN_CONFIG}")
     return find_checkpoint(folder / CHECKPOINTS, which)

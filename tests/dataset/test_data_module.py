@@ -120,7 +120,7 @@ def test_numbers() -> None:
     assert (module.num_train, module.num_val, module.num_classes) == (1438, 359, 10)
     assert module.class_names[9] == "9"
     assert module.steps_per_epoch == len(module.train_dataloader()) == 23
-    assert sum(len(labels) for _, labels, _ in module.val_dataloader()) == 359
+    assert sum(len(labels) for _, labels, *_ in module.val_dataloader()) == 359
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_limits_are_the_same_in_every_run() -> None:
     assert _same(_batches(first.val_dataloader()), _batches(second.val_dataloader()))
     assert _module(limit_val=10_000).num_val == 359
     # A fair sample, not the head of the data set.
-    assert len({label for _, labels, _ in first.val_dataloader() for label in labels.tolist()}) == 10
+    assert len({label for _, labels, *_ in first.val_dataloader() for label in labels.tolist()}) == 10
 
 
 def test_training_samples_by_their_indices() -> None:
@@ -207,7 +207,7 @@ def test_many_validation_samples_are_not_loaded_in_the_main_process() -> None:
 def test_indices_name_the_samples() -> None:
     module = _module(train_transform=plain(), limit_train=None)
     train = Digits(size=8).train()
-    images, labels, indices = next(iter(module.train_dataloader()))
+    images, labels, indices, *_ = next(iter(module.train_dataloader()))
     for image, label, index in zip(images, labels.tolist(), indices.tolist(), strict=True):
         assert torch.equal(image, plain()(train[index][0]))
         assert label == train[index][1]
@@ -250,7 +250,7 @@ def test_lightning_sets_the_epoch() -> None:
     expected = []
     for epoch in range(2):
         _set_sampler_epoch(loader, epoch)
-        expected += [(epoch, labels.tolist()) for _, labels, _ in loader]
+        expected += [(epoch, labels.tolist()) for _, labels, *_ in loader]
     assert probe.seen == expected
     assert probe.validated == 100
 
@@ -261,10 +261,10 @@ def test_processes_share_the_samples(world_size: int, monkeypatch: pytest.Monkey
     for rank in range(world_size):
         monkeypatch.setattr(DataModule, "_place", lambda self, rank=rank: (world_size, rank))
         module = _module(train_transform=plain())
-        parts.append([labels for _, labels, _ in module.train_dataloader()])
+        parts.append([labels for _, labels, *_ in module.train_dataloader()])
         loader = module.val_dataloader()
         assert loader.batch_sampler.batch_size == 64 // world_size
-        validated += [labels for _, labels, _ in loader]
+        validated += [labels for _, labels, *_ in loader]
     assert {len(part) for part in parts} == {4}
     assert sum(len(labels) for part in parts for labels in part) == 200
     assert sum(map(len, validated)) == 50

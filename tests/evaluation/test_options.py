@@ -12,7 +12,7 @@ from bcos_train.evaluation import ExplanationOptions
 from bcos_train.evaluation.options import METRICS, MethodName
 from bcos_train.evaluation.scoring import HIGHER_IS_BETTER, SCORERS
 from bcos_train.explanation.method import METHODS
-from bcos_train.run import EvaluateConfig
+from bcos_train.training.config import EvaluateConfig
 
 from .toys import make_options
 

@@ -18,7 +18,7 @@ from bcos_train.config.composition import Composer
 from bcos_train.model import BcosVGG
 from bcos_train.model.grad_checkpointing import CheckpointedBlocks
 from bcos_train.nn import BatchNormUncentered2d, BcosConv2d, set_backend
-from bcos_train.run import TrainConfig
+from bcos_train.training.config import TrainConfig
 
 
 class ThinVGG(BcosVGG):

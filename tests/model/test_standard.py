@@ -18,7 +18,7 @@ from bcos_train import create_model, list_models
 from bcos_train.config import check
 from bcos_train.config.composition import Composer
 from bcos_train.model import model_signature
-from bcos_train.run import TrainConfig
+from bcos_train.training.config import TrainConfig
 
 NAMES = [
     *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),

@@ -15,7 +15,7 @@ from bcos_train.config.composition import Composer
 from bcos_train.dataset import BcosEncoding, Standardize
 from bcos_train.dataset.encoding import IMAGENET_MEAN, IMAGENET_STD
 from bcos_train.model import timm_model
-from bcos_train.run import TrainConfig
+from bcos_train.training.config import TrainConfig
 
 COMPOSER = Composer(Path(__file__).parents[2] / "configs")
 

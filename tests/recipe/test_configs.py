@@ -19,7 +19,7 @@ from bcos_train.config import UserError, check, instantiate
 from bcos_train.config.composition import Composer
 from bcos_train.model.preprocessing import Preprocessing
 from bcos_train.model.registry import model_signature
-from bcos_train.run import EvaluateConfig, TrainConfig
+from bcos_train.training.config import EvaluateConfig, TrainConfig
 
 GROUPS = [group for group in COMPOSER.groups if not group.startswith(("hydra", "recipe/"))]
 CHOICES = [

@@ -14,7 +14,7 @@ from bcos_train.config.model_choices import model_choices
 from bcos_train.config.signature import keyword_parameters
 from bcos_train.config.targets import resolve
 from bcos_train.model.registry import model_signature
-from bcos_train.run import EvaluateConfig, TrainConfig
+from bcos_train.training.config import EvaluateConfig, TrainConfig
 
 GROUPS = [group for group in COMPOSER.groups if not group.startswith(("hydra", "recipe", "model"))]
 CHOICES = [(group, choice) for group in GROUPS for choice in COMPOSER.choices(group)]

@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from bcos_train.runs.layout import LAST
 from bcos_train.runs import checkpoint as files
 from bcos_train.config import UserError
 from bcos_train.run import train
-from bcos_train.runs.folder import find_run_folder, locked, run_hash
+from bcos_train.runs.folder import find_run_folder
+from bcos_train.runs.hash import run_hash
+from bcos_train.runs.lock import locked
 
 from training.runs import TINY, compose, run_folder, signal_at
 
@@ -112,12 +115,12 @@ def test_new_folders_are_counted(tmp_path: Path) -> None:
 
 
 def test_what_is_found_in_a_folder(tmp_path: Path) -> None:
-    files.save({"n": 1}, tmp_path / "checkpoints" / files.LAST)
-    files.save({"n": 2}, tmp_path / "checkpoints" / files.LAST)
+    files.save({"n": 1}, tmp_path / "checkpoints" / LAST)
+    files.save({"n": 2}, tmp_path / "checkpoints" / LAST)
     folder = find_run_folder(tmp_path, resume=True)
-    assert folder.resume_from == folder.checkpoints / files.LAST
+    assert folder.resume_from == folder.checkpoints / LAST
     assert not folder.finished
-    (tmp_path / "checkpoints" / files.LAST).write_bytes(b"")
+    (tmp_path / "checkpoints" / LAST).write_bytes(b"")
     (tmp_path / "summary.json").write_text("{}")
     folder = find_run_folder(tmp_path, resume=True)
     assert folder.resume_from == folder.checkpoints / files.PREVIOUS

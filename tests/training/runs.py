@@ -11,6 +11,7 @@ import torch
 
 from bcos_train.config.composition import Composer
 from bcos_train.runs import checkpoint as files
+from bcos_train.runs.layout import LAST
 from bcos_train.training import Classifier
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -59,7 +60,7 @@ def metric_rows(folder: Path) -> list[dict[str, str]]:
 
 
 def final_state(folder: Path) -> dict[str, Any]:
-    return files.load(folder / "checkpoints" / files.LAST)
+    return files.load(folder / "checkpoints" / LAST)
 
 
 def assert_same_state(a: Any, b: Any, path: str = "") -> None:

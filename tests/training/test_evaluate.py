@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from bcos_train.config import UserError
 from bcos_train.run import evaluate, train
 from bcos_train.runs import checkpoint as files
+from bcos_train.runs.layout import LAST
 from bcos_train.training.callbacks.metrics import read_metrics
 
 from .runs import TINY, compose, run_folder
@@ -132,7 +133,7 @@ def test_weights_files(kind: str, run: Path, tmp_path: Path) -> None:
     if kind == "safetensors":
         shutil.copy(run / "model.safetensors", path)
     elif kind == "ckpt":
-        path = run / "checkpoints" / files.LAST
+        path = run / "checkpoints" / LAST
     else:
         state = load_file(run / "model.safetensors")
         torch.save({"state_dict": state, "epoch": 3} if "in" in kind else state, path)
@@ -176,7 +177,7 @@ def test_checkpoints_that_are_not_there(tmp_path: Path, plain_run: Path) -> None
     assert mistake(tmp_path, run=plain_run, checkpoint="bset").startswith("checkpoint=bset: no such file")
     folder = tmp_path / "run"
     shutil.copytree(plain_run, folder)
-    (folder / "checkpoints" / files.LAST).write_bytes(b"x")
+    (folder / "checkpoints" / LAST).write_bytes(b"x")
     assert "is damaged" in mistake(tmp_path, run=folder, checkpoint="last")
     shutil.rmtree(folder / "checkpoints")
     assert "no best checkpoint" in mistake(tmp_path, run=folder)

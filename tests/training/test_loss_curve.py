@@ -57,7 +57,7 @@ def batches(data: DataModule) -> Iterator[tuple[Tensor, Tensor]]:
     loader = data.train_dataloader()
     for epoch in range(2):
         loader.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
-        for images, labels, _ in loader:
+        for images, labels, *_ in loader:
             x = images / 255
             yield torch.cat([x, 1 - x], dim=1), labels
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from bcos_train.config import UserError
 from bcos_train.run import train
-from bcos_train.runs.folder import run_hash
+from bcos_train.runs.hash import run_hash
 
 from .runs import TINY, compose, final_state, run_folder, signal_at
 

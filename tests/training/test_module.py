@@ -1,6 +1,5 @@
 """One step of training and validation, compared with the same step written out."""
 
-import contextlib
 import csv
 import itertools
 import math
@@ -18,7 +17,6 @@ from torch import Tensor, nn
 from bcos_train.augmentation import BatchMix
 from bcos_train.config import UserError
 from bcos_train.dataset.data_module import DataModule
-from bcos_train.dataset.randomness import step_seed
 from bcos_train.loss import BinaryCrossEntropy, CrossEntropy
 from bcos_train.optimizer import adaptive_clip_grad_
 from bcos_train.run import train
@@ -29,7 +27,6 @@ from bcos_train.schedule import Cosine, Schedule, Step
 from bcos_train.training import Checkpointing, Classifier, NonFiniteLoss
 from bcos_train.training.callbacks.checkpoint import Checkpointer
 from bcos_train.training.callbacks.metrics import read_metrics
-from bcos_train.training.module import _seed
 
 from .runs import TINY, compose, run_folder
 from .toys import RandomSource, TinyNet, fit, make_data, make_module, make_trainer
@@ -42,7 +39,7 @@ def batches(data: DataModule, epochs: int = 2) -> Iterator[tuple[Tensor, Tensor]
     loader = data.train_dataloader()
     for epoch in range(epochs):
         loader.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
-        for images, labels, _ in loader:
+        for images, labels, *_ in loader:
             x = images / 255
             yield torch.cat([x, 1 - x], 1), labels
 
@@ -92,7 +89,7 @@ def test_no_step_is_taken_with_a_bad_loss(value: float, accumulate: int, tmp_pat
 def test_culprits_are_named(tmp_path: Path) -> None:
     """The samples whose logits aren't finite; all of the batch if the logits are fine."""
     data = make_data()
-    (_, _, indices) = next(iter(data.train_dataloader()))
+    indices = next(iter(data.train_dataloader())).indices
 
     class Overflowing(TinyNet):
         def forward(self, x: Tensor) -> Tensor:
@@ -270,7 +267,7 @@ def test_channels_last(tmp_path: Path) -> None:
 def test_step_uses_channels_last_throughout() -> None:
     data = make_data()
     module = make_module(data, channels_last=True)
-    images, _, _ = next(iter(data.train_dataloader()))
+    images = next(iter(data.train_dataloader())).images
     assert module.encode(images).is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(module(images), make_module(data)(images))
 
@@ -368,65 +365,3 @@ def test_checkpoint_holds_the_model_under_its_name(tmp_path: Path) -> None:
     for key, value in module.model.state_dict().items():
         assert torch.equal(content["model"][key], value)
     assert isinstance(module, Classifier)
-
-
-# ---- validation and seeds
-
-
-class Evaluated(TinyNet):
-    """Notes under what conditions it computes; fails in validation if asked to."""
-
-    def __init__(self, fails: bool = False) -> None:
-        super().__init__()
-        self.fails, self.seen = fails, []  # type: ignore[var-annotated]
-
-    def forward(self, x: Tensor) -> Tensor:
-        frozen = self.conv.linear.frozen
-        self.seen.append((self.training, torch.backends.cudnn.allow_tf32, None if frozen is None else id(frozen)))
-        if self.fails and not self.training:
-            raise ZeroDivisionError
-        return super().forward(x)
-
-
-@pytest.mark.parametrize("fails", [False, True])
-def test_validation_caches_weights_once_an_epoch_and_never_uses_tf32(fails: bool, tmp_path: Path) -> None:
-    before = torch.backends.cudnn.allow_tf32
-    assert before
-    data, model = make_data(), Evaluated(fails)
-    with pytest.raises(ZeroDivisionError) if fails else contextlib.nullcontext():
-        fit(tmp_path, data=data, module=make_module(data, model))
-    assert torch.backends.cudnn.allow_tf32 == before
-    assert model.conv.linear.frozen is None
-    for training, tf32, frozen in model.seen:
-        assert tf32 == training
-        assert (frozen is None) == training
-    frozen = [frozen for training, _, frozen in model.seen if not training]
-    assert len(frozen) == (1 if fails else 4)
-    if not fails:
-        assert frozen[0] == frozen[1]
-        assert frozen[2] == frozen[3]
-
-
-def test_steps_are_seeded_as_by_torch(tmp_path: Path) -> None:
-    data, drawn = make_data(), []
-
-    class Random(TinyNet):
-        def forward(self, x: Tensor) -> Tensor:
-            if self.training:
-                drawn.append(torch.rand(3))
-            return super().forward(x)
-
-    module = make_module(data, Random(), seed=5)
-    fit(tmp_path, data=data, module=module)
-    for step, values in enumerate(drawn):
-        torch.manual_seed(step_seed(5, step, 0))
-        assert torch.equal(values, torch.rand(3))
-
-
-def test_other_devices_are_not_seeded(monkeypatch: pytest.MonkeyPatch) -> None:
-    seeded: list[tuple[str, int]] = []
-    monkeypatch.setattr(torch.cuda, "manual_seed", lambda seed: seeded.append(("cuda", seed)))
-    monkeypatch.setattr(torch.mps, "manual_seed", lambda seed: seeded.append(("mps", seed)))
-    for device, expected in (("cpu", []), ("cuda", [("cuda", 7)])):
-        _seed(7, torch.device(device))
-        assert seeded == expected

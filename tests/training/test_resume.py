@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from bcos_train.run import train
-from bcos_train.runs import checkpoint as files
+from bcos_train.runs.layout import LAST
 
 from .runs import TINY, assert_same_state, compose, final_state, metric_rows, run_folder, signal_at
 
@@ -79,7 +79,7 @@ def test_damaged_checkpoint_is_passed_over(
         with monkeypatch.context() as patch:
             signal_at(patch, batch)
             train(config)
-    last = run_folder(tmp_path) / "checkpoints" / files.LAST
+    last = run_folder(tmp_path) / "checkpoints" / LAST
     content = bytearray(last.read_bytes())
     content[len(content) // 2] ^= 1
     last.write_bytes(content)

@@ -17,6 +17,7 @@ from bcos_train.dataset.data_module import DataModule
 from bcos_train.loss import BinaryCrossEntropy
 from bcos_train.nn import BcosConv2d, make_norm
 from bcos_train.schedule import Constant, Schedule
+from bcos_train.task import Classification
 from bcos_train.training import Classifier, TrainerOptions
 from bcos_train.training.build import build_trainer
 from bcos_train.training.callbacks.metrics import CsvLogger
@@ -91,7 +92,8 @@ def make_module(
     if model is None:
         torch.manual_seed(0)
         model = TinyNet(data.num_classes)
-    options = {"loss": BinaryCrossEntropy(), "eval_loss": BinaryCrossEntropy(), "log_every_n_steps": 1, **options}
+    loss = options.pop("loss", BinaryCrossEntropy())
+    options = {"task": Classification(loss), "eval_loss": BinaryCrossEntropy(), "log_every_n_steps": 1, **options}
     return Classifier(
         model,
         optimizer=partial(torch.optim.Adam, lr=lr) if optimizer is None else optimizer,
@@ -121,7 +123,7 @@ def fit(
     resume_from: Path | None = None,
     **options: Any,
 ) -> Classifier:
-    """Train the toy, or go on with it; returns the module."""
+    """Train the toy, or resume it, and return the module."""
     data = make_data() if data is None else data
     module = make_module(data, epochs=epochs) if module is None else module
     trainer = make_trainer(folder, *callbacks, epochs=epochs, **options)

@@ -10,7 +10,8 @@ from training.runs import compose, run_folder
 
 from bcos_train import create_model
 from bcos_train.config import UserError, check
-from bcos_train.run import EvaluateConfig, TrainConfig, evaluate, train
+from bcos_train.run import evaluate, train
+from bcos_train.training.config import EvaluateConfig, TrainConfig
 from bcos_train.weights.files import read_weights
 
 from .release import Release, as_file, publish, state_of

@@ -195,8 +195,8 @@ class DataModule(pl.LightningDataModule):
     def train_samples(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Training samples by their indices, augmented alike at each call: uint8 (n,3,H,W) and labels (n,)."""
         part = SeededDataset(self._train_part(), self.train_transform)
-        images, labels, _ = Collate("augmentation.train")(part.__getitems__([(index, index) for index in indices]))
-        return images, labels
+        batch = Collate("augmentation.train")(part.__getitems__([(index, index) for index in indices]))
+        return batch.images, batch.labels
 
     def val_samples(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Validation samples by their indices: uint8 (n,3,H,W) and labels (n,).
@@ -214,11 +214,11 @@ class DataModule(pl.LightningDataModule):
             share = -(-len(indices) // self.num_workers)
             pieces = [list(indices[i : i + share]) for i in range(0, len(indices), share)]
             with sampler.requested(pieces):
-                samples = [sample for piece in self._val_loader for sample in zip(*piece, strict=True)]
+                samples = [sample for piece in self._val_loader for sample in zip(*piece[:3], strict=True)]
         else:
             samples = SeededDataset(self._val_part(), self.eval_transform).__getitems__(list(indices))
-        images, labels, _ = collate(samples)
-        return images, labels
+        batch = collate(samples)
+        return batch.images, batch.labels
 
     def _train_part(self) -> ImageDataset:
         if self._train is None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from bcos_train.dataset.batch import Batch
 from bcos_train.dataset.device_transform import DeviceTransform, NotCacheable
 from bcos_train.dataset.sampler import EvalBatchSampler, SampleKey, TrainBatchSampler
 from bcos_train.dataset.seeded import UnevenImages
@@ -126,13 +127,13 @@ class DeviceLoader:
     def __len__(self) -> int:
         return len(self.batch_sampler)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[Batch]:
         batches: Iterator[list[Any]] = iter(self.batch_sampler)
         while several := list(islice(batches, _BATCHES_AT_ONCE)):
             table = self._table([key for batch in several for key in batch])
             for part in table.split([len(batch) for batch in several]):
                 index = part[:, 0]
-                yield self._images(index, part[:, 1:]), self.cache.labels[index], index
+                yield Batch(self._images(index, part[:, 1:]), self.cache.labels[index], index)
 
     def _table(self, keys: Sequence[int | SampleKey]) -> Tensor:
         """Indices, and windows with a transform, on the device: int64 (N, 1 or 4)."""

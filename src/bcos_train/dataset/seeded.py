@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from bcos_train.dataset.batch import Batch
 from bcos_train.dataset.randomness import isolated_rng, seed_generators
 from bcos_train.dataset.sampler import SampleKey
 
@@ -62,7 +63,7 @@ class UnevenImages(ValueError):
 
 
 class Collate:
-    """A list of samples -> images uint8 (N,3,H,W), labels int64 (N,), indices in the data set int64 (N,).
+    """Collate a list of samples into a :class:`Batch`.
 
     Args:
         transform_key: what to name in the error if the images differ in size.
@@ -74,7 +75,7 @@ class Collate:
     def __init__(self, transform_key: str) -> None:
         self.transform_key = transform_key
 
-    def __call__(self, samples: Sequence[tuple[Tensor, int, int]]) -> tuple[Tensor, Tensor, Tensor]:
+    def __call__(self, samples: Sequence[tuple[Tensor, int, int]]) -> Batch:
         images, labels, indices = zip(*samples, strict=True)
         sizes = sorted({(image.shape[1], image.shape[2]) for image in images})
         if len(sizes) > 1:
@@ -83,4 +84,6 @@ class Collate:
                 f"the images of a batch differ in size ({h0}×{w0} and {h1}×{w1}): {self.transform_key} must bring "
                 f"all to one size, as augmentation=imagenet does by a resize and a crop"
             )
-        return torch.stack(images), torch.tensor(labels, dtype=torch.int64), torch.tensor(indices, dtype=torch.int64)
+        return Batch(
+            torch.stack(images), torch.tensor(labels, dtype=torch.int64), torch.tensor(indices, dtype=torch.int64)
+        )

@@ -14,10 +14,10 @@ import torch
 
 from bcos_train.model import create_model
 from bcos_train.report.zoo_table import N_VAL, Row, model_cost, published_row, to_csv, to_json, to_markdown
+from bcos_train.runs.layout import EVALUATION, RUN_CONFIG, SUMMARY
 from bcos_train.utils.atomic import replacing
 from bcos_train.weights.download import WeightsError, download_official
 from bcos_train.weights.files import file_sha256, save_weights
-from bcos_train.weights.layout import EVALUATION, RUN_CONFIG, SUMMARY
 from bcos_train.weights.records import RECORDS
 from bcos_train.weights.source import read_export_config
 

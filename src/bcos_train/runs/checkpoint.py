@@ -21,9 +21,8 @@ from typing import Any, BinaryIO
 
 import torch
 
-LAST = "last.ckpt"
-PREVIOUS = "previous.ckpt"
-SUFFIX = ".ckpt"
+from bcos_train.runs.layout import CHECKPOINT_SUFFIX, LAST, PREVIOUS
+
 
 # Exactly these: a subclass, as numpy's float64 is of float, is saved as an object, and that can't be loaded.
 _SCALARS = (type(None), str, int, float, bool, torch.Tensor, torch.nn.Parameter)
@@ -93,7 +92,7 @@ def verify(path: Path) -> None:
 def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint in ``folder`` that passes the check, and what was wrong with those passed over."""
     complaints = []
-    for path in sorted(folder.glob(f"*{SUFFIX}"), key=_age):
+    for path in sorted(folder.glob(f"*{CHECKPOINT_SUFFIX}"), key=_age):
         try:
             verify(path)
         except DamagedCheckpoint as error:

@@ -1,6 +1,6 @@
 """Training: the LightningModule, its callbacks, checkpoints and the run folder."""
 
-from bcos_train.training.callbacks.checkpoint import Checkpointing, find_checkpoint
+from bcos_train.training.callbacks.checkpoint import Checkpointing
 from bcos_train.training.callbacks.ema import Ema
 from bcos_train.training.loggers import tensorboard_logger, wandb_logger
 from bcos_train.training.module import Classifier, NonFiniteLoss
@@ -12,7 +12,6 @@ __all__ = [
     "Ema",
     "NonFiniteLoss",
     "TrainerOptions",
-    "find_checkpoint",
     "tensorboard_logger",
     "wandb_logger",
 ]

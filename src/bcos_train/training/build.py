@@ -1,4 +1,4 @@
-"""The model of a run, Lightning's trainer as this project uses it, and the words with which a run begins."""
+"""Build the parts of a run: Lightning's trainer as this project uses it, data, model, module, loggers, callbacks."""
 
 import inspect
 import os
@@ -7,6 +7,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.loggers import Logger
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.strategies import DDPStrategy, Strategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
@@ -14,14 +15,24 @@ from rich.console import Console
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from bcos_train.augmentation import BatchMix
 from bcos_train.config import UserError, user_errors_at
 from bcos_train.dataset.data_module import DataModule
 from bcos_train.explanation import allow_tf32
-from bcos_train.nn import RunningNorm2d, sync_batch_norm_
+from bcos_train.nn import sync_batch_norm_
+from bcos_train.optimizer import prefer_fused
 from bcos_train.runs.folder import RunFolder
+from bcos_train.runs.interrupt import StopFlag
+from bcos_train.runs.layout import EXPLANATIONS
+from bcos_train.task import Classification, Task
+from bcos_train.training.callbacks.checkpoint import Checkpointer
+from bcos_train.training.callbacks.ema import EmaCallback, ema_decay
+from bcos_train.training.callbacks.explanations import ExplanationCallback
+from bcos_train.training.callbacks.progress import ProgressDisplay, TrainingLog
 from bcos_train.training.checkpoint_io import VerifiedCheckpointIO
-from bcos_train.training.module import EndEvaluation
-from bcos_train.training.options import BatchSplit, TrainerOptions
+from bcos_train.training.config import CommonConfig, TrainConfig
+from bcos_train.training.module import Classifier, EndEvaluation
+from bcos_train.training.options import BatchSplit, TrainerOptions, default_workers
 
 #: torch 2.15 renamed DDP's switch for broadcasting buffers at each forward pass.
 _BUFFERS = next(
@@ -97,84 +108,112 @@ def _make_trainer(
     )
 
 
-def build_model(parts: Any, data: DataModule) -> nn.Module:
-    """The model with random weights; the seed's first use, as in the official code.
-
-    Args:
-        parts: A :class:`bcos_train.run.TrainConfig`.
+def build_model(settings: CommonConfig, data: DataModule) -> nn.Module:
+    """Build the model with random weights; the first use of the seed, as in the official code.
 
     Raises:
         UserError: The model can't be built so, or doesn't go with the data set or the encoding.
     """
-    pl.seed_everything(parts.seed, verbose=False)
+    pl.seed_everything(settings.seed, verbose=False)
     with user_errors_at("model"):
-        model: nn.Module = parts.model(num_classes=choose_num_classes(parts, data))
-    channels = getattr(model, "in_chans", parts.encoding.in_channels)
-    if channels != parts.encoding.in_channels:
-        given = {3: "3 channels, r g b", 6: "6 channels, r g b 1-r 1-g 1-b"}[parts.encoding.in_channels]
+        model: nn.Module = settings.model(num_classes=choose_num_classes(settings, data))
+    channels = getattr(model, "in_chans", settings.encoding.in_channels)
+    if channels != settings.encoding.in_channels:
+        given = {3: "3 channels, r g b", 6: "6 channels, r g b 1-r 1-g 1-b"}[settings.encoding.in_channels]
         raise UserError(f"model.in_chans={channels}: the encoding of this model's images gives {given}")
-    if parts.trainer.sync_batchnorm and parts.trainer.world_size > 1:
+    if settings.trainer.sync_batchnorm and settings.trainer.world_size > 1:
         sync_batch_norm_(model)
-    if parts.trainer.uses_channels_last:
+    if settings.trainer.uses_channels_last:
         model = model.to(memory_format=torch.channels_last)
     return model
 
 
-def choose_num_classes(parts: Any, data: DataModule) -> int:
-    """The model's number of classes: the data set's, or more if the config says so.
+def choose_num_classes(settings: CommonConfig, data: DataModule) -> int:
+    """Return the model's number of classes: the data set's, or more if the config says so.
 
     Raises:
         UserError: It says fewer.
     """
-    given: int | None = getattr(parts.model, "keywords", {}).get("num_classes")
-    if given is not None and given < data.num_classes:
-        raise UserError(f"model.num_classes={given}: {data.dataset.name} has {data.num_classes} classes")
-    return data.num_classes if given is None else given
+    num_classes: int | None = getattr(settings.model, "keywords", {}).get("num_classes")
+    if num_classes is not None and num_classes < data.num_classes:
+        raise UserError(f"model.num_classes={num_classes}: {data.dataset.name} has {data.num_classes} classes")
+    return data.num_classes if num_classes is None else num_classes
 
 
-def print_banner(
-    console: Console,
-    parts: Any,
-    model_name: str,
-    model: nn.Module,
-    data: DataModule,
-    split: BatchSplit,
-    folder: RunFolder,
-    compilation: str | None = None,
-) -> None:
-    """What is about to run, a line each.
-
-    Args:
-        parts: A :class:`bcos_train.run.TrainConfig`.
-        compilation: How the model is compiled for training, if it is.
-    """
-    options: TrainerOptions = parts.trainer
-    parameters = sum(p.numel() for p in model.parameters())
-    steps = data.steps_per_epoch
-    keywords = getattr(parts.optimizer, "keywords", {})
-    name = keywords.get("name", getattr(getattr(parts.optimizer, "func", None), "__name__", "optimizer"))
-    state = "new" if folder.resume_from is None else f"resumes from {folder.resume_from}"
-    lines = {
-        "model": f"{model_name}, {parameters:,} parameters",
-        "data": f"{data.dataset.name}: {data.num_train:,} training and {data.num_val:,} validation images, "
-        f"{data.num_classes} classes",
-        "batch": f"{split}{_statistics(model, split, options)}",
-        "length": f"{options.max_epochs} epochs x {steps:,} steps = {options.max_epochs * steps:,} optimizer steps",
-        "optimizer": f"{name}, learning rate {keywords.get('lr', '?')}",
-        "device": f"{options.world_size} x {'cuda' if options.uses_cuda else 'cpu'}, precision {options.precision}, "
-        f"seed {parts.seed}",
-        "compile": f"{compilation}: the first step takes a while, up to minutes (trainer.compile=false starts at once)",
-        "folder": str(folder.path),
-        "state": state,
-    }
-    if compilation is None:
-        del lines["compile"]
-    for key, text in lines.items():
-        console.print(f"{key:>10}  {text}", highlight=False, markup=False, soft_wrap=True)
+def load_data(settings: CommonConfig, split: BatchSplit, trainer: pl.Trainer, stage: str = "fit") -> DataModule:
+    """Build the data module and read the index of the data set, on one process of each node first."""
+    with user_errors_at("dataset"):
+        data = DataModule(
+            settings.dataset,
+            train_transform=settings.augmentation.train,
+            eval_transform=settings.augmentation.eval,
+            batch_size=split.batch,
+            num_workers=default_workers() if settings.num_workers is None else settings.num_workers,
+            seed=settings.seed,
+            repetitions=settings.augmentation.repetitions,
+            accumulate=split.accumulate,
+            pin_memory=settings.trainer.uses_cuda,
+            limit_train=settings.limit_train,
+            limit_val=settings.limit_val,
+        )
+        if trainer.local_rank == 0:
+            data.prepare_data()
+        trainer.strategy.barrier("prepare_data")
+        data.setup(stage)
+    return data
 
 
-def _statistics(model: nn.Module, split: BatchSplit, options: TrainerOptions) -> str:
-    if not any(isinstance(m, RunningNorm2d | nn.BatchNorm2d) for m in model.modules()):
-        return ""
-    images = split.per_device * (split.world if options.sync_batchnorm else 1)
-    return f"; batch statistics over {images} images"
+def build_task(settings: TrainConfig) -> Task:
+    """Build what a training step optimizes."""
+    return Classification(settings.loss)
+
+
+def build_module(settings: TrainConfig, model: nn.Module, data: DataModule, compiled: bool) -> Classifier:
+    """Build the module that trains ``model``."""
+    augmentation, options = settings.augmentation, settings.trainer
+    with user_errors_at("augmentation"):
+        mix = BatchMix(choose_num_classes(settings, data), augmentation.mixup_alpha, augmentation.cutmix_alpha)
+    return Classifier(
+        model,
+        encoding=settings.encoding,
+        eval_loss=settings.eval_loss,
+        task=build_task(settings),
+        # The scaler of 16 bits and clipping need the gradients as they are.
+        optimizer=settings.optimizer if str(options.precision) == "16" else prefer_fused(settings.optimizer),
+        schedule=settings.schedule,
+        steps_per_epoch=data.steps_per_epoch,
+        mix=mix,
+        gradient_clip_val=options.gradient_clip_val,
+        gradient_clip_algorithm=options.gradient_clip_algorithm,
+        channels_last=options.uses_channels_last,
+        compiled=compiled,
+        log_every_n_steps=options.log_every_n_steps,
+        seed=settings.seed,
+    )
+
+
+def build_loggers(settings: TrainConfig, folder: RunFolder) -> list[Logger]:
+    """Build the loggers beside the CSV file."""
+    try:
+        return [make(folder=folder.path, run_id=folder.name) for make in (settings.logger or {}).values()]
+    except ModuleNotFoundError as error:
+        raise UserError(f"logger: {' '.join(str(error).split())}") from error
+
+
+def build_callbacks(
+    settings: TrainConfig, data: DataModule, title: str, folder: RunFolder, console: Console, stop: StopFlag
+) -> list[pl.Callback]:
+    """Build the callbacks, in the order in which their hooks run: measure, average, explain, show, save."""
+    callbacks: list[pl.Callback] = [TrainingLog()]
+    if settings.ema is not None:
+        every, epochs = settings.ema.every_n_steps, settings.trainer.max_epochs
+        warmup_steps = round(settings.schedule.warmup(data.steps_per_epoch) * data.steps_per_epoch)
+        callbacks.append(
+            EmaCallback(ema_decay(settings.ema.decay, data.batch_size, every, epochs), every, warmup_steps)
+        )
+    if settings.explanation is not None:
+        callback = ExplanationCallback(settings.explanation, folder.path / EXPLANATIONS, title)
+        callbacks.append(callback)
+    if settings.trainer.progress:
+        callbacks.append(ProgressDisplay(console))
+    return [*callbacks, Checkpointer(folder.checkpoints, settings.checkpointing, stop)]

@@ -15,6 +15,7 @@ from bcos_train.evaluation.store import write_json
 from bcos_train.explanation import evaluating, is_explainable
 from bcos_train.report import save_gallery
 from bcos_train.runs.folder import SUMMARY, RunFolder
+from bcos_train.runs.layout import EMA_WEIGHTS, WEIGHTS
 from bcos_train.training.callbacks.checkpoint import Checkpointer
 from bcos_train.training.callbacks.ema import EmaCallback
 from bcos_train.training.callbacks.explanations import draw_gallery
@@ -22,7 +23,6 @@ from bcos_train.training.callbacks.metrics import METRICS, read_metrics
 from bcos_train.training.callbacks.progress import duration
 from bcos_train.training.module import Classifier
 from bcos_train.weights.files import save_weights
-from bcos_train.weights.layout import EMA_WEIGHTS, WEIGHTS
 
 
 def finish(

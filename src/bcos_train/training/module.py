@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
@@ -12,19 +12,18 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.utilities.distributed import gather_all_tensors
 
+from bcos_train.dataset.batch import Batch
 from bcos_train.dataset.encoding import BcosEncoding, Standardize, to_float
 from bcos_train.dataset.randomness import step_seed
 from bcos_train.explanation import without_tf32
 from bcos_train.nn import cached_weights
 from bcos_train.optimizer import adaptive_clip_grad_
 from bcos_train.schedule import Schedule
+from bcos_train.task import Task
 from bcos_train.training.callbacks.metrics import log_now
 from bcos_train.training.compilation import CompiledNetwork
 from bcos_train.training.distributed import broadcast_buffers, is_distributed, largest, mean_and_votes
 from bcos_train.training.score import ClassificationScore
-
-#: images (N, 3, H, W) uint8 RGB, labels (N,) int64, indices (N,) int64 of the samples in the data set
-Batch = tuple[Tensor, Tensor, Tensor]
 
 
 class NonFiniteLoss(RuntimeError):
@@ -35,32 +34,33 @@ class NonFiniteLoss(RuntimeError):
 
 
 class Classifier(pl.LightningModule):
-    """Trains ``model`` on uint8 RGB batches.
+    """Train and validate ``model`` on uint8 RGB batches.
 
     Args:
         model: ``(N, C, H, W) -> (N, K)``.
-        loss, eval_loss: ``(logits, target) -> scalar``.
+        encoding: RGB in [0, 1] -> model input, on the device.
+        eval_loss: ``(logits, target) -> scalar``; its ``probabilities`` convert logits to confidences.
+        task: What a training step optimizes; ``None``, as all that follows, for a module that only validates.
         optimizer: ``parameters -> Optimizer``.
         schedule: Learning rate over the optimizer steps.
         steps_per_epoch: Optimizer steps in an epoch.
-        encoding: RGB in [0, 1] -> model input, on the device.
         mix: MixUp/CutMix on float RGB.
         gradient_clip_val, gradient_clip_algorithm: ``"agc"`` with its clip factor, or ``"norm"``/``"value"``.
         channels_last: Memory format of the input.
         compiled: Compile the model for training steps; see :class:`~bcos_train.training.compilation.CompiledNetwork`.
-        seed: Dropout, stochastic depth and mixing of a step draw from f(seed, step, rank).
+        seed: Seeds dropout, stochastic depth and mixing: a step draws from f(seed, step, rank).
     """
 
     def __init__(
         self,
         model: nn.Module,
         *,
-        loss: nn.Module,
-        eval_loss: nn.Module,
-        optimizer: Callable[[Iterable[Tensor]], Optimizer],
-        schedule: Schedule,
-        steps_per_epoch: int,
         encoding: BcosEncoding | Standardize,
+        eval_loss: nn.Module,
+        task: Task | None = None,
+        optimizer: Callable[[Iterable[Tensor]], Optimizer] | None = None,
+        schedule: Schedule | None = None,
+        steps_per_epoch: int = 1,
         mix: nn.Module | None = None,
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str = "agc",
@@ -71,7 +71,7 @@ class Classifier(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.model = model
-        self.loss, self.eval_loss = loss, eval_loss
+        self.task, self.eval_loss = task, eval_loss
         self.make_optimizer, self.schedule, self.steps_per_epoch = optimizer, schedule, steps_per_epoch
         self.encoding, self.mix = encoding, mix
         self.clip_val, self.clip_algorithm = gradient_clip_val, gradient_clip_algorithm
@@ -84,6 +84,8 @@ class Classifier(pl.LightningModule):
         self.train_score, self.val_score = ClassificationScore(), ClassificationScore()
         self.gradient_norm: Tensor | None = None
         self.last_loss = float("nan")
+        #: ``logs`` of the task in the latest step
+        self.task_logs: Mapping[str, Tensor] = {}
         #: What this process asks all others to do at the end of a step, and what any process asked for in the latest
         #: one. They travel with the loss, so that a step waits for the device only once.
         self.votes: Callable[[], Sequence[bool]] = tuple
@@ -96,6 +98,10 @@ class Classifier(pl.LightningModule):
     def forward(self, images: Tensor) -> Tensor:
         """uint8 RGB ``(N, 3, H, W)`` -> logits ``(N, K)``."""
         return self.model(self.encode(images))
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Logits ``(N, K)`` -> probabilities ``(N, K)``, sigmoid or softmax by the loss."""
+        return self.eval_loss.probabilities(logits)  # type: ignore[operator]
 
     @property
     def compilation(self) -> str | None:
@@ -119,16 +125,16 @@ class Classifier(pl.LightningModule):
         _seed(step_seed(self.seed, step, self.global_rank), self.device)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        images, target, indices = batch
-        floats = to_float(images)
+        floats, target = to_float(batch.images), batch.labels
         if self.mix is not None:
             floats, target = self.mix(floats, target)
         network = self.model if self._compiled is None else self._compiled
-        logits = network(self._encode_floats(floats))
-        loss = self.loss(logits, target)
-        self._stop_if_not_finite(loss, logits, indices, batch_idx)
-        self.train_score.update(loss, logits, target)
-        return loss
+        assert self.task is not None, "a module without a task can only validate"
+        output = self.task(network, self._encode_floats(floats), target, batch)
+        self._stop_if_not_finite(output.loss, output.logits, batch.indices, batch_idx)
+        self.train_score.update(output.loss, output.logits, target)
+        self.task_logs = output.logs
+        return output.loss
 
     def _stop_if_not_finite(self, loss: Tensor, logits: Tensor, indices: Tensor, batch_idx: int) -> None:
         # The one read of the device in a step: cheaper than a run of NaN weights. A loss here may be fine and another
@@ -157,11 +163,14 @@ class Classifier(pl.LightningModule):
             )
 
     def configure_optimizers(self) -> Any:
+        assert self.make_optimizer is not None
+        schedule = self.schedule
+        assert schedule is not None
         optimizer = self.make_optimizer([p for p in self.model.parameters() if p.requires_grad])
         bases = [group["lr"] for group in optimizer.param_groups]
 
         def factor(base: float) -> Callable[[int], float]:
-            return lambda step: self.schedule.lr(step, self.steps_per_epoch, base) / base if base else 0.0
+            return lambda step: schedule.lr(step, self.steps_per_epoch, base) / base if base else 0.0
 
         scheduler = LambdaLR(optimizer, [factor(base) for base in bases])
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -185,9 +194,8 @@ class Classifier(pl.LightningModule):
     # ---- validation
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        images, target, _ = batch
-        logits = self(images)
-        self.val_score.update(self.eval_loss(logits, target), logits, target)
+        logits = self(batch.images)
+        self.val_score.update(self.eval_loss(logits, batch.labels), logits, batch.labels)
         return {"logits": logits}
 
     def on_validation_epoch_start(self) -> None:

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 
 from bcos_train.explanation import is_explainable
 from bcos_train.model.preprocessing import Preprocessing
+from bcos_train.runs.layout import CARD, EMA_WEIGHTS, EXPORT_CONFIG, RUN_CONFIG, WEIGHTS
 from bcos_train.utils.suggestions import join_words, suggest
 from bcos_train.weights.build import with_num_classes
 from bcos_train.weights.files import read_weights
-from bcos_train.weights.layout import CARD, EMA_WEIGHTS, EXPORT_CONFIG, RUN_CONFIG, WEIGHTS
 from bcos_train.weights.model_card import export_config, model_card
 from bcos_train.weights.model_options import build_model, check_options, known_options
 from bcos_train.weights.source import WeightsSource, read_weights_source

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bcos_train.runs import checkpoint
+from bcos_train.runs import checkpoint as checkpoints
 from bcos_train.runs.checkpoint import file_sha256
+from bcos_train.runs.layout import CHECKPOINT_SUFFIX, EMA_WEIGHTS, WEIGHTS
 from bcos_train.utils.atomic import replacing
-from bcos_train.weights.layout import EMA_WEIGHTS, WEIGHTS
 
 __all__ = ["file_sha256", "read_file", "read_json", "read_weights", "save_weights"]
 
@@ -77,7 +77,7 @@ def read_file(path: Path, use_ema: bool | None = None) -> tuple[dict[str, Tensor
     hyper_parameters = None
     if path.suffix == ".safetensors":
         states = [_read_safetensors(path), {}]
-    elif path.suffix == checkpoints.SUFFIX and path.with_name(f"{path.name}.sha256").is_file():
+    elif path.suffix == CHECKPOINT_SUFFIX and path.with_name(f"{path.name}.sha256").is_file():
         content = checkpoints.load(path)
         if "model" not in content:
             raise ValueError(f"{path} holds no model")
@@ -100,7 +100,7 @@ def _read_third_party(path: Path) -> tuple[list[dict[str, Tensor]], dict[str, An
         hyper_parameters = content.get("hyper_parameters")
         hyper_parameters = hyper_parameters if isinstance(hyper_parameters, dict) else {}
         states = [{k.removeprefix(p): v for k, v in state.items() if k.startswith(p)} for p in _OFFICIAL_PREFIXES]
-    elif path.suffix == checkpoints.SUFFIX:
+    elif path.suffix == CHECKPOINT_SUFFIX:
         checkpoints.verify(path)  # its error names the missing digest file
     if not states[0] or not all(isinstance(value, Tensor) for state in states for value in state.values()):
         expected = "state dict of tensors" if hyper_parameters is None else "checkpoint of the official training code"

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from bcos_train.model.preprocessing import Preprocessing
-from bcos_train.weights.layout import LIBRARY
+from bcos_train.runs.layout import LIBRARY
 from bcos_train.weights.model_options import TIMM
 from bcos_train.weights.records import timm_name
 from bcos_train.weights.source import WeightsSource

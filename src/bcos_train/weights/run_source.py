@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from bcos_train.model.registry import OFFICIAL
+from bcos_train.runs.layout import CHECKPOINTS, EVALUATION, LAST, RUN_CONFIG, SUMMARY
 from bcos_train.weights.files import read_json
-from bcos_train.weights.layout import CHECKPOINTS, EVALUATION, LAST, RUN_CONFIG, SUMMARY
 from bcos_train.weights.model_options import TIMM, model_of_config
 
 __all__ = ["activation_of", "class_names_of", "dataset_of", "read_metrics", "read_run_config", "starts_from_official"]

@@ -19,11 +19,11 @@ from torch import Tensor
 from bcos_train.model import list_models
 from bcos_train.model.preprocessing import Preprocessing
 from bcos_train.model.registry import OFFICIAL
+from bcos_train.runs.layout import CHECKPOINTS, EMA_WEIGHTS, EXPORT_CONFIG, LAST, LIBRARY, RUN_CONFIG, WEIGHTS
 from bcos_train.utils.suggestions import suggest
 from bcos_train.weights import records, run_source
 from bcos_train.weights.download import load_official
 from bcos_train.weights.files import file_sha256, read_file, read_json, read_weights
-from bcos_train.weights.layout import CHECKPOINTS, EMA_WEIGHTS, EXPORT_CONFIG, LAST, LIBRARY, RUN_CONFIG, WEIGHTS
 from bcos_train.weights.model_options import TIMM, known_options, model_of_config, option_differences
 
 __all__ = ["WeightsSource", "read_export_config", "read_model_weights", "read_weights_source"]

@@ -19,9 +19,10 @@ from bcos_train.config import UserError
 from bcos_train.run import train
 from bcos_train.runs import checkpoint as files
 from bcos_train.runs.checkpoint import LAST, PREVIOUS
+from bcos_train.runs.folder import find_checkpoint
 from bcos_train.runs.interrupt import Interrupted, StopFlag
-from bcos_train.training import Checkpointing, Classifier, find_checkpoint
-from bcos_train.training import checkpointer as module_under_test
+from bcos_train.training import Checkpointing, Classifier
+from bcos_train.training.callbacks import checkpoint as module_under_test
 from bcos_train.training.callbacks.checkpoint import Checkpointer, UnknownMonitor
 from bcos_train.training.callbacks.metrics import log_now
 from bcos_train.training.module import NonFiniteLoss
@@ -29,7 +30,7 @@ from bcos_train.training.module import NonFiniteLoss
 from ..runs import TINY, assert_same_state, compose, final_state, metric_rows, run_folder
 from ..toys import fit, make_data, make_module
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SMALL = (*TINY, "limit_train=16", "limit_val=9")
 
 

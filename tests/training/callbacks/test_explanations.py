@@ -10,7 +10,7 @@ import torch
 
 from bcos_train.evaluation import METRICS, Results
 from bcos_train.run import evaluate, train
-from bcos_train.training.callbacks.explanations import PredictionRecorder, keep_choices_of_the_dataset, logged_metrics
+from bcos_train.training.callbacks.explanations import PredictionRecorder, logged_metrics, restore_dataset_settings
 from bcos_train.training.callbacks.metrics import read_metrics
 
 from ..runs import TINY, assert_same_state, compose, final_state, run_folder
@@ -147,7 +147,7 @@ def test_choices_of_the_runs_data_set_stay(given: list[str], n: int) -> None:
         return {"explanation": {"grid_pointing": {"n": n, "smooth": 15}, "perturbation": {"block": 16}}}
 
     laid_over = config(3)
-    kept = keep_choices_of_the_dataset(laid_over, config(2), given)
+    kept = restore_dataset_settings(laid_over, config(2), given)
     assert kept["explanation"]["grid_pointing"]["n"] == n
     assert laid_over == config(3)
-    assert keep_choices_of_the_dataset(laid_over, {"explanation": None}, given) == laid_over
+    assert restore_dataset_settings(laid_over, {"explanation": None}, given) == laid_over

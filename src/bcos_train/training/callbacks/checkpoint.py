@@ -1,7 +1,6 @@
 """When to save, what to keep, and leaving when asked to."""
 
 import glob
-import json
 import math
 import time
 from dataclasses import dataclass
@@ -15,11 +14,10 @@ from bcos_train.evaluation.store import write_json
 from bcos_train.runs import checkpoint as files
 from bcos_train.runs.interrupt import Interrupted, StopFlag
 from bcos_train.runs.launch import SIGNALS
+from bcos_train.runs.layout import BEST, CHECKPOINT_SUFFIX, LAST
 from bcos_train.training.distributed import is_distributed, largest
 from bcos_train.training.module import Classifier
 from bcos_train.utils.suggestions import join_words, suggest
-
-BEST = "best.json"
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ class Checkpointer(Checkpoint):
 
     @property
     def last(self) -> Path:
-        return self.folder / files.LAST
+        return self.folder / LAST
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.stop.install()
@@ -106,7 +104,7 @@ class Checkpointer(Checkpoint):
         name = None
         if score is not None and self._ranks(score):
             # No "=" in it: the path can be given as it is, checkpoint=<path>.
-            name = f"epoch-{done:04d}-{self._monitor_in_names}-{score:.4f}{files.SUFFIX}"
+            name = f"epoch-{done:04d}-{self._monitor_in_names}-{score:.4f}{CHECKPOINT_SUFFIX}"
             self.best.append({"file": name, "score": score, "epoch": done})
             self.best.sort(key=lambda entry: entry["score"], reverse=self.options.mode == "max")
         due = name is not None or done % self.options.every_n_epochs == 0 or is_end
@@ -184,7 +182,7 @@ class Checkpointer(Checkpoint):
         They differ if the process was killed between the two, or if ``source`` is older than the newest checkpoint.
         """
         if self.best:
-            pattern = f"epoch-*-{glob.escape(self._monitor_in_names)}-*{files.SUFFIX}"
+            pattern = f"epoch-*-{glob.escape(self._monitor_in_names)}-*{CHECKPOINT_SUFFIX}"
             for path in {*self.folder.glob(pattern)} - {self.folder / entry["file"] for entry in self.best}:
                 files.delete(path)
         for entry in list(self.best):
@@ -213,27 +211,3 @@ class Checkpointer(Checkpoint):
         if (state_dict["monitor"], state_dict["mode"]) == (self.options.monitor, self.options.mode):
             self.best = list(state_dict["best"])
             self._has_scored = bool(self.best)
-
-
-def find_checkpoint(folder: Path, which: str) -> Path:
-    """The file for ``last``, ``best`` or a path.
-
-    Raises:
-        ValueError: There is none.
-    """
-    if which == "last":
-        path, complaints = files.newest_valid(folder)
-        if complaints or path is None:
-            other = f"; the newest one that isn't: checkpoint={path}" if path else ""
-            raise ValueError("; ".join(complaints) + other or f"no checkpoint in {folder}")
-        return path
-    if which == "best":
-        if not (folder / BEST).exists() or not (best := json.loads((folder / BEST).read_text())):
-            raise ValueError(f"no best checkpoint in {folder}: take checkpoint=last")
-        path = folder / best[0]["file"]
-        if not path.is_file():
-            raise ValueError(f"the best checkpoint, {path.name}, is missing in {folder}: take checkpoint=last")
-        return path
-    if not Path(which).is_file():
-        raise ValueError(f"checkpoint={which}: no such file; give best, last or a path")
-    return Path(which)

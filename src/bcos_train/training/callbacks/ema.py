@@ -7,10 +7,11 @@ import pytorch_lightning as pl
 from timm.utils import ModelEmaV3
 from torch import nn
 
+from bcos_train.dataset.batch import Batch
 from bcos_train.nn import cached_weights
 from bcos_train.training.callbacks.metrics import log_now
 from bcos_train.training.distributed import broadcast_buffers
-from bcos_train.training.module import Batch, Classifier
+from bcos_train.training.module import Classifier
 from bcos_train.training.score import ClassificationScore
 
 
@@ -106,10 +107,9 @@ class EmaCallback(pl.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         assert isinstance(pl_module, Classifier)
-        images, target, _ = batch
         with trainer.precision_plugin.val_step_context(), cached_weights(self.model):
-            logits = self.model(pl_module.encode(images))
-        self.score.update(pl_module.eval_loss(logits, target), logits, target)
+            logits = self.model(pl_module.encode(batch.images))
+        self.score.update(pl_module.eval_loss(logits, batch.labels), logits, batch.labels)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         score = self.score.compute()

@@ -16,6 +16,7 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 
 from bcos_train.config import user_errors_at
 from bcos_train.dataset import isolated_rng
+from bcos_train.dataset.batch import Batch
 from bcos_train.dataset.data_module import DataModule
 from bcos_train.evaluation import ExplanationOptions, Predictions, Results, Subject, measure
 from bcos_train.evaluation.report import evaluate_explanations
@@ -23,9 +24,10 @@ from bcos_train.evaluation.store import write_json
 from bcos_train.explanation import evaluating, explain, is_explainable
 from bcos_train.metric import GridPointing
 from bcos_train.report import gallery, save_gallery
+from bcos_train.runs.layout import EVALUATION
 from bcos_train.training.callbacks.metrics import log_now
 from bcos_train.training.distributed import is_distributed
-from bcos_train.training.module import Batch, Classifier
+from bcos_train.training.module import Classifier
 
 
 def draw_gallery(
@@ -34,7 +36,7 @@ def draw_gallery(
     """The gallery of uint8 ``images`` (N, 3, H, W) as ``model`` explains its predictions."""
     x = module.encode(images)
     result = explain(model, x)
-    probabilities = module.loss.probabilities(result.logits)  # type: ignore[operator]
+    probabilities = module.probabilities(result.logits)
     # A model may have more classes than the data set.
     names = data.class_names + [f"class {k}" for k in range(data.num_classes, result.logits.shape[1])]
     return gallery(x, result, labels, names, probabilities=probabilities, max_samples=len(x), **headline)
@@ -101,12 +103,11 @@ class PredictionRecorder(pl.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         assert isinstance(pl_module, Classifier)
-        _, labels, indices = batch
         logits = outputs["logits"].float()
         predictions = logits.argmax(1)
-        probabilities = pl_module.loss.probabilities(logits)  # type: ignore[operator]
+        probabilities = pl_module.probabilities(logits)
         confidences = probabilities.gather(1, predictions[:, None])[:, 0]
-        self._parts.append((indices, labels, predictions, confidences))
+        self._parts.append((batch.indices, batch.labels, predictions, confidences))
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         columns = [torch.cat(column) for column in zip(*self._parts, strict=True)]
@@ -224,14 +225,13 @@ class ExplanationReport(PredictionRecorder):
 
 
 #: Written by :func:`bcos_train.training.finish.report_evaluation`.
-EVALUATION = "evaluation.json"
 #: Config keys that scores of explanations depend on, besides the weights and the settings of the metrics.
 IDENTITY = ("model", "dataset", "augmentation", "encoding", "limit_val")
 #: Settings of the config group `explanation` that a data set chooses, since they depend on the size of its images.
 OF_THE_DATASET = (("grid_pointing", "n"), ("grid_pointing", "smooth"), ("perturbation", "block"))
 
 
-def keep_choices_of_the_dataset(
+def restore_dataset_settings(
     config: Mapping[str, Any], of_the_run: Mapping[str, Any], given: Sequence[str]
 ) -> dict[str, Any]:
     """With ``explanation=…`` for a run, what the run's data set chose in that group stays.

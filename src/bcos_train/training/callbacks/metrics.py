@@ -14,9 +14,8 @@ import pytorch_lightning as pl
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities import rank_zero_only
 
+from bcos_train.runs.layout import METRICS, read_metrics
 from bcos_train.utils.atomic import replacing
-
-METRICS = "metrics.csv"
 
 
 def log_now(module: pl.LightningModule, metrics: Mapping[str, float]) -> None:
@@ -100,19 +99,6 @@ class CsvLogger(Logger):
         content = self.path.read_bytes()
         if not content.endswith(b"\n"):
             os.truncate(self.path, content.rfind(b"\n") + 1)
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a ``metrics.csv``, numbers as numbers, empty cells left out."""
-    with path.open(newline="") as file:
-        return [{key: _number(text) for key, text in row.items() if text} for row in csv.DictReader(file)]
-
-
-def _number(text: str) -> float | int:
-    try:
-        return int(text)
-    except ValueError:
-        return float(text)
 
 
 def _plain(value: Any) -> float | int:

@@ -8,8 +8,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch.optim import Optimizer
 
+from bcos_train.dataset.batch import Batch
 from bcos_train.training.callbacks.metrics import CsvLogger, log_now
-from bcos_train.training.module import Batch, Classifier
+from bcos_train.training.module import Classifier
 
 
 class TrainingLog(pl.Callback):
@@ -64,6 +65,7 @@ class TrainingLog(pl.Callback):
         }
         if pl_module.gradient_norm is not None:
             metrics["gradient_norm"] = float(pl_module.gradient_norm)
+        metrics |= {f"train/{name}": float(value) for name, value in pl_module.task_logs.items()}
         log_now(pl_module, metrics)
         self._images = 0
 

@@ -1,0 +1,24 @@
+"""The batch that loaders yield."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+__all__ = ["Batch"]
+
+
+class Batch(NamedTuple):
+    """Images with their labels.
+
+    Attributes:
+        images: (N, 3, H, W), uint8 RGB.
+        labels: (N,), int64.
+        indices: (N,), int64, of the samples in the data set.
+        extras: What a data set adds for a task, by name, such as boxes or the maps of a teacher.
+    """
+
+    images: Tensor
+    labels: Tensor
+    indices: Tensor
+    extras: Mapping[str, Any] | None = None

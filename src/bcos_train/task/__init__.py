@@ -1,0 +1,6 @@
+"""Tasks: what one training step optimizes."""
+
+from bcos_train.task.base import Task, TaskOutput
+from bcos_train.task.classification import Classification
+
+__all__ = ["Classification", "Task", "TaskOutput"]

@@ -1,0 +1,59 @@
+"""The start-up banner."""
+
+from rich.console import Console
+from torch import nn
+
+from bcos_train.dataset.data_module import DataModule
+from bcos_train.nn import RunningNorm2d
+from bcos_train.runs.folder import RunFolder
+from bcos_train.training.config import TrainConfig
+from bcos_train.training.options import BatchSplit, TrainerOptions
+
+__all__ = ["print_banner"]
+
+
+def print_banner(
+    console: Console,
+    settings: TrainConfig,
+    model_name: str,
+    model: nn.Module,
+    data: DataModule,
+    split: BatchSplit,
+    folder: RunFolder,
+    compilation: str | None = None,
+) -> None:
+    """Print what is about to run, a line each.
+
+    Args:
+        compilation: How the model is compiled for training, in words; ``None`` if it is not.
+    """
+    options = settings.trainer
+    parameters = sum(p.numel() for p in model.parameters())
+    steps = data.steps_per_epoch
+    keywords = getattr(settings.optimizer, "keywords", {})
+    name = keywords.get("name", getattr(getattr(settings.optimizer, "func", None), "__name__", "optimizer"))
+    state = "new" if folder.resume_from is None else f"resumes from {folder.resume_from}"
+    lines = {
+        "model": f"{model_name}, {parameters:,} parameters",
+        "data": f"{data.dataset.name}: {data.num_train:,} training and {data.num_val:,} validation images, "
+        f"{data.num_classes} classes",
+        "batch": f"{split}{_statistics(model, split, options)}",
+        "length": f"{options.max_epochs} epochs x {steps:,} steps = {options.max_epochs * steps:,} optimizer steps",
+        "optimizer": f"{name}, learning rate {keywords.get('lr', '?')}",
+        "device": f"{options.world_size} x {'cuda' if options.uses_cuda else 'cpu'}, precision {options.precision}, "
+        f"seed {settings.seed}",
+        "compile": f"{compilation}: the first step takes a while, up to minutes (trainer.compile=false starts at once)",
+        "folder": str(folder.path),
+        "state": state,
+    }
+    if compilation is None:
+        del lines["compile"]
+    for key, text in lines.items():
+        console.print(f"{key:>10}  {text}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _statistics(model: nn.Module, split: BatchSplit, options: TrainerOptions) -> str:
+    if not any(isinstance(m, RunningNorm2d | nn.BatchNorm2d) for m in model.modules()):
+        return ""
+    images = split.per_device * (split.world if options.sync_batchnorm else 1)
+    return f"; batch statistics over {images} images"
