@@ -44,7 +44,7 @@ def _batches(loader: object) -> list[Batch]:
 
 def _same(a: list[Batch], b: list[Batch]) -> bool:
     return len(a) == len(b) and all(
-        torch.equal(x, y) for one, other in zip(a, b, strict=True) for x, y in zip(one, other, strict=True)
+        torch.equal(x, y) for one, other in zip(a, b, strict=True) for x, y in zip(one[:3], other[:3], strict=True)
     )
 
 
@@ -65,7 +65,7 @@ def test_workers_change_nothing(transform: object) -> None:
     second = _batches(loader)
     assert _same(second, _batches(other))
     assert not _same(first, second)
-    assert [part.dtype for part in first[0]] == [torch.uint8, torch.int64, torch.int64]
+    assert [part.dtype for part in first[0][:3]] == [torch.uint8, torch.int64, torch.int64]
 
 
 def test_generators_stay_as_they_are() -> None:
@@ -164,7 +164,7 @@ def test_fixed_validation_samples() -> None:
     everything = {
         image.numpy().tobytes(): label
         for batch in module.val_dataloader()
-        for image, label, _ in zip(*batch, strict=True)
+        for image, label, _ in zip(*batch[:3], strict=True)
     }
     assert [everything[image.numpy().tobytes()] for image in images] == labels.tolist()
     assert len(module.fixed_val_samples(500)[1]) == 50
