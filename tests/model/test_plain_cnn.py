@@ -115,9 +115,9 @@ def test_scale_and_temperature_can_be_given() -> None:
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "unknown b": ({"b": 3}, r"b=3: .* known for b = 1, 1\.25, 1\.5, 1\.75, 2, 2\.25 and 2\.5; give both"),
-    "scale alone": ({"b": 1.3, "layer_scale": 1.0}, r"b=1\.3: .* give both"),
-    "temperature alone": ({"b": 1.3, "logit_temperature": 1.0}, r"b=1\.3: .* give both"),
+    "unknown b": ({"b": 3}, r"b=3: .* defaults for b = 1, 1\.25, 1\.5, 1\.75, 2, 2\.25 and 2\.5; set both"),
+    "scale alone": ({"b": 1.3, "layer_scale": 1.0}, r"b=1\.3: .* set both"),
+    "temperature alone": ({"b": 1.3, "logit_temperature": 1.0}, r"b=1\.3: .* set both"),
     "scale": ({"layer_scale": 0.0}, r"layer_scale=0\.0: expected a finite number > 0"),
     "temperature": ({"logit_temperature": 0.0}, r"logit_temperature=0\.0"),
     "b": ({"b": 0.5, "layer_scale": 1.0, "logit_temperature": 1.0}, r"b=0\.5"),
