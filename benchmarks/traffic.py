@@ -5,7 +5,8 @@
 The step is traced on the meta device along the GPU's code path: bfloat16 as autocast has it, channels last. Every
 operation counts the bytes of the tensors that it reads and writes, once each but for batch norms, which read twice.
 Caches, which spare some of that, and workspace are left out. On a GPU that is kept busy, a step takes at least the time
-of its traffic; one with many small operations is kept waiting by the CPU instead.
+of its traffic; one with many small operations is kept waiting by the CPU instead. An operation on a list of tensors
+counts once: it takes a few launches for all of them.
 """
 
 import argparse
@@ -13,7 +14,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -31,11 +34,17 @@ from bcos_train.optimizer.clipping import adaptive_clip_grad_
 FREE = {
     *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"),
     *("_unsafe_view", "_reshape_alias", "detach", "lift_fresh"),
+    *("_record_function_enter_new", "_record_function_exit"),
 }
 #: Reads of its large inputs beyond the first: the statistics or sums are taken before they are used.
 READ_AGAIN = {"native_batch_norm": (0,), "native_batch_norm_backward": (0, 1)}
+#: Arguments that operations without a result write to.
+WRITTEN = {
+    **dict.fromkeys(("square_", "add_product_", "_foreach_copy_", "_foreach_add_"), (0,)),
+    "_fused_adam_": (0, 2, 3),  # weights and both moments
+}
 
-PARTS = ("forward", "backward", "clipping")
+PARTS = ("forward", "backward", "clipping", "optimizer")
 
 
 @dataclass
@@ -61,10 +70,8 @@ class _Count(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         name = func._schema.name.split("::")[1]
         if name == "convolution_backward":  # as on a GPU, gradients have the memory formats of their tensors
-            result = tuple(
-                g if g is None or x is None else _like(g, x) for g, x in zip(result, args[1:3], strict=False)
-            )
-            result = (*result, None)
+            grads = (g if g is None else _like(g, x) for g, x in zip(result[:2], args[1:3], strict=True))
+            result = (*grads, result[2])
         if name not in FREE and not func.is_view:
             part = self.parts[self.current]
             part.operations[name] += 1
@@ -82,9 +89,8 @@ def _traffic(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result
         return sum(sum(sizes) for needed in args[-1][:2] if needed)
     inputs = {id(x): _size(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
     again = sum(_size(args[index]) for index in READ_AGAIN.get(name, ()))
-    written = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
-    if name in ("square_", "add_product_"):  # return nothing
-        written = [args[0]]
+    results = [args[index] for index in WRITTEN.get(name, ())] or result
+    written = [x for x in tree_leaves(results) if isinstance(x, Tensor)]
     return sum(inputs.values()) + again + sum(map(_size, written))
 
 
@@ -135,7 +141,7 @@ META = {
 
 @contextmanager
 def _meta_as_gpu() -> Iterator[None]:
-    """Meta tensors take the GPU's code path, under autocast in bfloat16."""
+    """Meta tensors take the GPU's code path, under autocast in bfloat16, and optimizers fuse their step."""
     library = torch.library.Library("aten", "IMPL")
     before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
     try:
@@ -144,7 +150,9 @@ def _meta_as_gpu() -> Iterator[None]:
         GPU_TYPES.add("meta")
         torch.set_autocast_enabled("cuda", True)
         torch.set_autocast_dtype("cuda", torch.bfloat16)
-        yield
+        # torch computes the shapes of a fused step, but its optimizers refuse meta tensors.
+        with mock.patch.object(import_module("torch.optim.adam"), "_device_dtype_check_for_fused"):
+            yield
     finally:
         torch.set_autocast_enabled("cuda", before[0])
         torch.set_autocast_dtype("cuda", before[1])
@@ -153,7 +161,7 @@ def _meta_as_gpu() -> Iterator[None]:
 
 
 def count_step(name: str, batch_size: int, size: int = 224) -> dict[str, Part]:
-    """The forward pass, the backward pass and adaptive gradient clipping of a training step of model ``name``.
+    """Count a training step of model ``name``: forward and backward pass, adaptive gradient clipping, fused Adam.
 
     Args:
         name: A model of this package; those that begin with ``standard_`` take images of 3 channels.
@@ -169,18 +177,29 @@ def count(network: nn.Module, x: Tensor) -> dict[str, Part]:
     """As `count_step`, for a network and images on the meta device; the network is changed to channels last."""
     network = network.to(memory_format=torch.channels_last).train()
     x = x.to(memory_format=torch.channels_last)
-    with _meta_as_gpu(), _Count() as counter, _Autocast():
-        loss = network(x).float().square().mean()
-        counter.current = "backward"
-        loss.backward()
-        counter.current = "clipping"
-        adaptive_clip_grad_(network.parameters())
+    optimizer = torch.optim.Adam(network.parameters(), fused=True)
+    with _meta_as_gpu():
+        with _Count() as counter, _Autocast():
+            loss = network(x).float().square().mean()
+            counter.current = "backward"
+            loss.backward()
+            counter.current = "clipping"
+            adaptive_clip_grad_(network.parameters())
+        optimizer.step()  # uncounted: the first step allocates the moments
+        with counter:
+            counter.current = "optimizer"
+            optimizer.step()
     return counter.parts
 
 
 def gigabytes(parts: Mapping[str, Part]) -> float:
-    """Of the forward and the backward pass."""
-    return sum(parts[name].bytes.total() for name in ("forward", "backward")) / 1e9
+    """Traffic of the whole step."""
+    return sum(part.bytes.total() for part in parts.values()) / 1e9
+
+
+def operations(parts: Mapping[str, Part]) -> int:
+    """Operations of the whole step."""
+    return sum(part.operations.total() for part in parts.values())
 
 
 def main() -> None:
@@ -190,8 +209,8 @@ def main() -> None:
     parser.add_argument("--size", type=positive, default=224, help="of the images in pixels")
     parser.add_argument("--details", action="store_true", help="operations with the most traffic")
     args = parser.parse_args()
-    print("| model | forward + backward | x standard | operations: forward | backward | clipping |")
-    print("| --- " + "| ---: " * 5 + "|")
+    print(f"| model | a step | x standard | operations | {' | '.join(PARTS)} |")
+    print("| --- " + "| ---: " * (3 + len(PARTS)) + "|")
     details = []
     for model in args.models:
         standard = count_step(f"standard_{model}", args.batch_size, args.size)
@@ -199,7 +218,7 @@ def main() -> None:
         for name, parts in ((f"standard_{model}", standard), (model, ours)):
             numbers = " | ".join(str(parts[part].operations.total()) for part in PARTS)
             ratio = gigabytes(parts) / gigabytes(standard)
-            print(f"| {name} | {gigabytes(parts):.1f} GB | {ratio:.2f} | {numbers} |", flush=True)
+            print(f"| {name} | {gigabytes(parts):.1f} GB | {ratio:.2f} | {operations(parts)} | {numbers} |", flush=True)
             details += [(name, part, *row) for part in PARTS[:2] for row in parts[part].bytes.most_common(12)]
             details += [(name, part, k, -n) for part in PARTS[:2] for k, n in parts[part].operations.most_common(14)]
     if args.details:
