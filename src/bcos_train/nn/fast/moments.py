@@ -22,11 +22,7 @@ class _Moments(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        values = x.to(statistics_dtype(x))
-        if x.device.type == "cpu":  # `var_mean` isn't vectorized on the CPU: more than ten times slower
-            mean = values.mean(dims, keepdim=True)
-            return mean, (values - mean).square().mean(dims, keepdim=True)
-        var, mean = torch.var_mean(values, dims, correction=0, keepdim=True)
+        var, mean = _var_mean(x.to(statistics_dtype(x)), dims)
         return mean, var
 
     @staticmethod
@@ -46,3 +42,10 @@ class _Moments(torch.autograd.Function):
             shift = grad_mean / ctx.count
             grad = shift.expand(x.shape) if grad is None else grad + shift
         return None if grad is None else grad.to(x.dtype), None
+
+
+def _var_mean(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    if x.device.type == "cpu":  # `var_mean` isn't vectorized on the CPU: more than ten times slower
+        mean = x.mean(dims, keepdim=True)
+        return (x - mean).square().mean(dims, keepdim=True), mean
+    return torch.var_mean(x, dims, correction=0, keepdim=True)
