@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bcos_train.nn import BcosConv2d, BcosLinear, set_backend
+from bcos_train.nn.fast import dispatch
 from bcos_train.nn.fast import gpu_device as device
 from bcos_train.nn.fast import triton_kernels as kernels
 from bcos_train.nn.fast.gpu_ops import FEATURE_NORM, PATCH_NORM, SQUARES
@@ -124,7 +125,8 @@ def test_batch_norm_constants() -> None:
 @pytest.fixture
 def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Layers use the interpreted kernels; their names as they are called."""
-    monkeypatch.setattr(device, "GPU_TYPES", {"cpu"})
+    for module in (device, dispatch):
+        monkeypatch.setattr(module, "GPU_TYPES", {"cpu"})
     names: list[str] = []
 
     def record(name: str, kernel: Callable[..., Any], *args: Any) -> Any:

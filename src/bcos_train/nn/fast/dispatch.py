@@ -270,7 +270,7 @@ def _kernels(layer: Any, x: Tensor) -> Kernels:
 
 def _autocast_type(x: Tensor) -> str:
     """Device type whose autocast settings apply to ``x``; meta tensors traced as a GPU's follow CUDA's."""
-    return "cuda" if x.device.type in GPU_TYPES else x.device.type
+    return "cuda" if x.is_meta and x.device.type in GPU_TYPES else x.device.type
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:

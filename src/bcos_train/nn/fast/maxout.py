@@ -10,6 +10,8 @@ Axes: G groups, U units of a group, M candidates of a unit.
 import torch
 from torch import Tensor
 
+from bcos_train.nn.fast.gpu_device import is_on_gpu
+
 __all__ = ["blocked_maxout", "from_blocked", "maxout_with_indices", "scatter_to_chosen", "to_blocked"]
 
 
@@ -17,14 +19,25 @@ def to_blocked(weight: Tensor, candidates: int, groups: int) -> Tensor:
     """(G * U * M, ...) -> (G * M * U, ...)."""
     if candidates == 1:
         return weight
-    return weight.unflatten(0, (groups, -1, candidates)).transpose(1, 2).flatten(0, 2)
+    return _swap_rows(weight, (groups, -1, candidates))
 
 
 def from_blocked(weight: Tensor, candidates: int, groups: int) -> Tensor:
     """The inverse of `to_blocked`."""
     if candidates == 1:
         return weight
-    return weight.unflatten(0, (groups, candidates, -1)).transpose(1, 2).flatten(0, 2)
+    return _swap_rows(weight, (groups, candidates, -1))
+
+
+def _swap_rows(weight: Tensor, sizes: tuple[int, int, int]) -> Tensor:
+    """(A * B * C, ...) -> (A * C * B, ...); on a GPU in the memory order of ``weight``."""
+    rows = weight.unflatten(0, sizes).transpose(1, 2)
+    if not is_on_gpu(weight):  # on a CPU the layout of the weight would decide that of the output, and its rounding
+        return rows.flatten(0, 2)
+    # Otherwise a weight in channels last is copied back by each convolution, and its gradient once more.
+    order = sorted(range(1, weight.dim()), key=weight.stride, reverse=True)
+    in_memory_order = rows.permute(0, 1, 2, *(axis + 2 for axis in order)).flatten(0, 2)
+    return in_memory_order.permute(0, *(order.index(axis) + 1 for axis in range(1, weight.dim())))
 
 
 def blocked_maxout(out: Tensor, candidates: int, dim: int) -> Tensor:
