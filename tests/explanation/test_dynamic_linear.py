@@ -11,7 +11,7 @@ from bcos.modules import norms as official_norms
 from torch import Tensor, nn
 
 from bcos_train import create_model
-from bcos_train.explanation import constant_term, explain, explanation_mode
+from bcos_train.explanation import constant_term, dynamic_linear_weights, explain, explanation_mode
 from bcos_train.nn import BcosConv2d, BcosLinear, LogitLayer, make_norm
 
 NORMS = ["none", "bnu-linear", "bnu", "bn", "an", "anu", "gn", "gnu", "in", "inu", "ln", "lnu", "pn", "pnu"]
@@ -361,3 +361,16 @@ def test_weights_are_the_product_of_the_layers_dynamic_weights():
         product, value = scale[:, None] * unit @ product, scale * (unit @ value)
     for k in range(3):
         torch.testing.assert_close(explain(model.eval(), x, k).weights.flatten(), product[k], rtol=1e-4, atol=1e-8)
+
+
+def test_weights_alone_are_those_of_the_explanation() -> None:
+    model = small_model().eval()
+    x = torch.rand(3, 6, 6, 6, dtype=torch.float64)
+    expected = explain(model, x, target=2)
+    weights, classes, logits = dynamic_linear_weights(model, x, target=2)
+    for ours, theirs in ((weights, expected.weights), (classes, expected.target), (logits, expected.logits)):
+        assert torch.equal(ours, theirs)
+        assert not ours.requires_grad
+    weights, _, _ = dynamic_linear_weights(model, x, create_graph=True)
+    grads = torch.autograd.grad(weights.square().sum(), list(model.parameters()), allow_unused=True)
+    assert any(grad is not None and grad.any() for grad in grads)

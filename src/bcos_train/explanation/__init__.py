@@ -1,6 +1,6 @@
 """Explanation mode, dynamic linear weights W(x), contribution maps and color images."""
 
-from bcos_train.explanation.dynamic_linear import Explanation, constant_term, explain
+from bcos_train.explanation.dynamic_linear import Explanation, constant_term, dynamic_linear_weights, explain
 from bcos_train.explanation.image import color_explanation, gradient_to_image, official_dict, plot_contribution_map
 from bcos_train.explanation.mode import evaluating, explanation_mode, is_explainable
 from bcos_train.explanation.precision import allow_tf32, without_tf32
@@ -10,6 +10,7 @@ __all__ = [
     "allow_tf32",
     "color_explanation",
     "constant_term",
+    "dynamic_linear_weights",
     "evaluating",
     "explain",
     "explanation_mode",

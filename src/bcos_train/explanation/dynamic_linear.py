@@ -33,7 +33,7 @@ from bcos_train.nn import (
     live_weights,
 )
 
-__all__ = ["Explanation", "constant_term", "explain"]
+__all__ = ["Explanation", "constant_term", "dynamic_linear_weights", "explain"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Explanation:
 def explain(
     model: nn.Module, x: Tensor, target: Tensor | int | None = None, *, create_graph: bool = False
 ) -> Explanation:
-    """Explain one class for each image of a batch: one forward and one backward pass for all of them.
+    """Explain one class per image of a batch, with one forward and one backward pass for all of them.
 
     Nothing outside is touched: not ``x`` (neither its ``requires_grad`` nor its ``grad``), not the gradients of the
     parameters, not the state of the model. On CUDA no factor is rounded to TF32. Works within ``torch.no_grad``,
@@ -69,8 +69,7 @@ def explain(
         model: maps (N, C, H, W) to logits (N, K), each image on its own (batch norms in evaluation mode).
         x: (N, C, H, W), floating point; for B-cos networks in [0, 1] and encoded as [r, g, b, 1-r, 1-g, 1-b].
         target: the classes to explain, in 0 ... K-1: (N,) integers, one for all, or None for each image's prediction.
-        create_graph: keep the graph from the parameters to the results, for losses on explanations. The scalings are
-            constants in that graph. Without it the results are detached.
+        create_graph: as for :func:`dynamic_linear_weights`. Without it the results are detached.
 
     Raises:
         ValueError: ``x`` is not a floating-point (N, C, H, W); the model does not return (N, K); ``target`` has another
@@ -80,39 +79,60 @@ def explain(
         UserWarning: the model is in training mode, where batch norms scale by the statistics of the batch, so W(x)
             depends on the other images. Running statistics stay as they were in any case.
     """
-    _check_input(x)
-    network = _unwrap(model)
-    if network.training and not create_graph:
+    if model.training and not create_graph:
         warnings.warn(
             "explain() on a model in training mode: W(x) is that of the batch statistics and of this draw of the "
             "dropout. Call model.eval() first for the explanations of inference.",
             stacklevel=2,
         )
-    # Gradients are to reach the weights through W(x), but not otherwise.
-    live_or_frozen = live_weights() if create_graph else cached_weights(network)
+    weights, classes, logits = dynamic_linear_weights(model, x, target, create_graph=create_graph)
+    image = x.clone() if x.is_inference() else x.detach()  # autograd can't save inference tensors
+    return Explanation(
+        logits=logits.to(x.dtype),
+        prediction=logits.detach().argmax(1),
+        target=classes,
+        weights=weights,
+        contribution_map=(image * weights).sum(1),
+    )
+
+
+def dynamic_linear_weights(
+    model: nn.Module, x: Tensor, target: Tensor | int | None = None, *, create_graph: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute W(x) of one class per image: the gradient of its logit in explanation mode.
+
+    The core of :func:`explain`, for losses and methods that need the weights alone; the same rules hold.
+
+    Args:
+        model, x, target: As for :func:`explain`.
+        create_graph: Keep the graph from the parameters to the results, for losses on explanations. The dynamic scales
+            are constants in that graph.
+
+    Returns:
+        The weights (N, C, H, W), the explained classes (N,) int64, and the logits (N, K); detached without
+        ``create_graph``.
+
+    Raises:
+        ValueError: As :func:`explain`.
+    """
+    _check_input(x)
+    network = _unwrap(model)
+    # With a graph, gradients reach the parameters through W(x): cached weights have none.
+    weight_mode = live_weights() if create_graph else cached_weights(network)
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
         without_tf32(),
-        live_or_frozen,
+        weight_mode,
         explanation_mode(network),
         _frozen_buffers(network),
     ):
         leaf = x.detach().clone().requires_grad_()
         logits = _checked_logits(network(leaf), len(x))
-        prediction = logits.detach().argmax(1)
-        chosen = prediction if target is None else _as_indices(target, logits)
-        selected = logits.gather(1, chosen[:, None]).sum()
+        classes = logits.detach().argmax(1) if target is None else _as_indices(target, logits)
+        selected = logits.gather(1, classes[:, None]).sum()
         (weights,) = torch.autograd.grad(selected, leaf, create_graph=create_graph)
-    if not create_graph:
-        logits = logits.detach()
-    return Explanation(
-        logits=logits.to(x.dtype),
-        prediction=prediction,
-        target=chosen,
-        weights=weights,
-        contribution_map=(leaf.detach() * weights).sum(1),
-    )
+    return weights, classes, logits if create_graph else logits.detach()
 
 
 def constant_term(model: nn.Module, x: Tensor, target: Tensor | int | None = None) -> Tensor:
