@@ -276,9 +276,7 @@ def test_too_few_validation_samples_for_the_processes(monkeypatch: pytest.Monkey
         _module(limit_val=3).val_dataloader()
 
 
-@pytest.mark.parametrize(
-    "name", ["batch_size", "eval_batch_size", "num_workers", "seed", "repetitions", "accumulate", "limit_val"]
-)
+@pytest.mark.parametrize("name", ["batch_size", "num_workers", "seed", "repetitions", "accumulate", "limit_val"])
 def test_out_of_range(name: str) -> None:
     with pytest.raises(ValueError, match=rf"{name} must be at least [01], not -1"):
         _module(**{name: -1})

@@ -112,12 +112,6 @@ def test_only_the_sought_epoch_starts_late() -> None:
     assert sampler.sampler is sampler
 
 
-def test_unshuffled_is_the_own_order_in_every_epoch() -> None:
-    sampler = TrainBatchSampler(5, 2, shuffle=False)
-    sampler.set_epoch(4)
-    assert _indices(sampler) == [[0, 1], [2, 3], [4]]
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -39,7 +39,6 @@ class DataModule(pl.LightningDataModule):
         train_transform: PIL image -> uint8 (3,H,W), may be random.
         eval_transform: PIL image -> uint8 (3,H,W), must not be random.
         batch_size: samples of one optimizer step, over all processes and accumulated micro-batches.
-        eval_batch_size: samples of one evaluation step over all processes; default ``batch_size``.
         num_workers: loading processes of each process; results do not depend on it.
         seed: of the epochs' orders and of the augmentation.
         repetitions: R > 1 is repeated augmentation, see ``epoch_order``.
@@ -60,7 +59,6 @@ class DataModule(pl.LightningDataModule):
         train_transform: Transform,
         eval_transform: Transform,
         batch_size: int,
-        eval_batch_size: int | None = None,
         num_workers: int = 0,
         seed: int = 0,
         repetitions: int = 1,
@@ -73,7 +71,6 @@ class DataModule(pl.LightningDataModule):
         super().__init__()
         for name, value, least in (
             ("batch_size", batch_size, 1),
-            ("eval_batch_size", eval_batch_size, 1),
             ("num_workers", num_workers, 0),
             ("seed", seed, 0),
             ("repetitions", repetitions, 1),
@@ -87,7 +84,6 @@ class DataModule(pl.LightningDataModule):
         self.train_transform = train_transform
         self.eval_transform = eval_transform
         self.batch_size = batch_size
-        self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
         self.num_workers = num_workers
         self.seed = seed
         self.repetitions = repetitions
@@ -175,7 +171,7 @@ class DataModule(pl.LightningDataModule):
             raise ValueError(
                 f"{self.num_val} validation sample(s) for {world_size} processes: every process needs at least one"
             )
-        sampler = EvalBatchSampler(self.num_val, max(1, self.eval_batch_size // world_size), world_size, rank)
+        sampler = EvalBatchSampler(self.num_val, max(1, self.batch_size // world_size), world_size, rank)
         samples = SeededDataset(self._val_part(), self.eval_transform)
         if self._is_cached:
             if self._val_cache is None:

@@ -45,7 +45,6 @@ class Stream(IntEnum):
     STEP = 3
     SUBSET = 4
     SPLIT = 5
-    INIT = 6
 
 
 def derive_seed(seed: int, *stream: int) -> int:

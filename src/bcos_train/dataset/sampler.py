@@ -32,7 +32,6 @@ class TrainBatchSampler(Sampler[list[SampleKey]]):
         n: samples in the data set.
         global_batch_size: samples of one optimizer step, over all processes and micro-batches.
         repetitions: R > 1 is repeated augmentation, see ``epoch_order``.
-        shuffle: False gives the data set's own order in every epoch.
         drop_last: leave the last, smaller global batch out instead of topping it up.
 
     Raises:
@@ -48,7 +47,6 @@ class TrainBatchSampler(Sampler[list[SampleKey]]):
         accumulate: int = 1,
         seed: int = 0,
         repetitions: int = 1,
-        shuffle: bool = True,
         drop_last: bool = False,
     ) -> None:
         for name, value in (
@@ -82,7 +80,6 @@ class TrainBatchSampler(Sampler[list[SampleKey]]):
         self.accumulate = accumulate
         self.seed = seed
         self.repetitions = repetitions
-        self.shuffle = shuffle
         self.drop_last = drop_last
         self.epoch = 0
         self._sought = (0, 0)
@@ -126,10 +123,7 @@ class TrainBatchSampler(Sampler[list[SampleKey]]):
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
         epoch = self.epoch
-        if self.shuffle:
-            order = epoch_order(self.seed, epoch, self.n, self.repetitions).numpy()
-        else:
-            order = np.repeat(np.arange(self.n), self.repetitions)[: self._length]
+        order = epoch_order(self.seed, epoch, self.n, self.repetitions).numpy()
         for step in range(self.start_step, self.steps_per_epoch):
             indices, seeds = self._share(order, epoch, step)
             size = len(indices) // self.accumulate
