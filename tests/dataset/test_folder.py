@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from bcos_train.dataset import ImageFolder, ImageNet
-from bcos_train.dataset.folder import FolderImages
+from bcos_train.dataset.storage.folder import FolderImages
 
 needs_data = pytest.mark.skipif(
     "BCOS_TEST_DATA" not in os.environ, reason="BCOS_TEST_DATA, the folder of the real images' zips, is not set"

@@ -9,11 +9,12 @@ from bcos_train.dataset.device_cache import DeviceCache, DeviceLoader
 from bcos_train.dataset.device_transform import DeviceTransform, NotCacheable
 from bcos_train.dataset.digits import Digits
 from bcos_train.dataset.encoding import BcosEncoding, Standardize, add_inverse, to_float
-from bcos_train.dataset.folder import ImageFolder, UnreadableImage
+from bcos_train.dataset.folder import ImageFolder
 from bcos_train.dataset.imagenet import ImageNet
 from bcos_train.dataset.randomness import Stream, derive_seed, epoch_order, isolated_rng, step_seed
 from bcos_train.dataset.sampler import EvalBatchSampler, TrainBatchSampler
 from bcos_train.dataset.seeded import SeededDataset, UnevenImages
+from bcos_train.dataset.storage.folder import UnreadableImage
 
 __all__ = [
     "BcosEncoding",

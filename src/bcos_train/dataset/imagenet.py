@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from bcos_train.dataset.base import ImageDataset, require_root
-from bcos_train.dataset.folder import FolderImages, list_classes
+from bcos_train.dataset.storage.folder import FolderImages, list_classes
 
 __all__ = ["ImageNet"]
 
