@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from bcos_train import checkpoint, create_model, list_models
+from bcos_train import create_model, list_models
 from bcos_train.nn import BcosConv2d
+from bcos_train.runs import checkpoint
 from bcos_train.weights import source
 from bcos_train.weights.files import read_weights, save_weights
 from bcos_train.weights.state_dict import load_weights

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bcos_train import checkpoint, create_model
+from bcos_train import create_model
+from bcos_train.runs import checkpoint
 from bcos_train.weights.export import export
 from bcos_train.weights.files import save_weights
 

@@ -55,18 +55,18 @@ class DeviceCache:
         images: Tensor | None = None
         labels = torch.empty(total, dtype=torch.int64)
         try:
-            for batch, batch_labels, indices in loader:
-                height, width = batch.shape[2:]
+            for batch in loader:
+                height, width = batch.images.shape[2:]
                 if images is None:
                     shape = (total, height + 2 * border, width + 2 * border, 3)
                     _check_memory(shape, device, what)
                     images = torch.zeros(shape, dtype=torch.uint8, device=device)
                     inner = images[:, border : border + height, border : border + width]
-                if batch.shape[2:] != inner.shape[1:3]:
+                if batch.images.shape[2:] != inner.shape[1:3]:
                     first_height, first_width = inner.shape[1:3]
                     raise NotCacheable(_uneven(what, f"{first_height}×{first_width} and {height}×{width}"))
-                inner[indices.to(device)] = batch.to(device).permute(0, 2, 3, 1)
-                labels[indices] = batch_labels
+                inner[batch.indices.to(device)] = batch.images.to(device).permute(0, 2, 3, 1)
+                labels[batch.indices] = batch.labels
         except UnevenImages as error:
             raise NotCacheable(_uneven(what, "several")) from error
         assert images is not None, "a data set without images"

@@ -27,13 +27,14 @@ class Evaluated(TinyNet):
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_validation_caches_weights_once_an_epoch_and_never_uses_tf32(fails: bool, tmp_path: Path) -> None:
-    before = torch.backends.cudnn.allow_tf32
-    assert before
+def test_validation_caches_weights_once_an_epoch_and_never_uses_tf32(
+    fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     data, model = make_data(), Evaluated(fails)
     with pytest.raises(ZeroDivisionError) if fails else contextlib.nullcontext():
         fit(tmp_path, data=data, module=make_module(data, model))
-    assert torch.backends.cudnn.allow_tf32 == before
+    assert torch.backends.cudnn.allow_tf32
     assert model.conv.linear not in CACHE.weights
     for training, tf32, cached in model.seen:
         assert tf32 == training

@@ -285,7 +285,7 @@ def test_full_disk_is_the_users_to_put_right(tmp_path: Path, monkeypatch: pytest
     with monkeypatch.context() as patch:
         patch.setattr(files, "_dump", full)
         with pytest.raises(
-            UserError, match=r"No space left on device: 'last.ckpt': make room and give the same command"
+            UserError, match=r"No space left on device: 'last.ckpt': free some space and give the same command"
         ):
             train(compose(tmp_path, *SMALL))
     assert train(compose(tmp_path, *SMALL)) == 0
