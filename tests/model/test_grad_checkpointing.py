@@ -235,7 +235,7 @@ def test_blocks_of_several_modules() -> None:
         lambda tensor: inputs.append(tensor) or tensor, lambda tensor: tensor
     ):
         blocks(x.requires_grad_())
-    assert len(inputs) == 3
+    assert sum(tensor.numel() > 0 for tensor in inputs) == 3  # torch 2.11 saves an empty tensor with each
 
 
 # ---- where it is chosen

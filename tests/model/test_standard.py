@@ -3,6 +3,7 @@
 import copy
 import inspect
 import pickle
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -140,8 +141,12 @@ def test_least_size(name: str) -> None:
         message = rf"an image of 64x{least - 1} is too small: {model.architecture} takes at least {least}x{least}$"
         with pytest.raises(ValueError, match=message):
             model(x)
-        with pytest.raises(RuntimeError, match=r"(?i)too small|greater than actual"):
-            model.get_feature_extractor()(x)
+        try:
+            features = model.get_feature_extractor()(x)
+        except RuntimeError as error:
+            assert re.search(r"(?i)too small|greater than actual", str(error))  # noqa: PT017
+        else:
+            assert features.numel() == 0  # on the meta device torch 2.11 computes with empty maps
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
