@@ -14,12 +14,20 @@ from bcos_train.dataset.data_module import DataModule
 from bcos_train.evaluation.store import write_json
 from bcos_train.explanation import evaluating, is_explainable
 from bcos_train.report import save_gallery
-from bcos_train.runs.folder import SUMMARY, RunFolder
-from bcos_train.runs.layout import EMA_WEIGHTS, WEIGHTS
+from bcos_train.runs.folder import RunFolder
+from bcos_train.runs.layout import (
+    EMA_WEIGHTS,
+    EVALUATION,
+    EXPLANATIONS,
+    GALLERY,
+    METRICS,
+    SUMMARY,
+    WEIGHTS,
+    read_metrics,
+)
 from bcos_train.training.callbacks.checkpoint import Checkpointer
 from bcos_train.training.callbacks.ema import EmaCallback
 from bcos_train.training.callbacks.explanations import draw_gallery
-from bcos_train.training.callbacks.metrics import METRICS, read_metrics
 from bcos_train.training.callbacks.progress import duration
 from bcos_train.training.module import Classifier
 from bcos_train.weights.files import save_weights
@@ -44,7 +52,7 @@ def finish(
     # The file knows more than this process, which may have resumed at the very end.
     rows = read_metrics(folder.path / METRICS)
     metrics = {key: value for row in rows for key, value in row.items() if key not in ("step", "epoch")}
-    galleries = sorted((folder.path / "explanations").glob("*.png"))
+    galleries = sorted((folder.path / EXPLANATIONS).glob("*.png"))
     summary = {
         "name": folder.name,
         "model": config["model"]["name"],
@@ -93,9 +101,9 @@ def report_evaluation(
         headline = {"run_name": f"{origin['model']} on {data.dataset.name}", "accuracy": result["acc1"] / 100}
         with evaluating(module.model):
             figure = draw_gallery(module, module.model, images, labels, data, **headline)
-        save_gallery(output / "gallery.png", figure)
-        content["gallery"] = "gallery.png"
-    write_json(output / "evaluation.json", content)
+        save_gallery(output / GALLERY, figure)
+        content["gallery"] = GALLERY
+    write_json(output / EVALUATION, content)
     table = Table(title=f"{origin['model']} on {data.dataset.name}")
     for name in ("top-1 [%]", "top-5 [%]", "loss", "images", "seconds"):
         table.add_column(name, justify="right")

@@ -19,7 +19,16 @@ from torch import Tensor
 from bcos_train.model import list_models
 from bcos_train.model.preprocessing import Preprocessing
 from bcos_train.model.registry import OFFICIAL
-from bcos_train.runs.layout import CHECKPOINTS, EMA_WEIGHTS, EXPORT_CONFIG, LAST, LIBRARY, RUN_CONFIG, WEIGHTS
+from bcos_train.runs.layout import (
+    CHECKPOINT_SUFFIX,
+    CHECKPOINTS,
+    EMA_WEIGHTS,
+    EXPORT_CONFIG,
+    LAST,
+    LIBRARY,
+    RUN_CONFIG,
+    WEIGHTS,
+)
 from bcos_train.utils.suggestions import suggest
 from bcos_train.weights import records, run_source
 from bcos_train.weights.download import load_official
@@ -225,7 +234,7 @@ def _read_run(path: Path, label: str, folder: Path, config: Mapping[str, Any], u
     else:
         state, is_ema, _ = read_file(path, use_ema)
     # The last checkpoint has the run's final weights too, and its name stands for them in the origin and the metrics.
-    checkpoint = LAST if is_final or path.suffix != ".ckpt" else path.name
+    checkpoint = LAST if is_final or path.suffix != CHECKPOINT_SUFFIX else path.name
     origin = f"run {folder.resolve().name}, {LAST if is_final else path.name}"
     name, options = model_of_config(config["model"])
     dataset = run_source.dataset_of(config)
