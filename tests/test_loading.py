@@ -230,6 +230,16 @@ def test_is_explainable(name: str) -> None:
     assert is_explainable(model) == isinstance(model, BcosModel)
 
 
+def test_explicit_encoding() -> None:
+    """It applies to uint8 images, and models need neither a transform nor a number of classes then."""
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 4 * 4, 2))
+    classifier = LoadedClassifier(model, "linear", ("cat", "dog"), encoding=lambda images: images / 255 - 1)
+    images = torch.randint(0, 256, (5, 3, 4, 4), dtype=torch.uint8)
+    assert torch.equal(classifier.encode(images), images / 255 - 1)
+    assert torch.equal(classifier.encode(images / 255), images / 255)
+    assert classifier.predict(images).top(1)[0][0][0] in ("cat", "dog")
+
+
 def test_wrong_number_of_class_names() -> None:
     with pytest.raises(ValueError, match="1 class names, but resnet20 has 10 classes"):
         LoadedClassifier(create_model("resnet20"), "resnet20", ("cat",))

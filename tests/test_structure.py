@@ -37,11 +37,11 @@ ALLOWED = {
     "dataset": set(),
     "config": {"model"},
 }
-FOR_ALL = {f"bcos_train.utils.{name}" for name in ("atomic", "command_line", "compiling", "suggestions")}
+FOR_ALL = {f"bcos_train.utils.{name}" for name in ("atomic", "command_line", "compiling", "json_types", "suggestions")}
 #: Modules that a package may import although the rest of their package is out of reach for it.
 ALLOWED_MODULES = {
     "model": ("bcos_train.augmentation", "bcos_train.dataset.encoding"),
-    "evaluation": ("bcos_train.runs.layout",),
+    "evaluation": ("bcos_train.loading", "bcos_train.runs.layout"),
     "task": ("bcos_train.dataset.batch",),
 }
 #: Packages that never see Lightning, Hydra or OmegaConf.

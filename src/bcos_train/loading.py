@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -24,7 +23,7 @@ from bcos_train.weights.build import build_from_source
 from bcos_train.weights.model_options import check_options
 from bcos_train.weights.source import WeightsSource, read_weights_source
 
-__all__ = ["ImageLike", "LoadedClassifier", "Prediction", "load"]
+__all__ = ["ImageLike", "LoadedClassifier", "Prediction", "load", "pad_class_names"]
 
 ImageLike = Image.Image | str | os.PathLike[str]
 _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -75,6 +74,8 @@ class LoadedClassifier:
         origin: Where the weights come from, in a few words.
         activation: ``"sigmoid"`` or ``"softmax"``: converts logits to probabilities; ``None``: the model's own
             ``to_probabilities``.
+        encoding: uint8 RGB (N, 3, H, W) -> the model's input (N, C, H, W), on the model's device; ``None``: the
+            encoding of the model's inference transform.
 
     Raises:
         ValueError: The number of class names is not that of the model's classes, or another activation.
@@ -86,12 +87,13 @@ class LoadedClassifier:
     dataset: str | None = None
     origin: str = ""
     activation: str | None = None
+    encoding: Callable[[Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
         self.model.eval()
-        n = int(self.model.num_classes)  # type: ignore[arg-type]
+        n = int(getattr(self.model, "num_classes", len(self.class_names)))
         if not self.class_names:
-            object.__setattr__(self, "class_names", tuple(f"class {k}" for k in range(n)))
+            object.__setattr__(self, "class_names", pad_class_names((), n))
         if len(self.class_names) != n:
             raise ValueError(f"{len(self.class_names)} class names, but {self.name} has {n} classes")
         if self.activation not in (None, *_ACTIVATIONS):
@@ -103,7 +105,7 @@ class LoadedClassifier:
         return next(self.model.parameters()).device
 
     def preprocess(self, image: ImageLike) -> Tensor:
-        """Resize and crop an image as the model's inference transform does.
+        """Resize and crop an image by the model's inference transform.
 
         Returns:
             (3, H, W) uint8 RGB. Transforms that don't separate cropping from encoding, such as those of timm's models,
@@ -112,9 +114,10 @@ class LoadedClassifier:
         Raises:
             ValueError: There is no such file, or it is not an image.
         """
-        transform: Any = self.model.transform
-        picture = _read_image(image)
-        return transform.geometry(picture) if isinstance(transform, InferenceTransform) else transform(picture)
+        transform, picture = self.model.transform, _read_image(image)
+        if isinstance(transform, InferenceTransform):
+            return transform.geometry(picture)
+        return transform(picture)  # type: ignore[operator]
 
     def encode(self, images: Tensor) -> Tensor:
         """Convert images to the model's input, on the model's device.
@@ -139,7 +142,9 @@ class LoadedClassifier:
         images = images.to(self.device)
         if images.dtype != torch.uint8:
             return images
-        transform: Any = self.model.transform
+        if self.encoding is not None:
+            return self.encoding(images)
+        transform = self.model.transform
         if not isinstance(transform, InferenceTransform):
             raise ValueError(f"{self.name} has its own transform, which takes PIL images or paths, not uint8 tensors")
         # A copy: the transform itself stays on the CPU, where it takes PIL images.
@@ -202,7 +207,7 @@ def load(
     source: str | os.PathLike[str],
     *,
     model: str | None = None,
-    options: Mapping[str, Any] | None = None,
+    options: Mapping[str, object] | None = None,
     checkpoint: str | None = None,
     use_ema: bool | None = None,
     class_names: Sequence[str] | None = None,
@@ -237,8 +242,11 @@ def load(
     check_options(weights.model_name, weights.options)
     _check_preprocessing(weights)
     network = build_from_source(weights).to(device)
-    names = _class_names(weights, int(network.num_classes), class_names)  # type: ignore[arg-type]
-    return LoadedClassifier(network, weights.model_name, names, weights.dataset, weights.origin, weights.activation)
+    if class_names is None:
+        class_names = pad_class_names(weights.class_names or (), int(network.num_classes))  # type: ignore[arg-type]
+    return LoadedClassifier(
+        network, weights.model_name, tuple(class_names), weights.dataset, weights.origin, weights.activation
+    )
 
 
 def _find_checkpoint(folder: Path, which: str) -> Path:
@@ -257,12 +265,9 @@ def _check_preprocessing(weights: WeightsSource) -> None:
         )
 
 
-def _class_names(weights: WeightsSource, num_classes: int, class_names: Sequence[str] | None) -> tuple[str, ...]:
-    if class_names is not None:
-        return tuple(class_names)
-    names = (weights.class_names or ())[:num_classes]
-    # A model may have more classes than its data set.
-    return (*names, *(f"class {k}" for k in range(len(names), num_classes)))
+def pad_class_names(names: Sequence[str], num_classes: int) -> tuple[str, ...]:
+    """Return the names of ``num_classes`` classes; a model may have more classes than its data set has names."""
+    return (*names[:num_classes], *(f"class {k}" for k in range(len(names), num_classes)))
 
 
 def _read_image(image: ImageLike) -> Image.Image:

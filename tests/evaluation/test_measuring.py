@@ -144,12 +144,14 @@ def test_no_grids() -> None:
 
 
 def test_nothing_of_the_model_changes() -> None:
-    model = TinyNet().train()
+    model = TinyNet()
+    subject = make_subject(model)
+    model.train()
     model.conv.eval()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     modes = [module.training for module in model.modules()]
     random = torch.get_rng_state(), np.random.get_state()[1].copy()  # type: ignore[index, union-attr]
-    measure(make_subject(model), make_options(metrics=list(METRICS), methods=["bcos", "ixg", "smooth_grad"]))
+    measure(subject, make_options(metrics=list(METRICS), methods=["bcos", "ixg", "smooth_grad"]))
     assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())

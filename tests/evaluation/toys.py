@@ -15,6 +15,7 @@ from bcos_train.evaluation import (
     StabilityOptions,
     Subject,
 )
+from bcos_train.loading import LoadedClassifier
 from bcos_train.nn import BcosConv2d, make_norm
 
 SIDE, N_IMAGES, N_CLASSES = 8, 40, 5
@@ -53,10 +54,11 @@ def make_subject(model: nn.Module | None = None, images: Sequence[int] = (3, 1, 
     predictions = torch.where(every % 3 == 0, (labels + 1) % N_CLASSES, labels)
     confidences = (every * 7 % N_IMAGES) / N_IMAGES
     all_pixels = pixels()
+    names = [f"class {k}" for k in range(N_CLASSES)]
+    classifier = LoadedClassifier(TinyNet() if model is None else model, "toy", tuple(names), encoding=BcosEncoding())
     return Subject(
-        TinyNet() if model is None else model,
+        classifier,
         lambda indices: all_pixels[list(indices)],
-        BcosEncoding(),
         list(images),
         Predictions(labels, predictions, confidences),
     )

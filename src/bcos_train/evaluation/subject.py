@@ -1,4 +1,4 @@
-"""The subject of an evaluation: a model and the validation images that its explanations are measured on.
+"""The subject of an evaluation: a classifier and the validation images that its explanations are measured on.
 
 Axes: M validation images, N images of a batch, G grids, K = n² cells of a grid, C channels, H W pixels.
 """
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from bcos_train.evaluation.options import GridPointingOptions
 from bcos_train.explanation import evaluating
+from bcos_train.loading import LoadedClassifier
 from bcos_train.metric import choose_grids, compose_grids
 
 __all__ = ["Predictions", "Subject", "draw_grids", "grid_incompatibility", "grid_input", "grid_pictures"]
@@ -34,25 +35,28 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Subject:
-    """A model and its images.
+    """A classifier and its images.
 
     Attributes:
-        model: (N, C, H, W) -> logits.
-        pictures: Indices in the validation set -> uint8 RGB (N, 3, H, W), on the model's device.
-        encode: uint8 RGB (N, 3, H, W) -> the model's input (N, C, H, W).
+        classifier: The classifier.
+        pictures: Indices in the validation set -> uint8 RGB (N, 3, H, W).
         images: Indices of the images that all metrics but the grid pointing game are measured on.
         predictions: Predictions for the whole validation set; ``None``: skip the grid pointing game.
     """
 
-    model: nn.Module
+    classifier: LoadedClassifier
     pictures: Callable[[Sequence[int]], Tensor]
-    encode: Callable[[Tensor], Tensor]
     images: Sequence[int]
     predictions: Predictions | None = None
 
+    @property
+    def model(self) -> nn.Module:
+        """The classifier's model: (N, C, H, W) -> logits (N, K)."""
+        return self.classifier.model
+
     def load(self, indices: Sequence[int]) -> Tensor:
         """Load images as the model's input: (N, C, H, W)."""
-        return self.encode(self.pictures(indices))
+        return self.classifier.encode(self.pictures(indices))
 
 
 def draw_grids(predictions: Predictions, options: GridPointingOptions) -> Tensor:

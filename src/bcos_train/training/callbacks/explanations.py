@@ -22,6 +22,7 @@ from bcos_train.evaluation import ExplanationOptions, Predictions, Results, Subj
 from bcos_train.evaluation.report import evaluate_explanations
 from bcos_train.evaluation.store import write_json
 from bcos_train.explanation import evaluating, explain, is_explainable
+from bcos_train.loading import LoadedClassifier, pad_class_names
 from bcos_train.metric import GridPointing
 from bcos_train.report import gallery, save_gallery
 from bcos_train.runs.layout import EVALUATION
@@ -37,21 +38,18 @@ def draw_gallery(
     x = module.encode(images)
     result = explain(model, x)
     probabilities = module.probabilities(result.logits)
-    # A model may have more classes than the data set.
-    names = data.class_names + [f"class {k}" for k in range(data.num_classes, result.logits.shape[1])]
+    names = pad_class_names(data.class_names, result.logits.shape[1])
     return gallery(x, result, labels, names, probabilities=probabilities, max_samples=len(x), **headline)
 
 
 def make_subject(
-    module: Classifier, data: DataModule, n_images: int, predictions: Predictions | None, device: torch.device
+    module: Classifier, data: DataModule, name: str, n_images: int, predictions: Predictions | None
 ) -> Subject:
-    """The module's model and the validation images of ``data``, on the device."""
+    """Return the module's classifier and the validation images of ``data``."""
+    names = pad_class_names(data.class_names, int(getattr(module.model, "num_classes", data.num_classes)))
+    classifier = LoadedClassifier(module.model, name, names, data.dataset.name, encoding=module.encode)
     return Subject(
-        module.model,
-        lambda indices: data.val_samples(indices)[0].to(device),
-        module.encode,
-        data.fixed_val_indices(n_images),
-        predictions,
+        classifier, lambda indices: data.val_samples(indices)[0], data.fixed_val_indices(n_images), predictions
     )
 
 
@@ -150,7 +148,7 @@ class ExplanationCallback(PredictionRecorder):
 
     def _measure(self, trainer: pl.Trainer, module: Classifier, predictions: Predictions | None) -> None:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        subject = make_subject(module, data, self.options.n_images, predictions, module.device)
+        subject = make_subject(module, data, self.title, self.options.n_images, predictions)
         if metrics := logged_metrics(measure(subject, self.options)):
             log_now(module, metrics)
 
@@ -208,7 +206,7 @@ class ExplanationReport(PredictionRecorder):
         module.to(self.device)  # a trainer leaves it on the CPU
         with user_errors_at("explanation"):
             results = evaluate_explanations(
-                make_subject(module, data, options.n_images, self.predictions, self.device),
+                make_subject(module, data, origin["model"], options.n_images, self.predictions),
                 options,
                 output,
                 title=f"{origin['model']} on {data.dataset.name}",
