@@ -20,10 +20,9 @@ def test_off_is_the_identity(batch: tuple[Tensor, Tensor]) -> None:
     images, labels = mix(*batch)
     assert images is batch[0]
     assert labels is batch[1]
-    assert not mix.active
 
 
-def test_mixup_is_a_weighted_mean_with_the_neighbour(batch: tuple[Tensor, Tensor]) -> None:
+def test_mixup_is_a_weighted_mean_with_the_neighbor(batch: tuple[Tensor, Tensor]) -> None:
     images, labels = batch
     before = images.clone()
     torch.manual_seed(0)

@@ -21,13 +21,15 @@ from bcos_train.augmentation import (
     imagenet_train,
     plain,
 )
-from bcos_train.dataset.encoding import CIFAR10_MEAN, CIFAR10_STD, BcosEncoding, Standardize
+from bcos_train.dataset.encoding import BcosEncoding, Standardize
 
+CIFAR10_MEAN = (0.49139968, 0.48215841, 0.44653091)
+CIFAR10_STD = (0.24703223, 0.24348513, 0.26158784)
 SIZES = [(32, 32), (500, 375), (375, 500), (180, 300), (224, 224), (257, 100)]
 
 
 def _image(size: tuple[int, int], seed: int = 0) -> Image.Image:
-    """Smooth colours with noise on top."""
+    """Smooth colors with noise on top."""
     width, height = size
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[0:height, 0:width] / max(size)

@@ -107,7 +107,7 @@ def test_strided_gradients(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("stride", [2, 3])
 def test_strided_single_unit(stride: int) -> None:
-    """A gradient that is a column of a larger tensor is clipped where it stands, its neighbours are left alone."""
+    """A gradient that is a column of a larger tensor is clipped in place, its neighbors are left alone."""
     storage = torch.ones(8, stride)
     p = torch.randn(8, generator=torch.Generator().manual_seed(0)).requires_grad_()
     p.grad = storage[:, 1]

@@ -1,4 +1,4 @@
-"""torch's fused optimizers against its plain ones."""
+"""torch's fused optimizers against its unfused ones."""
 
 from functools import partial
 from typing import Any

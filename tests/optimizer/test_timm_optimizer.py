@@ -50,5 +50,5 @@ def test_unknown_name(name: str, nearest: str) -> None:
 
 @pytest.mark.parametrize("options", [{"bettas": [0.9, 0.99]}, {"lr": 0.2}, {"opt": "sgd"}])
 def test_unknown_option(options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"optimizer.options=\{.*\}: not taken by timm's adamw \("):
+    with pytest.raises(ValueError, match=r"optimizer.options=\{.*\}: not supported by timm's adamw \("):
         timm_optimizer([torch.ones(3, requires_grad=True)], name="adamw", lr=0.1, options=options)

@@ -1,4 +1,4 @@
-"""The seam between training loop and objective."""
+"""Tasks, and their interface with the training loop."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -53,7 +53,7 @@ def test_another_objective_needs_no_change_in_the_loop(tmp_path: Path) -> None:
     teacher.eval()
     before = {key: value.clone() for key, value in teacher.state_dict().items()}
     fit(tmp_path, data=data, module=module)
-    assert all(isinstance(one, Batch) and one.extras is None for one in task.seen)
+    assert all(isinstance(item, Batch) and item.extras is None for item in task.seen)
     logged = [float(row["train/distance"]) for row in metric_rows(tmp_path) if row.get("train/distance")]
     assert len(logged) == len(task.seen)
     assert min(logged) > 0

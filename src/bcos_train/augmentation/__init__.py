@@ -1,8 +1,8 @@
 """Transforms of single images on the CPU, and of whole batches on the device."""
 
-from bcos_train.augmentation.augmentation import Augmentation
 from bcos_train.augmentation.batch_mix import BatchMix
 from bcos_train.augmentation.transforms import (
+    Augmentation,
     Interpolation,
     Policy,
     crop_flip,

@@ -9,19 +9,18 @@ __all__ = ["BatchMix"]
 
 
 class BatchMix(nn.Module):
-    """Mix every sample with its neighbour in the batch: MixUp (arXiv 1710.09412) or CutMix (arXiv 1905.04899).
+    """Mix every sample with its neighbor in the batch: MixUp (arXiv 1710.09412) or CutMix (arXiv 1905.04899).
 
-    With both on, each batch takes one of the two with equal chance, as in the official code.
-
-    All chance comes from torch's CPU generator.
+    If both are enabled, each batch uses one of them, with equal probability, as in the official code. All random
+    numbers are drawn from torch's CPU generator.
 
     Args:
-        num_classes: K.
-        mixup_alpha: both parameters of the Beta distribution of MixUp's weight; 0 turns MixUp off.
-        cutmix_alpha: the same for the share of the area that CutMix keeps; 0 turns CutMix off.
+        num_classes: Number of classes K.
+        mixup_alpha: Both parameters of the Beta distribution of MixUp's weight; 0 disables MixUp.
+        cutmix_alpha: The same for the fraction of the area that CutMix keeps; 0 disables CutMix.
 
     Raises:
-        ValueError: for a negative alpha or no class.
+        ValueError: An alpha is negative or ``num_classes`` is below 1.
     """
 
     def __init__(self, num_classes: int, mixup_alpha: float = 0.0, cutmix_alpha: float = 0.0) -> None:
@@ -41,14 +40,13 @@ class BatchMix(nn.Module):
             transforms.append(v2.CutMix(alpha=cutmix_alpha, num_classes=num_classes))
         self.mix = v2.RandomChoice(transforms) if len(transforms) > 1 else transforms[0] if transforms else None
 
-    @property
-    def active(self) -> bool:
-        return self.mix is not None
-
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Images float (N,C,H,W), labels int64 (N,) -> images (N,C,H,W), labels float (N,K) that sum to 1.
+        """Mix a batch; return it unchanged if both alphas are 0.
 
-        With both alphas 0 images and labels come back as they are.
+        Shapes:
+            - images: ``(N, C, H, W)``, float
+            - labels: ``(N,)``, int64
+            - Output: images ``(N, C, H, W)`` and labels ``(N, K)``, float, that sum to 1
         """
         if self.mix is None:
             return images, labels

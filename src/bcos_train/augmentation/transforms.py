@@ -1,27 +1,59 @@
-"""Image transforms: PIL image (RGB) -> uint8 (3,H,W). Scaling to [0, 1] and encoding follow on the device.
+"""Image transforms: PIL image (RGB) -> uint8 (3, H, W). Scaling to [0, 1] and encoding follow on the device.
 
-Cropping and resizing run on PIL images, so they are antialiased like the official presets and equal them bit for bit.
+Images are cropped and resized as PIL images: with antialiasing, and bit-identical to the official presets.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, get_args
 
+from PIL import Image
+from torch import Tensor
 from torchvision.transforms import v2
 
 from bcos_train.utils.suggestions import join_words, suggest
 
-__all__ = ["Interpolation", "Policy", "crop_flip", "digits_train", "imagenet_eval", "imagenet_train", "plain"]
+__all__ = [
+    "Augmentation",
+    "Interpolation",
+    "Policy",
+    "crop_flip",
+    "digits_train",
+    "imagenet_eval",
+    "imagenet_train",
+    "plain",
+]
 
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
 Policy = Literal["ra", "ta_wide", "augmix", "imagenet", "cifar10", "svhn"]
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """The transforms of a run: everything between the data set and the encoding.
+
+    Args:
+        train: PIL image -> uint8 ``(3, H, W)``, random.
+        eval: PIL image -> uint8 ``(3, H, W)``, deterministic.
+        mixup_alpha, cutmix_alpha: Parameters of MixUp (arXiv 1710.09412) and CutMix (arXiv 1905.04899), applied to
+            whole batches; 0: off. With both on, each batch gets one of them, with equal probability.
+        repetitions: Augmented versions of a sample per epoch (repeated augmentation, arXiv 1901.09335).
+    """
+
+    train: Callable[[Image.Image], Tensor]
+    eval: Callable[[Image.Image], Tensor]
+    mixup_alpha: float = 0.0
+    cutmix_alpha: float = 0.0
+    repetitions: int = 1
 
 
 def plain(size: int | None = None, interpolation: Interpolation = "bilinear") -> v2.Compose:
     """No augmentation.
 
     Args:
-        size: resize to size × size pixels, whatever the shape; None keeps each image's own size.
+        size: Resize to ``size`` × ``size`` pixels, regardless of the aspect ratio; ``None`` keeps each image's size.
     """
     steps: list[v2.Transform] = []
     if size is not None:
@@ -30,17 +62,17 @@ def plain(size: int | None = None, interpolation: Interpolation = "bilinear") ->
 
 
 def crop_flip(size: int = 32, padding: int = 4) -> v2.Compose:
-    """Horizontal flip, then a crop of size × size out of the image padded with black: the official CIFAR-10 preset."""
+    """Horizontal flip and a ``size`` × ``size`` crop of the image padded with black: the official CIFAR-10 preset."""
     return v2.Compose([v2.RandomHorizontalFlip(), v2.RandomCrop(size, padding=padding), v2.PILToTensor()])
 
 
 def digits_train(degrees: float = 10.0, translate: float = 0.1, scale: float = 0.1) -> v2.Compose:
-    """Small rotations, shifts and changes of size; no flips, which would turn one digit into another or into none.
+    """Small rotations, translations and changes of scale; no flips, which would change or destroy the digit.
 
     Args:
-        degrees: largest rotation to either side.
-        translate: largest shift in each direction, as a share of the side, in [0, 1].
-        scale: the size changes by a factor in [1 - scale, 1 + scale].
+        degrees: Largest rotation in either direction.
+        translate: Largest translation in each direction, as a fraction of the side, in [0, 1].
+        scale: The scale is drawn from [1 - ``scale``, 1 + ``scale``].
     """
     affine = v2.RandomAffine(
         degrees,
@@ -62,17 +94,18 @@ def imagenet_train(
 ) -> v2.Compose:
     """Random resized crop, flip, an automatic policy and random erasing, as in the official ImageNet preset.
 
-    Erased areas are black. For B-cos models that is the official behaviour; for standard models the official preset
-    erases after standardisation, which leaves the mean colour.
+    Erased areas are black. For B-cos models that is the official behavior; for standard models the official preset
+    erases after standardization, which leaves the mean color.
 
     Args:
-        policy: "ra" RandAugment (arXiv 1909.13719), "ta_wide" TrivialAugment (arXiv 2103.10158), "augmix" AugMix (arXiv
-            1912.02781), or the data set whose AutoAugment policy (arXiv 1805.09501) is used; None for none.
-        ra_magnitude: strength of RandAugment's operations, 0 … 30.
-        augmix_severity: strength of AugMix's operations, 1 … 10.
+        policy: ``"ra"`` RandAugment (arXiv 1909.13719), ``"ta_wide"`` TrivialAugment (arXiv 2103.10158), ``"augmix"``
+            AugMix (arXiv 1912.02781), or the data set whose AutoAugment policy (arXiv 1805.09501) is used; ``None``:
+            none.
+        ra_magnitude: Strength of RandAugment's operations, 0 … 30.
+        augmix_severity: Strength of AugMix's operations, 1 … 10.
 
     Raises:
-        ValueError: for an unknown policy or interpolation.
+        ValueError: Unknown policy or interpolation.
     """
     mode = _interpolation(interpolation)
     steps: list[v2.Transform] = [v2.RandomResizedCrop(crop_size, interpolation=mode)]
@@ -91,9 +124,9 @@ def imagenet_eval(
     crop_size: int = 224,
     interpolation: Interpolation = "bilinear",
 ) -> v2.Compose:
-    """Resize the shorter side, then crop the centre: the official ImageNet preset.
+    """Resize the shorter side, then crop the center: the official ImageNet preset.
 
-    There is no switch for antialiasing: PIL always antialiases.
+    There is no option for antialiasing: PIL always antialiases.
     """
     resize = v2.Resize(resize_size, interpolation=_interpolation(interpolation))
     return v2.Compose([resize, v2.CenterCrop(crop_size), v2.PILToTensor()])
@@ -115,8 +148,7 @@ def _policy(name: str, mode: v2.InterpolationMode, ra_magnitude: int, augmix_sev
     return v2.AutoAugment(v2.AutoAugmentPolicy(name), interpolation=mode)
 
 
-def _check_name(what: str, given: Any, allowed: tuple[str, ...]) -> None:
-    if given not in allowed:
-        raise ValueError(
-            f"unknown {what} {given!r}{suggest(str(given), allowed) or ';'} allowed: {join_words(allowed)}"
-        )
+def _check_name(argument: str, name: str, allowed: tuple[str, ...]) -> None:
+    if name not in allowed:
+        hint = suggest(name, allowed) or ";"
+        raise ValueError(f"unknown {argument} {name!r}{hint} allowed: {join_words(allowed)}")

@@ -46,7 +46,7 @@ def binary_cross_entropy(
 def uniform_off_label_binary_cross_entropy(logits: Tensor, target: Tensor, off_label: float | None = None) -> Tensor:
     """Compute the mean binary cross-entropy with targets of at least ``off_label`` (default: 1/K).
 
-    The loss of the official ImageNet models. The probabilities of the other classes are trained towards 1/K instead of
+    The loss of the official ImageNet models. The probabilities of the other classes are trained toward 1/K instead of
     0, for which the logits would have to go to minus infinity.
     """
     logits, target = _to_dense(logits, target)

@@ -1,4 +1,4 @@
-"""Optimizers by name and gradient clipping. torch's own (Adam, AdamW, SGD, RMSprop) are used as they are."""
+"""Optimizers by name and gradient clipping. Those of torch (Adam, AdamW, SGD, RMSprop) are used directly."""
 
 from bcos_train.optimizer.clipping import adaptive_clip_grad_
 from bcos_train.optimizer.fused import prefer_fused

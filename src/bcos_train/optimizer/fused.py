@@ -1,4 +1,4 @@
-"""torch's optimizers in one pass over the weights."""
+"""Fused steps for torch's optimizers."""
 
 from collections.abc import Callable
 from functools import partial
@@ -7,20 +7,20 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 __all__ = ["prefer_fused"]
 
-#: Arguments that choose how an optimizer computes.
-_CHOICES = {"foreach", "fused", "capturable", "differentiable"}
+#: Arguments that select an optimizer's implementation.
+_IMPLEMENTATION = {"foreach", "fused", "capturable", "differentiable"}
 
 
-def prefer_fused(make: Callable[..., Optimizer]) -> Callable[..., Optimizer]:
-    """``make`` with torch's fused step where it has one and nothing was chosen; the same numbers to rounding.
+def prefer_fused(build: Callable[..., Optimizer]) -> Callable[..., Optimizer]:
+    """Return ``build`` with ``fused=True`` where torch supports it; results agree up to rounding.
 
-    Not to be used together with a ``GradScaler`` and gradient clipping: a fused step divides the gradients by the scale
-    itself, so that what is clipped before it would be the scaled ones.
+    Do not combine with a ``GradScaler`` and gradient clipping: a fused step unscales the gradients itself, so that
+    clipping before it would act on the scaled ones.
 
     Args:
-        make: ``parameters -> Optimizer``; ``functools.partial`` of Adam, AdamW or SGD is changed, all else is returned
-            as it is.
+        build: ``parameters -> Optimizer``. Only a ``functools.partial`` of Adam, AdamW or SGD that doesn't select an
+            implementation is changed.
     """
-    if not isinstance(make, partial) or make.func not in (Adam, AdamW, SGD) or _CHOICES & make.keywords.keys():
-        return make
-    return partial(make, fused=True)
+    if not isinstance(build, partial) or build.func not in (Adam, AdamW, SGD):
+        return build
+    return build if _IMPLEMENTATION & build.keywords.keys() else partial(build, fused=True)

@@ -1,7 +1,6 @@
-"""Any optimizer of timm by name."""
+"""timm's optimizers by name."""
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
 
 from timm.optim import create_optimizer_v2, list_optimizers
 from torch import Tensor
@@ -25,20 +24,19 @@ def timm_optimizer(
         params: Parameters to optimize.
         name: timm's name, such as ``"lamb"``, ``"lion"`` or ``"muon"``.
         lr: Learning rate.
-        weight_decay: Weight decay of all parameters alike, as with torch's optimizers here.
-        momentum: For the optimizers that have one.
-        options: Further keywords of that optimizer, such as ``{betas: [0.9, 0.99]}``.
+        weight_decay: Weight decay, applied to all parameters, as with torch's optimizers.
+        momentum: Momentum, for optimizers that use it.
+        options: Further arguments of that optimizer, such as ``{betas: [0.9, 0.99]}``.
 
     Raises:
         ValueError: Unknown name or option.
     """
-    known = [str(known_name) for known_name in list_optimizers()]
-    if name not in known:
-        raise ValueError(f"optimizer.name={name}: timm has no such optimizer{suggest(name, known)}")
-    keywords: dict[str, Any] = dict(options or {})
+    names = [str(entry) for entry in list_optimizers()]
+    if name not in names:
+        raise ValueError(f"optimizer.name={name}: timm has no such optimizer{suggest(name, names)}")
+    # timm annotates its own arguments only, not those of the optimizers.
+    create: Callable[..., Optimizer] = create_optimizer_v2
     try:
-        return create_optimizer_v2(
-            list(params), opt=name, lr=lr, weight_decay=weight_decay, momentum=momentum, **keywords
-        )
+        return create(list(params), opt=name, lr=lr, weight_decay=weight_decay, momentum=momentum, **(options or {}))
     except TypeError as error:
-        raise ValueError(f"optimizer.options={keywords}: not taken by timm's {name} ({error})") from error
+        raise ValueError(f"optimizer.options={options}: not supported by timm's {name} ({error})") from error

@@ -1,4 +1,4 @@
-"""Tasks: what one training step optimizes."""
+"""Tasks: objectives of a training step."""
 
 from bcos_train.task.base import Task, TaskOutput
 from bcos_train.task.classification import Classification

@@ -1,8 +1,7 @@
-"""The seam between the training loop and what a step optimizes.
+"""Interface between the training loop and the objective of a training step.
 
-The loop encodes a batch, mixes it if asked to, lets the task turn network and batch into a loss, and does everything
-else: finite check, backward pass, clipping, optimizer, logs. A new training objective (distillation, guidance) is a
-new task and needs no change in the loop.
+The loop mixes and encodes a batch, calls the task for the loss, and does everything else: finite check, backward pass,
+clipping, optimizer step, logging. A new objective (distillation, guidance) is a new task; the loop stays unchanged.
 """
 
 from abc import abstractmethod
@@ -21,10 +20,9 @@ class TaskOutput:
     """Result of a task for one batch.
 
     Attributes:
-        loss: Scalar with a graph; what the step minimizes.
-        logits: (N, K) of the trained network, for accuracy.
-        logs: Further scalars, without a graph, logged as ``train/<name>``; they stay on the device until they are
-            logged.
+        loss: Scalar to minimize, attached to the graph.
+        logits: ``(N, K)`` of the trained network, for accuracy.
+        logs: Further scalars, detached, logged as ``train/<name>``; they stay on the device until they are logged.
     """
 
     loss: Tensor
@@ -33,10 +31,10 @@ class TaskOutput:
 
 
 class Task(nn.Module):
-    """What a training step optimizes.
+    """Objective of a training step.
 
-    A submodule of the LightningModule, so that it follows it to the device. Weights that are not trained, such as a
-    teacher's, must stay out of the module tree: they would enter optimizer, DDP and checkpoints.
+    A task is a submodule of the LightningModule and moves to the device with it. Weights that are not trained, such as
+    those of a teacher, must not be submodules: they would be passed to the optimizer, DDP and checkpoints.
     """
 
     @abstractmethod
@@ -44,8 +42,8 @@ class Task(nn.Module):
         """Compute the loss of a batch.
 
         Args:
-            network: (N, C, H, W) -> logits (N, K); the trained network, compiled if the run compiles it.
-            x: (N, C, H, W), the encoded and possibly mixed images.
-            target: (N,) labels, or (N, K) probabilities of mixed images.
+            network: ``(N, C, H, W) -> (N, K)``, the trained network, compiled if the run compiles it.
+            x: ``(N, C, H, W)``, encoded and possibly mixed images.
+            target: ``(N,)`` labels, or ``(N, K)`` label distributions of mixed images.
             batch: The batch as it was loaded.
         """

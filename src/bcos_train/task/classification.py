@@ -1,4 +1,4 @@
-"""Classification: the loss of the logits."""
+"""Classification by a loss on the logits."""
 
 from collections.abc import Callable
 
