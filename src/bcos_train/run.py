@@ -81,20 +81,20 @@ def train(config: Mapping[str, Any], folder: Path | None = None) -> int:
         return _restart(config, options.processes_per_node)
     settings = TrainConfig(**instantiate(config))
     stop = StopFlag()
-    with stop.watching():
+    with stop.handling_signals():
         try:
             with _as_user_errors():
-                return launch.exit_with(_train(settings, config, stop, folder))
+                return launch.report_exit_code(_train(settings, config, stop, folder))
         except Interrupted as interrupted:
-            return launch.exit_with(interrupted.exit_code)
+            return launch.report_exit_code(interrupted.exit_code)
         except (KeyboardInterrupt, SystemExit):
-            if not stop.at_once:  # what Lightning makes of a KeyboardInterrupt is SystemExit(1)
+            if not stop.immediate:  # what Lightning makes of a KeyboardInterrupt is SystemExit(1)
                 raise
-            return launch.exit_with(128 + signal.SIGINT)
+            return launch.report_exit_code(128 + signal.SIGINT)
         except NonFiniteLoss as error:
             console = Console(stderr=True, soft_wrap=True)
             console.print(f"stopped: {error}", style="red", highlight=False, markup=False)
-            return launch.exit_with(DIVERGED)
+            return launch.report_exit_code(DIVERGED)
 
 
 @contextlib.contextmanager
@@ -145,8 +145,8 @@ def _train(settings: TrainConfig, config: Mapping[str, Any], stop: StopFlag, res
         found = find_run_folder(base, settings.resume) if resumed is None else find_run_folder(resumed, resume=True)
     folder = trainer.strategy.broadcast(found)
     assert folder is not None
-    for complaint in folder.complaints:
-        console.print(f"skipped: {complaint}", style="yellow", highlight=False, soft_wrap=True)
+    for warning in folder.warnings:
+        console.print(f"skipped: {warning}", style="yellow", highlight=False, soft_wrap=True)
     if folder.finished:
         text = f"finished already: {folder.path} (resume=false trains again in another folder)"
         console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -270,7 +270,7 @@ def main() -> int:
     except UserError as error:
         if launch.rank() == 0:
             print(error, file=sys.stderr)
-        return launch.exit_with(2)
+        return launch.report_exit_code(2)
 
 
 if __name__ == "__main__":

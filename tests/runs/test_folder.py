@@ -111,7 +111,7 @@ def test_new_folders_are_counted(tmp_path: Path) -> None:
     (tmp_path / "name-1234-2").mkdir()
     folder = find_run_folder(base, resume=False)
     assert folder.path == tmp_path / "name-1234-3"
-    assert (folder.resume_from, folder.finished, folder.complaints) == (None, False, ())
+    assert (folder.resume_from, folder.finished, folder.warnings) == (None, False, ())
 
 
 def test_what_is_found_in_a_folder(tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_what_is_found_in_a_folder(tmp_path: Path) -> None:
     folder = find_run_folder(tmp_path, resume=True)
     assert folder.resume_from == folder.checkpoints / files.PREVIOUS
     assert folder.finished
-    assert len(folder.complaints) == 1
+    assert len(folder.warnings) == 1
 
 
 @pytest.fixture
@@ -147,7 +147,7 @@ def other_process(tmp_path: Path) -> Iterator[tuple[int, Path]]:
 
 def test_second_process_is_refused(other_process: tuple[int, Path]) -> None:
     _, folder = other_process
-    with pytest.raises(ValueError, match=r"another process is training in .*: wait, stop it, or give name=") as caught:
+    with pytest.raises(ValueError, match=r"another process is training in .*: wait, stop it, or set another name=") as caught:
         locked(folder).__enter__()
     assert "\n" not in str(caught.value)
 

@@ -63,7 +63,7 @@ def test_exit_codes(
     assert train(compose(tmp_path, *SMALL)) == code
     assert steps_saved(tmp_path) == 2, "the batch was finished, and no other begun"
     name = signal.Signals(signum).name
-    assert f"{name}: saving after this batch, then leaving (Ctrl-C again leaves at once)" in capfd.readouterr().err
+    assert f"{name}: saving after this batch, then stopping (Ctrl-C again stops immediately)" in capfd.readouterr().err
 
 
 def in_validation(patch: pytest.MonkeyPatch) -> None:
@@ -152,13 +152,13 @@ def test_interrupt_before_a_stop_was_asked_for_is_no_stop(tmp_path: Path, monkey
 
 def test_flag_alone() -> None:
     stop = StopFlag()
-    with stop.watching():
+    with stop.handling_signals():
         assert stop.signum is None
         send(signal.SIGTERM)
         assert stop.signum == signal.SIGTERM
         with pytest.raises(KeyboardInterrupt):
             send(signal.SIGINT)
-    with pytest.raises(ZeroDivisionError), StopFlag().watching():
+    with pytest.raises(ZeroDivisionError), StopFlag().handling_signals():
         raise ZeroDivisionError
 
 
@@ -170,7 +170,7 @@ def test_closed_stderr_is_no_reason_to_fail(tmp_path: Path) -> None:
     os.close(reader)
     try:
         os.dup2(writer, 2)
-        with stop.watching():
+        with stop.handling_signals():
             send(signal.SIGTERM)
     finally:
         os.dup2(kept, 2)

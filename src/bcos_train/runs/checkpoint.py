@@ -1,13 +1,13 @@
-"""Checkpoint files that survive a crash and say when they are damaged.
+"""Checkpoint files that survive crashes, with damage detection.
 
 The contract:
 
-* A checkpoint is one file of tensors and JSON-able values, read with ``weights_only=True``: it can run no code.
-* ``model`` holds the model's ``state_dict``, ``model_ema`` that of its moving average if there is one.
-* It is written to a temporary file in the same folder, flushed to the disk and then renamed over the target; its
-  SHA-256 stands beside it in ``<name>.sha256`` (``sha256sum -c`` reads it) and is checked on loading.
-* A ``last.ckpt`` that it replaces becomes ``previous.ckpt``. All that takes space is on the disk before the first file
-  gets another name, so at whichever moment the machine dies or the disk fills up, one of the two is whole.
+* A checkpoint is one file of tensors and JSON-able values, read with ``weights_only=True``: reading it runs no code.
+* ``model`` holds the model's ``state_dict``, and ``model_ema`` that of its moving average if there is one.
+* It is written to a temporary file in the same folder, flushed to disk and then renamed over the target. Its SHA-256 is
+  stored beside it in ``<name>.sha256`` (readable by ``sha256sum -c``) and verified on loading.
+* A ``last.ckpt`` that is replaced becomes ``previous.ckpt``. All files are fully on disk before the first one is
+  renamed, so one of the two is valid whenever the machine crashes or the disk is full.
 """
 
 import contextlib
@@ -21,47 +21,46 @@ from typing import Any, BinaryIO
 
 import torch
 
-from bcos_train.runs.layout import CHECKPOINT_SUFFIX, LAST, PREVIOUS
+from bcos_train.runs.layout import CHECKPOINT_SUFFIX, DIGEST_SUFFIX, LAST, PREVIOUS
 
-
-# Exactly these: a subclass, as numpy's float64 is of float, is saved as an object, and that can't be loaded.
+# Exact types: a subclass, such as numpy's float64 of float, is pickled as an object, which can't be loaded.
 _SCALARS = (type(None), str, int, float, bool, torch.Tensor, torch.nn.Parameter)
 _MAPPINGS = (dict, OrderedDict)
 
 
 class DamagedCheckpoint(ValueError):
-    """The file isn't the one that was written: its SHA-256 differs or is missing, or it can't be read."""
+    """The checkpoint's SHA-256 differs or is missing, or the file can't be read."""
 
 
-def save(checkpoint: Mapping[str, Any], path: Path) -> None:
-    """Write ``checkpoint`` to ``path`` as the contract says.
+def save(checkpoint: Mapping[str, object], path: Path) -> None:
+    """Write a checkpoint as described by the contract.
 
     Raises:
-        TypeError: A value that is neither a tensor nor JSON-able.
-        OSError: Disk full, or no permission; what was there is as it was.
+        TypeError: A value is neither a tensor nor JSON-able.
+        OSError: The disk is full, or permission is denied; existing files are unchanged.
     """
-    _refuse_objects(checkpoint)
+    _check_serializable(checkpoint)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for litter in path.parent.glob(f".{path.name}.*.tmp"):  # of processes that were killed while saving
-        litter.unlink(missing_ok=True)
+    for leftover in path.parent.glob(f".{path.name}.*.tmp"):  # from processes that were killed while saving
+        leftover.unlink(missing_ok=True)
     with _staging() as stage:
         new = stage(path, lambda file: _dump(checkpoint, file))
-        moves = [(_stage_digest(stage, path, file_sha256(new)), _digest_path(path)), (new, path)]
+        moves = [(_stage_digest(stage, path, file_sha256(new)), digest_path(path)), (new, path)]
         if path.name == LAST and (digest := _valid_digest(path)) is not None:
             previous = path.with_name(PREVIOUS)
-            moves = [(_stage_digest(stage, previous, digest), _digest_path(previous)), (path, previous), *moves]
-        # A digest goes before its file: in between, the older file there fails the check, and the other one passes.
+            moves = [(_stage_digest(stage, previous, digest), digest_path(previous)), (path, previous), *moves]
+        # Digests are renamed before their files: in between, only the older file at that path fails verification.
         for source, target in moves:
             os.replace(source, target)
         _sync_folder(path.parent)
 
 
-def load(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
-    """Read and verify a checkpoint.
+def load(path: Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:
+    """Verify and load a checkpoint.
 
     Raises:
-        FileNotFoundError: No such file.
-        DamagedCheckpoint: It fails the check.
+        FileNotFoundError: There is no such file.
+        DamagedCheckpoint: The verification fails.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
@@ -73,12 +72,12 @@ def load(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
 
 
 def verify(path: Path) -> None:
-    """Compare the file with the SHA-256 beside it.
+    """Compare a checkpoint with the SHA-256 beside it.
 
     Raises:
-        DamagedCheckpoint: They differ, there is no digest, or one of them can't be read.
+        DamagedCheckpoint: They differ, there is no digest, or one of the files can't be read.
     """
-    digest_file = _digest_path(path)
+    digest_file = digest_path(path)
     if not digest_file.is_file():
         raise DamagedCheckpoint(f"{path} has no {digest_file.name} beside it")
     try:
@@ -90,35 +89,35 @@ def verify(path: Path) -> None:
 
 
 def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint in ``folder`` that passes the check, and what was wrong with those passed over."""
-    complaints = []
+    """Return the newest valid checkpoint in ``folder``, and a message for each damaged one that was skipped."""
+    problems = []
     for path in sorted(folder.glob(f"*{CHECKPOINT_SUFFIX}"), key=_age):
         try:
             verify(path)
         except DamagedCheckpoint as error:
-            complaints.append(str(error))
+            problems.append(str(error))
         else:
-            return path, complaints
-    return None, complaints
+            return path, problems
+    return None, problems
 
 
 def _age(path: Path) -> tuple[bool, float]:
-    """Sorts the newest first. ``last.ckpt`` is that by its name: copying a folder may have changed the times."""
+    """Return a sort key for newest first; ``last.ckpt`` is first, since copying a folder may change the times."""
     try:
         return path.name != LAST, -path.stat().st_mtime_ns
-    except OSError:  # a link that leads nowhere
+    except OSError:  # a broken link
         return True, 0.0
 
 
 def delete(path: Path) -> None:
-    """Remove a checkpoint and its digest; nothing if there is none."""
+    """Remove a checkpoint and its digest, if they exist."""
     path.unlink(missing_ok=True)
-    _digest_path(path).unlink(missing_ok=True)
+    digest_path(path).unlink(missing_ok=True)
 
 
 def copy(source: Path, target: Path) -> None:
-    """A second name for a checkpoint: a hard link where the file system has them, otherwise a copy."""
-    digest = _digest_path(source).read_text().split()[0]
+    """Copy a checkpoint, as a hard link if the file system supports it."""
+    digest = digest_path(source).read_text().split()[0]
 
     def write(file: BinaryIO) -> None:
         with source.open("rb") as original:
@@ -132,33 +131,34 @@ def copy(source: Path, target: Path) -> None:
         except OSError:
             stage(target, write)
         try:
-            os.replace(_stage_digest(stage, target, digest), _digest_path(target))
+            os.replace(_stage_digest(stage, target, digest), digest_path(target))
             os.replace(temporary, target)
         finally:
-            # Two names of one file: renaming one to the other does nothing.
+            # Renaming does nothing if both names are links to the same file.
             temporary.unlink(missing_ok=True)
         _sync_folder(target.parent)
 
 
-def _dump(checkpoint: Mapping[str, Any], file: BinaryIO) -> None:
+def _dump(checkpoint: Mapping[str, object], file: BinaryIO) -> None:
     try:
         torch.save(dict(checkpoint), file)
     except RuntimeError as error:
-        # What torch says of a full disk is about positions in a stream.
+        # For a full disk, torch's own message is about stream positions.
         if isinstance(error.__context__, OSError):
             raise OSError(error.__context__.errno, error.__context__.strerror, file.name) from error
         raise
 
 
-Stage = Callable[[Path, Callable[[BinaryIO], Any]], Path]
+#: ``stage(target, write)`` writes a temporary file beside the target and flushes it to disk.
+Stage = Callable[[Path, Callable[[BinaryIO], object]], Path]
 
 
 @contextlib.contextmanager
 def _staging() -> Iterator[Stage]:
-    """``stage(target, write)`` writes a temporary file beside the target, down to the disk; none outlives the block."""
+    """Stage files, and remove those that were not renamed by the end of the block."""
     staged: list[Path] = []
 
-    def stage(target: Path, write: Callable[[BinaryIO], Any]) -> Path:
+    def stage(target: Path, write: Callable[[BinaryIO], object]) -> Path:
         temporary = _temporary(target)
         staged.append(temporary)
         with temporary.open("wb") as file:
@@ -180,30 +180,31 @@ def _temporary(target: Path) -> Path:
 
 def _stage_digest(stage: Stage, path: Path, digest: str) -> Path:
     line = f"{digest}  {path.name}\n".encode()
-    return stage(_digest_path(path), lambda file: file.write(line))
+    return stage(digest_path(path), lambda file: file.write(line))
 
 
 def _valid_digest(path: Path) -> str | None:
-    """The digest of a file that passes the check: one that doesn't must not take a good one's place."""
+    """Return the digest of a valid checkpoint, or None; a damaged file must not replace a valid one."""
     try:
         verify(path)
     except DamagedCheckpoint:
         return None
-    return _digest_path(path).read_text().split()[0]
+    return digest_path(path).read_text().split()[0]
 
 
-def _digest_path(path: Path) -> Path:
-    return path.with_name(path.name + ".sha256")
+def digest_path(path: Path) -> Path:
+    """Return the path of a checkpoint's SHA-256."""
+    return path.with_name(path.name + DIGEST_SUFFIX)
 
 
 def file_sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file's content."""
+    """Return the SHA-256 of a file in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync_folder(folder: Path) -> None:
-    # Not every file system lets a folder be opened or flushed; the rename itself has been done by then.
+    # Some file systems can't open or flush folders; the rename has already happened.
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -212,14 +213,14 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _refuse_objects(value: Any, path: str = "checkpoint") -> None:
-    if type(value) in _MAPPINGS:
+def _check_serializable(value: object, path: str = "checkpoint") -> None:
+    if isinstance(value, dict) and type(value) in _MAPPINGS:
         for key, item in value.items():
             if type(key) not in (str, int):
                 raise TypeError(f"{path} has the key {key!r}: only str and int can be saved")
-            _refuse_objects(item, f"{path}.{key}")
-    elif type(value) in (list, tuple):
+            _check_serializable(item, f"{path}.{key}")
+    elif isinstance(value, (list, tuple)) and type(value) in (list, tuple):
         for i, item in enumerate(value):
-            _refuse_objects(item, f"{path}[{i}]")
+            _check_serializable(item, f"{path}[{i}]")
     elif type(value) not in _SCALARS:
         raise TypeError(f"{path} is a {type(value).__name__}: only tensors and JSON-able values can be saved")

@@ -16,15 +16,15 @@ class RunFolder:
 
     Attributes:
         path: ``<runs>/<dataset>/<model>/<name>-<hash>``.
-        resume_from: Newest valid checkpoint.
+        resume_from: Newest valid checkpoint; ``None``: start from scratch.
         finished: True if the run has ended.
-        complaints: Damaged checkpoints that were skipped.
+        warnings: A message for each damaged checkpoint that was skipped.
     """
 
     path: Path
     resume_from: Path | None = None
     finished: bool = False
-    complaints: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @property
     def checkpoints(self) -> Path:
@@ -36,36 +36,40 @@ class RunFolder:
 
 
 def find_run_folder(base: Path, resume: bool) -> RunFolder:
-    """Return the folder to run in: ``base``; with ``resume=False`` the first of ``base``, ``base-2``, … that is new."""
+    """Return ``base``, or with ``resume=False`` the first of ``base``, ``base-2``, … that doesn't exist."""
     if not resume:
         path, n = base, 1
         while path.exists():
             n += 1
             path = base.with_name(f"{base.name}-{n}")
         return RunFolder(path)
-    newest, complaints = checkpoint.newest_valid(base / CHECKPOINTS)
-    return RunFolder(base, newest, (base / SUMMARY).exists(), tuple(complaints))
+    newest, problems = checkpoint.newest_valid(base / CHECKPOINTS)
+    return RunFolder(base, newest, (base / SUMMARY).exists(), tuple(problems))
 
 
 def find_checkpoint(folder: Path, which: str) -> Path:
-    """Return the file of ``last``, ``best`` or a path.
+    """Return the path of a checkpoint.
+
+    Args:
+        folder: Checkpoint folder of a run.
+        which: ``"last"``, ``"best"`` or a path.
 
     Raises:
-        ValueError: There is none.
+        ValueError: There is no such checkpoint, or the last one is damaged.
     """
     if which == "last":
-        path, complaints = checkpoint.newest_valid(folder)
-        if complaints or path is None:
-            other = f"; the newest one that isn't: checkpoint={path}" if path else ""
-            raise ValueError("; ".join(complaints) + other or f"no checkpoint in {folder}")
+        path, problems = checkpoint.newest_valid(folder)
+        if problems or path is None:
+            fallback = f"; the newest valid one: checkpoint={path}" if path else ""
+            raise ValueError("; ".join(problems) + fallback or f"no checkpoint in {folder}")
         return path
     if which == "best":
         if not (folder / BEST).exists() or not (best := json.loads((folder / BEST).read_text())):
-            raise ValueError(f"no best checkpoint in {folder}: take checkpoint=last")
+            raise ValueError(f"no best checkpoint in {folder}; use checkpoint=last")
         path = folder / best[0]["file"]
         if not path.is_file():
-            raise ValueError(f"the best checkpoint, {path.name}, is missing in {folder}: take checkpoint=last")
+            raise ValueError(f"the best checkpoint, {path.name}, is missing in {folder}; use checkpoint=last")
         return path
     if not Path(which).is_file():
-        raise ValueError(f"checkpoint={which}: no such file; give best, last or a path")
+        raise ValueError(f"checkpoint={which}: no such file; must be best, last or a path")
     return Path(which)

@@ -1,14 +1,13 @@
-"""The run hash: which runs are the same run."""
+"""Run hash: identifies runs with equal results."""
 
 import hashlib
 import json
 import os
 from collections.abc import Mapping
-from typing import Any
 
 __all__ = ["NOT_HASHED", "run_hash"]
 
-#: Config keys that change where, how fast or how visibly a run goes, but not its results.
+#: Config keys that affect where, how fast or how verbosely a run executes, but not its results.
 NOT_HASHED = (
     "name",
     "runs",
@@ -33,37 +32,30 @@ NOT_HASHED = (
 )
 
 
-#: Data sets with the same content wherever they are stored; any other is identified by its folder.
+#: Data sets with the same content wherever they are stored; all others are identified by their folder.
 LOCATION_INDEPENDENT = ("bcos_train.dataset.Cifar10", "bcos_train.dataset.ImageNet")
 
 
-def run_hash(config: Mapping[str, Any]) -> str:
-    """Return eight hexadecimal digits that depend on everything that changes results, and on nothing else.
+def run_hash(config: Mapping[str, object]) -> str:
+    """Return eight hexadecimal digits that depend on all settings that change results, and on nothing else.
 
-    Without synchronized statistics, batch norms depend on how many images a device sees, so on the hardware; the hash
-    covers what was asked for.
+    Batch norm statistics that are not synchronized depend on the number of images per device, that is, on the hardware;
+    the hash covers the config only.
     """
-    hashed = _numbers_alike(_without(config, NOT_HASHED))
-    dataset = hashed.get("dataset", {})
-    root = dataset.pop("root", None)
-    if root is not None and dataset["_target_"] not in LOCATION_INDEPENDENT:
-        dataset["root"] = os.path.abspath(os.path.expanduser(root))
+    hashed = {key: _hashed_part(value, key) for key, value in config.items() if key not in NOT_HASHED}
+    dataset = hashed.get("dataset")
+    if isinstance(dataset, dict):
+        root = dataset.pop("root", None)
+        if root is not None and dataset["_target_"] not in LOCATION_INDEPENDENT:
+            dataset["root"] = os.path.abspath(os.path.expanduser(root))
     return hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def _numbers_alike(value: Any) -> Any:
-    """``1`` and ``1.0`` are one setting."""
+def _hashed_part(value: object, path: str) -> object:
+    """Copy a config value without the keys that are not hashed, and with all numbers as floats: 1 and 1.0 are equal."""
     if isinstance(value, Mapping):
-        return {key: _numbers_alike(item) for key, item in value.items()}
+        items = ((key, item, f"{path}.{key}") for key, item in value.items())
+        return {key: _hashed_part(item, inner) for key, item, inner in items if inner not in NOT_HASHED}
     if isinstance(value, list):
-        return [_numbers_alike(item) for item in value]
+        return [_hashed_part(item, f"{path}[]") for item in value]
     return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
-
-
-def _without(config: Mapping[str, Any], paths: tuple[str, ...], prefix: str = "") -> dict[str, Any]:
-    rest = {}
-    for key, value in config.items():
-        path = f"{prefix}{key}"
-        if path not in paths:
-            rest[key] = _without(value, paths, f"{path}.") if isinstance(value, Mapping) else value
-    return rest

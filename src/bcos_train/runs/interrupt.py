@@ -1,7 +1,7 @@
-"""Leaving at the end of a batch when asked to stop.
+"""Graceful stop: leave at the end of a batch after a signal.
 
-A handler that does more than set a flag runs between any two lines of the program, also half-way through a step:
-checkpoints saved there hold states that never were.
+A signal handler may run between any two lines of the program, even in the middle of a step. So it only sets a flag: a
+checkpoint saved in the handler could hold an inconsistent state.
 """
 
 import contextlib
@@ -11,11 +11,11 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-from bcos_train.runs.launch import SIGNALS, handling, rank
+from bcos_train.runs.launch import SIGNALS, rank, signal_handler
 
 
 class Interrupted(Exception):
-    """Training left after saving. ``exit_code`` is 128 + the signal's number, as a shell would give."""
+    """Training stopped after saving. ``exit_code`` is 128 plus the signal number, as in shells."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(signal.Signals(signum).name)
@@ -24,36 +24,40 @@ class Interrupted(Exception):
 
 
 class StopFlag:
-    """Which signal has asked for a stop; ``None`` as long as none has."""
+    """Records a request to stop.
+
+    Attributes:
+        signum: The signal that requested the stop; ``None``: no request so far.
+        immediate: True after Ctrl-C that followed another signal: stop without saving.
+    """
 
     def __init__(self) -> None:
         self.signum: int | None = None
-        #: Ctrl-C after a first signal
-        self.at_once = False
+        self.immediate = False
 
-    def install(self) -> None:
-        """Take over the handlers. Called again once Lightning has put its own in their place."""
+    def install_handlers(self) -> None:
+        """Install the signal handlers (again, after Lightning has installed its own)."""
         if threading.current_thread() is threading.main_thread():
             for signum in SIGNALS:
                 signal.signal(signum, self._handle)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if self.signum is not None and signum == signal.SIGINT:
-            self.at_once = True
+            self.immediate = True
             raise KeyboardInterrupt
         self.signum = signum
         if rank() == 0:
             name = signal.Signals(signum).name
-            text = f"\n{name}: saving after this batch, then leaving (Ctrl-C again leaves at once)\n"
+            text = f"\n{name}: saving after this batch, then stopping (Ctrl-C again stops immediately)\n"
             # Not through sys.stderr, which may be in the middle of a write, or closed with its terminal.
             with contextlib.suppress(OSError):
                 os.write(2, text.encode())
 
     @contextlib.contextmanager
-    def watching(self) -> Iterator["StopFlag"]:
-        """The handlers are ours inside, and as before afterwards."""
+    def handling_signals(self) -> Iterator["StopFlag"]:
+        """Handle signals within the block, and restore the previous handlers afterwards."""
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
-        with handling(self._handle):
+        with signal_handler(self._handle):
             yield self

@@ -1,4 +1,4 @@
-"""Several processes on one machine, by starting again under torchrun."""
+"""Processes of a run: rank and world size from the launcher, and restarting under torchrun."""
 
 import contextlib
 import os
@@ -9,57 +9,55 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from bcos_train.utils.atomic import replacing
 
-#: Where rank 0 tells the process that started it its pid and, at the end, its exit code.
+#: Environment variable with the file in which rank 0 reports its pid and, at the end, its exit code to the process that
+#: restarted the command.
 REPORT = "BCOS_TRAIN_REPORT"
-
-
-#: Ctrl-C, the schedulers' polite stop, and what Slurm is usually told to send before the time limit.
+#: Signals that stop a run: Ctrl-C, a scheduler's request, and Slurm's usual warning before the time limit.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 @contextlib.contextmanager
-def handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """``handler`` answers :data:`SIGNALS` inside; afterwards they are answered as before."""
-    before: dict[int, Any] = {signum: signal.signal(signum, handler) for signum in SIGNALS}
+def signal_handler(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Handle :data:`SIGNALS` by ``handler`` within the block, and restore the previous handlers afterwards."""
+    previous = {signum: signal.signal(signum, handler) for signum in SIGNALS}
     try:
         yield
     finally:
-        for signum, earlier in before.items():
-            signal.signal(signum, earlier)
+        for signum, previous_handler in previous.items():
+            signal.signal(signum, previous_handler)
 
 
 def rank() -> int:
-    """This process's rank as its launcher gave it; 0 without one."""
+    """Return the rank that the launcher assigned to this process; 0 without a launcher."""
     return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0") if _under_srun() else "0"))
 
 
 def launched_world_size() -> int | None:
-    """How many processes the launcher (torchrun, srun, submitit) started; ``None`` without one."""
+    """Return the number of processes started by torchrun, srun or submitit; ``None`` without a launcher."""
     if "WORLD_SIZE" in os.environ and "RANK" in os.environ:
         return int(os.environ["WORLD_SIZE"])
     return int(os.environ["SLURM_NTASKS"]) if _under_srun() else None
 
 
 def _under_srun() -> bool:
-    # A shell inside an allocation has SLURM_NTASKS too, but is no task of a step.
+    # A shell inside an allocation has SLURM_NTASKS too, but no step.
     return int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_ID" in os.environ
 
 
 def run_under_torchrun(module: str, config_path: Path, processes: int, arguments: Sequence[str] = ()) -> int:
-    """Run ``python -m <module> <config_path> <arguments>`` in ``processes`` processes; the exit code of rank 0.
+    """Run ``python -m <module> <config_path> <arguments>`` in several processes and return the exit code of rank 0.
 
-    A signal is passed on to rank 0 alone, which agrees with the others on the step to stop at. torchrun itself would
-    end them one by one.
+    Signals are forwarded to rank 0 alone, which agrees with the other ranks on the step to stop at. torchrun would
+    terminate them one by one.
     """
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         environment = {**os.environ, REPORT: str(report)}
-        # As many threads as there are cores, shared out, unless the user has decided otherwise.
+        # Divide the cores among the processes, unless the user has set the number of threads.
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
         command += ["-m", module, str(config_path), *arguments]
         child = subprocess.Popen(command, env=environment, start_new_session=True)
@@ -79,7 +77,7 @@ def _forwarding(child: "subprocess.Popen[bytes]", report: Path) -> Iterator[None
             else:
                 os.kill(pid, signum)
 
-    with handling(forward):
+    with signal_handler(forward):
         try:
             yield
         finally:
@@ -88,13 +86,16 @@ def _forwarding(child: "subprocess.Popen[bytes]", report: Path) -> Iterator[None
 
 
 def report_pid() -> None:
-    """Tell the process that started this one, if there is one, whom to pass signals to."""
+    """Report the pid of rank 0 to the process that restarted the command, which forwards signals to it."""
     if rank() == 0 and REPORT in os.environ:
         _write(f"{os.getpid()}")
 
 
-def exit_with(code: int) -> int:
-    """The code to leave with: 0 under our own start, where torchrun would call any other a crash, with a report."""
+def report_exit_code(code: int) -> int:
+    """Report the exit code to the process that restarted the command, if any, and return the code to exit with.
+
+    After a restart it is 0, because torchrun treats any other code as a crash.
+    """
     if REPORT not in os.environ:
         return code
     if rank() == 0:

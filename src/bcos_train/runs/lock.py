@@ -1,4 +1,4 @@
-"""The lock of a run folder."""
+"""Lock of a run folder."""
 
 import contextlib
 from collections.abc import Iterator
@@ -11,10 +11,10 @@ __all__ = ["locked"]
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep a second process from training in the same folder; the lock ends with the process, however it ends.
+    """Hold the lock of a run folder, so that no second process trains in it; it ends with the process in any case.
 
     Raises:
-        ValueError: Another process holds it, or the folder can't be written to.
+        ValueError: Another process holds the lock, or the folder is not writable.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -30,7 +30,7 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"another process is training in {folder}: wait, stop it, or give name=…") from None
+            raise ValueError(f"another process is training in {folder}: wait, stop it, or set another name=…") from None
         except OSError:
-            pass  # a file system without locks
+            pass  # the file system doesn't support locks
         yield

@@ -297,14 +297,14 @@ def test_full_disk_is_the_users_to_put_right(tmp_path: Path, monkeypatch: pytest
 def test_find_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"no checkpoint in {tmp_path}"):
         find_checkpoint(tmp_path, "last")
-    with pytest.raises(ValueError, match=r"no best checkpoint in .*: take checkpoint=last"):
+    with pytest.raises(ValueError, match=r"no best checkpoint in .*; use checkpoint=last"):
         find_checkpoint(tmp_path, "best")
     run_scores(tmp_path, [1, 3, 2], keep_best=2)
     assert find_checkpoint(tmp_path, "last") == tmp_path / LAST
     best = find_checkpoint(tmp_path, "best")
     assert files.load(best)["global_step"] == 6
     assert find_checkpoint(tmp_path, str(best)) == best
-    with pytest.raises(ValueError, match="checkpoint=bset: no such file; give best, last or a path"):
+    with pytest.raises(ValueError, match="checkpoint=bset: no such file; must be best, last or a path"):
         find_checkpoint(tmp_path, "bset")
     (tmp_path / LAST).write_bytes(b"")
     with pytest.raises(ValueError, match="is damaged"):

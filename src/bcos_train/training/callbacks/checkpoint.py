@@ -75,7 +75,7 @@ class Checkpointer(Checkpoint):
         return self.folder / LAST
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.stop.install()
+        self.stop.install_handlers()
         self._saved_at_time = time.monotonic()
         assert isinstance(pl_module, Classifier)
         pl_module.votes = self._votes
