@@ -149,7 +149,7 @@ def test_a_file_that_comes_back_changed(
         return {key: value + 1 for key, value in state.items()}, is_ema
 
     monkeypatch.setattr(export_module, "read_weights", lambda path, use_ema: changed(path, use_ema))
-    with pytest.raises(ValueError, match="reads back different from what was written"):
+    with pytest.raises(ValueError, match="differs after reading it back"):
         export(str(trained_run), tmp_path / "deep" / target)
     assert list(tmp_path.iterdir()) == []
 

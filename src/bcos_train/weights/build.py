@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import nn
@@ -18,8 +17,8 @@ __all__ = ["build_from_source", "build_with_weights", "with_num_classes"]
 def build_with_weights(
     name: str,
     weights: str | os.PathLike[str],
-    options: Mapping[str, Any],
-    build: Callable[[Mapping[str, Any]], nn.Module],
+    options: Mapping[str, object],
+    build: Callable[[Mapping[str, object]], nn.Module],
     *,
     progress: bool,
 ) -> nn.Module:
@@ -45,7 +44,7 @@ def build_with_weights(
 
 
 def with_num_classes(source: WeightsSource) -> WeightsSource:
-    """Add the number of classes to the options, counted in the weights unless it is known."""
+    """Add the number of classes to the options; unless it is known, it is read off the weights."""
     assert source.model_name is not None
     if "num_classes" in source.options:
         return source
@@ -75,7 +74,7 @@ def build_from_source(source: WeightsSource) -> nn.Module:
 
 
 def _num_classes(
-    build: Callable[[Mapping[str, Any]], nn.Module], options: Mapping[str, Any], source: WeightsSource
+    build: Callable[[Mapping[str, object]], nn.Module], options: Mapping[str, object], source: WeightsSource
 ) -> int:
     with torch.device("meta"):  # allocates nothing and draws no random numbers
         return count_classes(build(options), source.state)

@@ -208,8 +208,15 @@ def _length(response: HTTPResponse, begin: int) -> int | None:
 def _copy(response: HTTPResponse, file: BinaryIO, url: str, begin: int, total: int | None, progress: bool) -> None:
     # torch.hub's progress bar: tqdm if it is installed.
     tqdm: Any = torch.hub.tqdm
-    size: dict[str, Any] = {"unit": "B", "unit_scale": True, "unit_divisor": 1024}
-    with tqdm(total=total, initial=begin, disable=not progress, desc=url.rpartition("/")[2], **size) as bar:
+    with tqdm(
+        total=total,
+        initial=begin,
+        disable=not progress,
+        desc=url.rpartition("/")[2],
+        unit="B",
+        unit_scale=True,
+        unit_divisor=1024,
+    ) as bar:
         while chunk := _read(response):
             file.write(chunk)
             bar.update(len(chunk))

@@ -17,14 +17,21 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bcos_train.explanation import is_explainable
 from bcos_train.model.preprocessing import Preprocessing
-from bcos_train.runs.layout import CARD, EMA_WEIGHTS, EXPORT_CONFIG, RUN_CONFIG, WEIGHTS
+from bcos_train.runs.layout import (
+    CARD,
+    CHECKPOINT_SUFFIX,
+    EMA_WEIGHTS,
+    EXPORT_CONFIG,
+    RUN_CONFIG,
+    WEIGHTS,
+    WEIGHTS_SUFFIX,
+)
 from bcos_train.utils.suggestions import join_words, suggest
 from bcos_train.weights.build import with_num_classes
 from bcos_train.weights.files import read_weights
@@ -35,9 +42,9 @@ from bcos_train.weights.state_dict import load_weights
 
 __all__ = ["Exported", "export"]
 
-_FILE_SUFFIXES = (".pth", ".safetensors")
-#: Suffixes of other programs' files, which no folder should have.
-_OTHER_SUFFIXES = (".pt", ".ckpt", ".bin", ".pkl", ".onnx", ".h5", ".tar", ".zip", ".gz", ".json", ".safetensor")
+_FILE_SUFFIXES = (".pth", WEIGHTS_SUFFIX)
+#: Suffixes of other file formats, which are no valid names of folders.
+_REJECTED = (CHECKPOINT_SUFFIX, ".pt", ".bin", ".pkl", ".onnx", ".h5", ".tar", ".zip", ".gz", ".json", ".safetensor")
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,7 @@ def export(
     target: Path,
     *,
     model: str | None = None,
-    options: Mapping[str, Any] | None = None,
+    options: Mapping[str, object] | None = None,
     use_ema: bool | None = None,
     with_hash: bool = False,
     force: bool = False,
@@ -71,8 +78,8 @@ def export(
 
     Args:
         source: As for :func:`bcos_train.weights.read_weights_source`.
-        target: ``*.pth``: a state dict as in the official release. ``*.safetensors``: the same in that format. Anything
-            else: a folder with ``model.safetensors``, ``config.json`` and a model card, ``README.md``.
+        target: ``*.pth``: a state dict as in the official release. ``*.safetensors``: the same in that format. Any
+            other name: a folder with ``model.safetensors``, ``config.json`` and a model card, ``README.md``.
         model: Model name, ``timm:<name>`` for one of timm's; ``None``: as the source says.
         options: Model options that the source doesn't specify. The number of classes is read off the weights.
         use_ema: True for the averaged weights, False for the plain ones; ``None``: averaged if there are any.
@@ -141,8 +148,8 @@ def _checked(source: WeightsSource) -> tuple[WeightsSource, nn.Module]:
     return replace(source, state=state, options=options), network
 
 
-def _with_defaults(options: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
-    """Write defaults out, so that the folder stays right should they ever change."""
+def _with_defaults(options: Mapping[str, object], known: Mapping[str, object]) -> dict[str, object]:
+    """Add the defaults, so that the exported folder stays valid if they ever change."""
     return {
         key: options.get(key, default)
         for key, default in known.items()
@@ -151,7 +158,7 @@ def _with_defaults(options: Mapping[str, Any], known: Mapping[str, Any]) -> dict
 
 
 def _copied(value: Tensor) -> Tensor:
-    """Copy to the CPU, contiguous and with its own storage: a view would drag all of its storage into the file."""
+    """Copy to the CPU, contiguous and with its own storage: ``torch.save`` would write a view's whole storage."""
     return value.detach().to("cpu").clone(memory_format=torch.contiguous_format)
 
 
@@ -173,7 +180,7 @@ def _check_target(target: Path, with_hash: bool) -> bool:
         ValueError: The suffix is neither a file's nor a folder's, or a folder can't have the hash in its name.
     """
     is_file = target.suffix in _FILE_SUFFIXES
-    if not is_file and target.suffix in _OTHER_SUFFIXES:
+    if not is_file and target.suffix in _REJECTED:
         near = suggest(target.suffix, _FILE_SUFFIXES)
         raise ValueError(f"{target}: a target is a .pth or .safetensors file or a folder, not {target.suffix}{near}")
     if with_hash and not is_file:
@@ -253,17 +260,17 @@ def _staged(target: Path, files: Mapping[str, bytes]) -> Iterator[Path]:
 
 def _compare(path: Path, state: Mapping[str, Tensor]) -> None:
     """Raise a ValueError unless reading the weights back returns the same tensors."""
-    again, _ = read_weights(path, use_ema=False)
+    written, _ = read_weights(path, use_ema=False)
     differing = [
         key
-        for key in {**state, **again}
-        if key not in again
+        for key in {**state, **written}
+        if key not in written
         or key not in state
-        or again[key].dtype != state[key].dtype
-        or not torch.equal(again[key], state[key])
+        or written[key].dtype != state[key].dtype
+        or not torch.equal(written[key], state[key])
     ]
     if differing:
-        raise ValueError(f"{path.name} reads back different from what was written: {join_words(differing)}")
+        raise ValueError(f"{path.name} differs after reading it back: {join_words(differing)}")
 
 
 def _publish(stage: Path, target: Path, is_file: bool, names: Sequence[str]) -> None:

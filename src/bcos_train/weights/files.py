@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from bcos_train.runs import checkpoint as checkpoints
-from bcos_train.runs.checkpoint import file_sha256
-from bcos_train.runs.layout import CHECKPOINT_SUFFIX, EMA_WEIGHTS, WEIGHTS
+from bcos_train.runs.checkpoint import digest_path, file_sha256
+from bcos_train.runs.layout import CHECKPOINT_SUFFIX, EMA_WEIGHTS, WEIGHTS, WEIGHTS_SUFFIX
 from bcos_train.utils.atomic import replacing
 
 __all__ = ["file_sha256", "read_file", "read_json", "read_weights", "save_weights"]
@@ -30,7 +30,7 @@ def save_weights(model: nn.Module, path: Path) -> None:
     # Weights in channels_last are stored in the memory order that every reader expects.
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     with replacing(path) as temporary:
-        temporary.write_bytes(save(state))  # safetensors' own writer creates files that nobody else may read
+        temporary.write_bytes(save(state))  # safetensors' own writer creates files that only their owner can read
 
 
 def read_weights(path: Path, use_ema: bool | None = None) -> tuple[dict[str, Tensor], bool]:
@@ -58,7 +58,7 @@ def read_weights(path: Path, use_ema: bool | None = None) -> tuple[dict[str, Ten
     return _read_safetensors(file), is_ema
 
 
-def read_file(path: Path, use_ema: bool | None = None) -> tuple[dict[str, Tensor], bool, dict[str, Any] | None]:
+def read_file(path: Path, use_ema: bool | None = None) -> tuple[dict[str, Tensor], bool, dict[str, object] | None]:
     """Read a state dict from a file.
 
     Args:
@@ -75,9 +75,9 @@ def read_file(path: Path, use_ema: bool | None = None) -> tuple[dict[str, Tensor
     if not path.is_file():
         raise ValueError(f"weights={path}: no such file")
     hyper_parameters = None
-    if path.suffix == ".safetensors":
+    if path.suffix == WEIGHTS_SUFFIX:
         states = [_read_safetensors(path), {}]
-    elif path.suffix == CHECKPOINT_SUFFIX and path.with_name(f"{path.name}.sha256").is_file():
+    elif path.suffix == CHECKPOINT_SUFFIX and digest_path(path).is_file():
         content = checkpoints.load(path)
         if "model" not in content:
             raise ValueError(f"{path} holds no model")
@@ -90,10 +90,9 @@ def read_file(path: Path, use_ema: bool | None = None) -> tuple[dict[str, Tensor
     return states[is_ema], is_ema, hyper_parameters
 
 
-def _read_third_party(path: Path) -> tuple[list[dict[str, Tensor]], dict[str, Any] | None]:
-    """Plain and averaged weights saved by another program, and the hyperparameters of the official training code."""
+def _read_third_party(path: Path) -> tuple[list[dict[str, Tensor]], dict[str, object] | None]:
+    """Read plain and averaged weights of another program, and the hyperparameters of the official training code."""
     content = _torch_load(path)
-    content = content if isinstance(content, dict) else {}
     state, hyper_parameters = content.get("state_dict", content), None
     states = [state, {}]
     if "state_dict" in content and "pytorch-lightning_version" in content:
@@ -108,10 +107,11 @@ def _read_third_party(path: Path) -> tuple[list[dict[str, Tensor]], dict[str, An
     return states, hyper_parameters
 
 
-def _torch_load(path: Path) -> Any:
+def _torch_load(path: Path) -> dict[str, Any]:
+    """Load the dictionary in a file; an empty one if the file holds something else."""
     try:
         # Before version 1.6 torch wrote no zip files, and only those can be mapped into memory.
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except OSError as error:
         raise ValueError(f"can't read {path}: {error.strerror or error}") from error
     except Exception as error:
@@ -122,6 +122,7 @@ def _torch_load(path: Path) -> Any:
             ) from error
         # torch's own message suggests weights_only=False, which would run whatever the file contains.
         raise ValueError(f"{path} is not a weights file, or only part of one") from error
+    return content if isinstance(content, dict) else {}
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

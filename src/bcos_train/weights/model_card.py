@@ -2,13 +2,16 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from bcos_train.model.preprocessing import Preprocessing
 from bcos_train.runs.layout import LIBRARY
 from bcos_train.weights.model_options import TIMM
 from bcos_train.weights.records import timm_name
-from bcos_train.weights.source import WeightsSource
+from bcos_train.weights.source import ExportConfig, WeightsSource
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult, ModelCardData
 
 __all__ = ["export_config", "model_card"]
 
@@ -20,11 +23,11 @@ _METRICS = {"acc1": "top-1 accuracy [%]", "acc5": "top-5 accuracy [%]", "loss": 
 
 def export_config(
     source: WeightsSource, preprocessing: Preprocessing | None, in_chans: int, sha256: str
-) -> dict[str, Any]:
+) -> ExportConfig:
     """Return the content of the folder's ``config.json``.
 
-    timm's loaders find the keys they read: ``architecture``, ``model_args``, ``num_classes``, ``label_names`` and
-    ``pretrained_cfg``.
+    It includes the keys that timm's loaders read: ``architecture``, ``model_args``, ``num_classes``, ``label_names``
+    and ``pretrained_cfg``.
 
     Args:
         source: With the model's name and all its options.
@@ -54,7 +57,7 @@ def export_config(
         "sha256": sha256,
         "label_names": None if source.class_names is None else list(source.class_names),
     }
-    return {key: value for key, value in config.items() if value is not None}
+    return cast(ExportConfig, {key: value for key, value in config.items() if value is not None})
 
 
 def _architecture(name: str) -> str:
@@ -62,8 +65,8 @@ def _architecture(name: str) -> str:
     return name.removeprefix(TIMM) if name.startswith(TIMM) else timm_name(name) or name
 
 
-def _timm_cfg(source: WeightsSource, preprocessing: Preprocessing | None, in_chans: int) -> dict[str, Any]:
-    cfg: dict[str, Any] = {} if source.license is None else {"license": source.license}
+def _timm_cfg(source: WeightsSource, preprocessing: Preprocessing | None, in_chans: int) -> dict[str, object]:
+    cfg: dict[str, object] = {} if source.license is None else {"license": source.license}
     if preprocessing is None:
         return cfg
     size, crop = preprocessing.resize_size, preprocessing.crop_size
@@ -89,37 +92,38 @@ def model_card(source: WeightsSource, preprocessing: Preprocessing | None, n_par
         ValueError: The package huggingface_hub or jinja2 is missing.
     """
     try:
-        from huggingface_hub import ModelCard, ModelCardData
+        from huggingface_hub import ModelCard
 
-        data = ModelCardData(**_card_data(source, is_explainable))
-        card = ModelCard.from_template(
-            data, template_path=str(_TEMPLATE), **_template_values(source, preprocessing, n_params, is_explainable)
-        )
+        data = _card_data(source, is_explainable)
+        values = _template_values(source, preprocessing, n_params, is_explainable)
+        card = ModelCard.from_template(data, template_path=str(_TEMPLATE), **values)
     except ImportError as error:
         raise ValueError(f"a model card needs huggingface_hub and jinja2: pip install both ({error})") from error
     return f"{str(card).rstrip()}\n"
 
 
-def _card_data(source: WeightsSource, is_explainable: bool) -> dict[str, Any]:
+def _card_data(source: WeightsSource, is_explainable: bool) -> "ModelCardData":
+    from huggingface_hub import ModelCardData
+
     tags = ["image-classification", "pytorch"]
     dataset, results = _DATASETS.get(source.dataset or ""), _eval_results(source)
-    return {
-        "license": source.license,
-        "library_name": LIBRARY,
-        "pipeline_tag": "image-classification",
-        "tags": [*tags, "b-cos", "interpretability", "explainable-ai"] if is_explainable else tags,
-        "datasets": None if dataset is None else [dataset[0]],
-        "metrics": ["accuracy"] if "acc1" in source.metrics else None,
-        "model_name": None if results is None else source.model_name,
-        "eval_results": results,
-    }
+    return ModelCardData(
+        license=source.license,
+        library_name=LIBRARY,
+        pipeline_tag="image-classification",
+        tags=[*tags, "b-cos", "interpretability", "explainable-ai"] if is_explainable else tags,
+        datasets=None if dataset is None else [dataset[0]],
+        metrics=["accuracy"] if "acc1" in source.metrics else None,
+        model_name=source.model_name if results else None,
+        eval_results=results or None,
+    )
 
 
-def _eval_results(source: WeightsSource) -> Any:
+def _eval_results(source: WeightsSource) -> "list[EvalResult]":
     from huggingface_hub import EvalResult
 
     if source.dataset is None:
-        return None
+        return []
     kind, name = _DATASETS.get(source.dataset, (source.dataset, source.dataset))
     return [
         EvalResult(
@@ -134,7 +138,7 @@ def _eval_results(source: WeightsSource) -> Any:
         )
         for key in ("acc1", "acc5")
         if key in source.metrics
-    ] or None
+    ]
 
 
 def _template_values(

@@ -1,8 +1,8 @@
 """Build a model by name, ours or timm's, and compare the options that weights were trained with."""
 
 import inspect
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import partial
 
 from torch import nn
 
@@ -28,7 +28,7 @@ _FREE_OPTIONS = (
 _NOT_OPTIONS = ("_target_", "_partial_", "name", "pretrained", "weights", "progress", "backend", "grad_checkpointing")
 
 
-def model_of_config(node: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+def model_of_config(node: Mapping[str, object]) -> tuple[str, dict[str, object]]:
     """Return the name and options of the model that a config's ``model`` node describes.
 
     Raises:
@@ -39,7 +39,7 @@ def model_of_config(node: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     return f"{TIMM if is_timm else ''}{node['name']}", options
 
 
-def known_options(name: str) -> Mapping[str, Any]:
+def known_options(name: str) -> dict[str, object]:
     """Return the model's options with their defaults.
 
     Raises:
@@ -49,7 +49,7 @@ def known_options(name: str) -> Mapping[str, Any]:
     return {key: p.default for key, p in signature.parameters.items() if key not in ("name", "pretrained")}
 
 
-def check_options(name: str, options: Mapping[str, Any]) -> None:
+def check_options(name: str, options: Mapping[str, object]) -> None:
     """Raise a ValueError if the model is unknown or lacks one of the options."""
     known = known_options(name)
     for key in options:
@@ -57,7 +57,7 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} has no option {key!r}{suggest(key, known)}; options: {', '.join(known)}")
 
 
-def build_model(name: str, options: Mapping[str, Any]) -> nn.Module:
+def build_model(name: str, options: Mapping[str, object]) -> nn.Module:
     """Build a model with random weights.
 
     Args:
@@ -68,23 +68,22 @@ def build_model(name: str, options: Mapping[str, Any]) -> nn.Module:
         ValueError: Unknown model or option, or a value that the model doesn't take.
     """
     check_options(name, options)
+    build: Callable[..., nn.Module] = partial(create_model, name)
+    if name.startswith(TIMM):
+        build = partial(timm_model, name.removeprefix(TIMM))
     try:
-        if name.startswith(TIMM):
-            return timm_model(name.removeprefix(TIMM), **options)
-        return create_model(name, **options)
+        return build(**options)
     except TypeError as error:
-        known = known_options(name)
-        wrong = {key: value for key, value in options.items() if _is_number(known[key]) and not _is_number(value)}
+        numbers = {key for key, default in known_options(name).items() if isinstance(default, (int, float))}
+        wrong = {k: value for k, value in options.items() if k in numbers and not isinstance(value, (int, float))}
         listed = ", ".join(f"{key}={value}" for key, value in (wrong or options).items())
         reason = f"{join_words(wrong, 'and')}: expected a number" if wrong else " ".join(str(error).split())
         raise ValueError(f"can't build {name} with {listed} ({reason})") from error
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float))
-
-
-def option_differences(trained: Mapping[str, Any], options: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
+def option_differences(
+    trained: Mapping[str, object], options: Mapping[str, object], defaults: Mapping[str, object]
+) -> str:
     """Describe how a model differs from the trained one in options that change its function.
 
     Args:
@@ -95,21 +94,19 @@ def option_differences(trained: Mapping[str, Any], options: Mapping[str, Any], d
     Returns:
         A message without its subject; empty if the function is the same.
     """
-    trained, ours = ({key: _as_list(v) for key, v in {**defaults, **o}.items()} for o in (trained, options))
-    shared = [key for key in trained if key in ours and key not in _FREE_OPTIONS]
+    trained, current = ({key: _as_list(v) for key, v in {**defaults, **o}.items()} for o in (trained, options))
+    shared = [key for key in trained if key in current and key not in _FREE_OPTIONS]
     # `is` first: values such as NaN or a function's empty default differ from themselves.
-    keys = [key for key in shared if trained[key] is not ours[key] and trained[key] != ours[key]]
+    keys = [key for key in shared if trained[key] is not current[key] and trained[key] != current[key]]
     if not keys:
         return ""
-    theirs, here = (", ".join(f"{key}={values[key]}" for key in keys) for values in (trained, ours))
+    before, now = (", ".join(f"{key}={values[key]}" for key in keys) for values in (trained, current))
     command = " ".join(f"model.{key}={'null' if trained[key] is None else trained[key]}" for key in keys)
     # A .pth file written by scripts/export_weights.py carries no options.
     intended = "if the difference is intended, give a bare weights file, as scripts/export_weights.py writes it (.pth)"
-    return (
-        f"were trained with {theirs}, the model has {here}: give {theirs} (on the command line {command}); {intended}"
-    )
+    return f"were trained with {before}, the model has {now}: give {before} (on the command line {command}); {intended}"
 
 
-def _as_list(value: Any) -> Any:
-    """A tuple as a list, as JSON and YAML return it."""
+def _as_list(value: object) -> object:
+    """Convert a tuple to a list, as JSON and YAML have it."""
     return list(value) if isinstance(value, tuple) else value

@@ -1,4 +1,4 @@
-"""What a run folder says about its weights: config, data set, class names and validation results."""
+"""Read what a run folder records about its weights: config, data set, class names and validation results."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,14 +34,14 @@ def read_run_config(folder: Path) -> dict[str, Any] | None:
     return config
 
 
-def dataset_of(config: Mapping[str, Any]) -> str | None:
+def dataset_of(config: Mapping[str, object]) -> str | None:
     """Return the data set's name, that of its class in lower case; ``None`` if the config has none."""
     dataset = config.get("dataset")
     target = dataset.get("_target_") if isinstance(dataset, Mapping) else None
     return None if target is None else str(target).rpartition(".")[2].lower()
 
 
-def activation_of(config: Mapping[str, Any]) -> str | None:
+def activation_of(config: Mapping[str, object]) -> str | None:
     """Return the activation that the loss in a run's config implies: ``"sigmoid"``, ``"softmax"`` or ``None``."""
     loss = config.get("loss")
     target = str(loss.get("_target_")).rpartition(".")[2] if isinstance(loss, Mapping) else ""
@@ -57,7 +57,7 @@ def class_names_of(dataset: str) -> tuple[str, ...] | None:
     return {"cifar10": _CIFAR10_CLASSES, "digits": _DIGITS}.get(dataset)
 
 
-def starts_from_official(model: Mapping[str, Any]) -> bool:
+def starts_from_official(model: Mapping[str, object]) -> bool:
     """True if a config's ``model`` node starts training from official weights."""
     name, _ = model_of_config(model)
     return not name.startswith(TIMM) and (model.get("pretrained") is True or model.get("weights") == OFFICIAL)
@@ -81,7 +81,7 @@ def read_metrics(
         ValueError: A results file can't be read.
     """
     evaluation, file = folder / EVALUATION, folder / CHECKPOINTS / checkpoint
-    # An evaluation that is older than the checkpoint was of another file with this name.
+    # An evaluation older than the checkpoint belongs to an earlier file with this name.
     if evaluation.is_file() and file.is_file() and evaluation.stat().st_mtime_ns >= file.stat().st_mtime_ns:
         result = read_json(evaluation)
         if Path(str(result.get("weights"))).name == checkpoint and result.get("ema") == is_ema:
@@ -90,7 +90,7 @@ def read_metrics(
     if checkpoint != LAST or not (folder / SUMMARY).is_file():
         return {}, None
     logged = read_json(folder / SUMMARY).get("metrics", {})
-    logged = {key: value for key, value in logged.items() if value is not None}  # null: it wasn't finite
+    logged = {key: value for key, value in logged.items() if value is not None}  # null: not finite
     prefix = "val_ema/" if is_ema else "val/"
     metrics = {key.removeprefix(prefix): float(value) for key, value in logged.items() if key.startswith(prefix)}
     if not is_ema:

@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Required, TypedDict, cast
 
 from torch import Tensor
 
@@ -35,10 +35,33 @@ from bcos_train.weights.download import load_official
 from bcos_train.weights.files import file_sha256, read_file, read_json, read_weights
 from bcos_train.weights.model_options import TIMM, known_options, model_of_config, option_differences
 
-__all__ = ["WeightsSource", "read_export_config", "read_model_weights", "read_weights_source"]
+__all__ = ["ExportConfig", "WeightsSource", "read_export_config", "read_model_weights", "read_weights_source"]
 
 #: Prefix of the official weights of a model, ``official:resnet50``.
 _OFFICIAL_PREFIX = f"{OFFICIAL}:"
+
+
+class ExportConfig(TypedDict, total=False):
+    """Content of an exported folder's ``config.json``; see :func:`bcos_train.weights.model_card.export_config`."""
+
+    library_name: Required[str]
+    model_name: Required[str]
+    num_classes: Required[int]
+    model_args: Required[dict[str, object]]
+    averaged: Required[bool]
+    sha256: Required[str]
+    architecture: str
+    activation: str
+    preprocessing: dict[str, object]
+    pretrained_cfg: dict[str, object]
+    origin: str
+    is_official: bool
+    from_official: bool
+    dataset: str
+    metrics: dict[str, float]
+    n_images: int
+    license: str
+    label_names: list[str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +72,7 @@ class WeightsSource:
         state: The state dict as it was read.
         is_ema: True if these are averaged weights.
         origin: Where the weights come from, in a few words without any path on this machine.
-        label: What messages call them: the path or name as given.
+        label: Name in messages: the path or name as given.
         folder: The run folder or exported folder that describes them, if any.
         model_name: The model, ``timm:<name>`` for one of timm's; ``None``: unknown.
         options: The model's options as far as they are known.
@@ -71,7 +94,7 @@ class WeightsSource:
     label: str
     folder: Path | None = None
     model_name: str | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, object] = field(default_factory=dict)
     preprocessing: Preprocessing | None = None
     activation: str | None = None
     class_names: tuple[str, ...] | None = None
@@ -82,11 +105,11 @@ class WeightsSource:
     is_official: bool = False
     from_official: bool = False
 
-    def for_model(self, name: str | None, options: Mapping[str, Any]) -> "WeightsSource":
-        """Apply what the user says about the model.
+    def for_model(self, name: str | None, options: Mapping[str, object]) -> "WeightsSource":
+        """Apply the user's model name and options.
 
-        Another model than the known one starts from the given options alone. Metrics belong to the function that was
-        trained, and are dropped if the options change it.
+        If the name differs from the known one, only these options apply. Metrics belong to the trained function, so
+        they are dropped if the options change it.
         """
         if name is not None and name != self.model_name:
             return replace(self, model_name=name, options=dict(options), metrics={}, n_images=None)
@@ -97,11 +120,11 @@ class WeightsSource:
             return merged
         return replace(merged, metrics={}, n_images=None)
 
-    def check_model(self, name: str, options: Mapping[str, Any]) -> None:
+    def check_model(self, name: str, options: Mapping[str, object]) -> None:
         """Raise a ValueError if the folder of these weights describes another model, or other options.
 
         Args:
-            name: The model to load them into; a name that is not registered is compared as it is.
+            name: The model to load them into, registered or not.
             options: Its options.
         """
         if self.folder is None:
@@ -143,10 +166,10 @@ def read_weights_source(
 def read_model_weights(
     name: str, weights: str | os.PathLike[str], use_ema: bool | None = None, *, progress: bool = True
 ) -> WeightsSource:
-    """Read what the setting ``weights`` of a model stands for.
+    """Read the weights that a model's option ``weights`` refers to.
 
     Args:
-        name: The model.
+        name: Model name.
         weights: ``"official"``, or a path as for :func:`read_weights_source`.
         use_ema: As there.
         progress: Show a download progress bar.
@@ -186,8 +209,8 @@ def _official(record: records.ZooRecord, state: Mapping[str, Tensor], label: str
 
 
 def _read_path(path: Path, label: str, use_ema: bool | None) -> WeightsSource:
-    if (config := read_export_config(path)) is not None:
-        return _read_export(path, label, config, use_ema)
+    if (export_config := read_export_config(path)) is not None:
+        return _read_export(path, label, export_config, use_ema)
     folder = path if path.is_dir() else path.absolute().parent
     if not path.is_dir() and folder.name == CHECKPOINTS:
         folder = folder.parent
@@ -197,7 +220,7 @@ def _read_path(path: Path, label: str, use_ema: bool | None) -> WeightsSource:
 
 
 def _read_bare(path: Path, label: str, use_ema: bool | None) -> WeightsSource:
-    """Weights that no folder describes; an official file or training checkpoint is recognized."""
+    """Read weights that no folder describes; official files and training checkpoints are recognized."""
     name, hyper_parameters = path.resolve().name, None
     if path.is_dir():
         state, is_ema = read_weights(path, use_ema)
@@ -233,7 +256,7 @@ def _read_run(path: Path, label: str, folder: Path, config: Mapping[str, Any], u
         state, _ = read_weights(path)
     else:
         state, is_ema, _ = read_file(path, use_ema)
-    # The last checkpoint has the run's final weights too, and its name stands for them in the origin and the metrics.
+    # The last checkpoint holds the final weights too, so its name represents them in the origin and the metrics.
     checkpoint = LAST if is_final or path.suffix != CHECKPOINT_SUFFIX else path.name
     origin = f"run {folder.resolve().name}, {LAST if is_final else path.name}"
     name, options = model_of_config(config["model"])
@@ -257,7 +280,7 @@ def _read_run(path: Path, label: str, folder: Path, config: Mapping[str, Any], u
     )
 
 
-def _read_export(path: Path, label: str, config: Mapping[str, Any], use_ema: bool | None) -> WeightsSource:
+def _read_export(path: Path, label: str, config: ExportConfig, use_ema: bool | None) -> WeightsSource:
     folder = path if path.is_dir() else path.absolute().parent
     _check_kind(folder, config["averaged"], use_ema)
     state, _ = read_weights(folder, use_ema=False)
@@ -286,17 +309,17 @@ def _read_export(path: Path, label: str, config: Mapping[str, Any], use_ema: boo
     )
 
 
-def read_export_config(path: Path) -> dict[str, Any] | None:
+def read_export_config(path: Path) -> ExportConfig | None:
     """Read the config of an exported folder.
 
     Args:
         path: The folder, or the weights file in it.
 
     Returns:
-        The config; ``None`` if there is none, or one of another program.
+        The config; ``None`` if there is none, or it belongs to another program.
 
     Raises:
-        ValueError: The config can't be read, or lacks what every exported folder's config has.
+        ValueError: The config can't be read, or a required key is missing or invalid.
     """
     folder = path if path.is_dir() else path.absolute().parent
     file = folder / EXPORT_CONFIG
@@ -308,7 +331,7 @@ def read_export_config(path: Path) -> dict[str, Any] | None:
     kinds = {"model_name": str, "model_args": dict, "num_classes": int, "averaged": bool, "sha256": str}
     if missing := [key for key, kind in kinds.items() if not isinstance(config.get(key), kind)]:
         raise ValueError(f"{file} is not the config of an exported folder (no valid {', '.join(missing)})")
-    return config
+    return cast(ExportConfig, config)  # validated as far as it is required
 
 
 def _check_kind(path: Path, is_ema: bool, use_ema: bool | None) -> None:

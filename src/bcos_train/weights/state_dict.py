@@ -1,7 +1,6 @@
 """Copy a state dict into a model, or read the number of classes off it."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -62,7 +61,7 @@ def count_classes(model: nn.Module, state: Mapping[str, Tensor]) -> int:
 
 def _keys_of_other_classes(model: nn.Module, expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
     """Classifier keys whose tensors differ in ``state`` by the length of their first axis alone."""
-    get_classifier: Any = getattr(model, "get_classifier", None)
+    get_classifier = getattr(model, "get_classifier", None)
     classifier = get_classifier() if get_classifier else None
     prefix = next((f"{name}." for name, module in model.named_modules() if module is classifier), None)
     return [
