@@ -66,10 +66,10 @@ MISTAKES = {
     "mapping for a group": (["model={depth: 3}"], "model={'depth': 3}: no such choice (choices: "),
     "flags apart": (["--resolve"], "The --resolve flag can only be used in conjunction with --cfg or --help"),
     "pickle": (["--experimental-rerun", "x"], "--experimental-rerun: not supported, because it unpickles a file"),
-    "target": (["model._target_=os.system"], "model._target_=os.system: not a name that a config may use"),
+    "target": (["model._target_=os.system"], "model._target_=os.system: not an allowed name"),
     "callback": (
         ["+hydra.callbacks.x._target_=os.system"],
-        "hydra.callbacks.x._target_=os.system: not a name that a config may use",
+        "hydra.callbacks.x._target_=os.system: not an allowed name",
     ),
 }
 
@@ -129,13 +129,13 @@ UNSUITED = {
 
 
 @pytest.mark.parametrize(("arguments", "message"), UNSUITED.values(), ids=UNSUITED)
-def test_a_recipe_for_others(command: Command, arguments: list[str], message: str) -> None:
+def test_a_recipe_for_other_choices(command: Command, arguments: list[str], message: str) -> None:
     (command.configs / "recipe" / "own.yaml").write_text(SUITS)
     assert command(*arguments) == (2, message)
     assert command.seen == []
 
 
-def test_what_a_recipe_is_for_is_no_part_of_the_config(command: Command) -> None:
+def test_suits_is_removed_from_the_config(command: Command) -> None:
     (command.configs / "recipe" / "own.yaml").write_text(SUITS)
     for recipe in ("own", "[own]"):
         assert command("model=net", "dataset=digits", f"recipe={recipe}") == (0, "")
@@ -164,7 +164,7 @@ def test_exit_code_of_main(command: Command, returned: int | None, code: int) ->
     assert command() == (code, "")
 
 
-def test_a_users_mistake_found_in_main(command: Command) -> None:
+def test_a_user_error_in_main(command: Command) -> None:
     command.outcome = UserError("dataset.root: no such folder")
     assert command() == (2, "dataset.root: no such folder\n")
 
@@ -177,7 +177,7 @@ def test_full_error_shows_the_traceback_too(command: Command, monkeypatch: pytes
     assert err.rstrip().endswith(MISTAKES["choice"][1])
 
 
-def test_a_fault_in_the_code_keeps_its_traceback(command: Command) -> None:
+def test_a_bug_keeps_its_traceback(command: Command) -> None:
     command.outcome = RuntimeError("a fault")
     with pytest.raises(RuntimeError, match="a fault") as caught:
         command()
@@ -222,7 +222,7 @@ class TestSweep:
         assert [(c["model"]["depth"], c["model"]["b"]) for c in command.seen] == [(18, 1), (18, 2), (50, 1), (50, 2)]
         assert [str(p.relative_to(Path.cwd())) for p in Path.cwd().rglob("*.*")] == ["sweeps/multirun.yaml"]
 
-    def test_asked_for_by_the_config(self, command: Command) -> None:
+    def test_requested_by_the_config(self, command: Command) -> None:
         assert command("recipe=sweep") == (0, "")
         assert [config["seed"] for config in command.seen] == [1, 2, 3]
 
@@ -245,7 +245,7 @@ class TestSweep:
         assert command("-m", *arguments) == (2, f"{message}\n")
         assert command.seen == []
 
-    def test_goes_on_after_a_failed_job(self, command: Command) -> None:
+    def test_continues_after_a_failed_job(self, command: Command) -> None:
         def main(config: dict[str, Any]) -> int | None:
             command.seen.append(config)
             if config["seed"] == 1:
@@ -261,7 +261,7 @@ class TestSweep:
         assert err.endswith("no such folder\n")
 
     @pytest.mark.parametrize("code", [130, 143])
-    def test_stops_when_a_job_was_told_to(self, command: Command, code: int) -> None:
+    def test_stops_after_a_signal(self, command: Command, code: int) -> None:
         command.outcome = code
         assert command("-m", "seed=1,2,3") == (code, "")
         assert len(command.seen) == 1
@@ -276,7 +276,7 @@ class TestFlags:
     @pytest.mark.parametrize(
         "flags", [["--help"], ["--hydra-help"], ["--info", "defaults"], ["--version"]], ids=" ".join
     )
-    def test_tell_and_leave(self, command: Command, flags: list[str]) -> None:
+    def test_print_and_exit(self, command: Command, flags: list[str]) -> None:
         assert command(*flags) == (0, "")
         assert command.printed
         assert command.seen == []
@@ -293,7 +293,7 @@ class TestFlags:
         assert (command.seen[0]["seed"], command.seen[0]["model"]["depth"]) == (5, 2)
 
 
-def test_given_keys(command: Command) -> None:
+def test_overridden_keys(command: Command) -> None:
     seen: list[str] = []
     command.main = lambda config: seen.extend(overridden_keys())  # type: ignore[method-assign, assignment, func-returns-value]
     command("model=resnet50", "model.b=2", "++name=${hydra:runtime.choices.model}", "~recipe", "hydra.verbose=false")

@@ -65,7 +65,7 @@ def test_a_mistake_is_one_line(script: Path) -> None:
     assert (result.returncode, result.stdout, result.stderr) == (2, "", message)
 
 
-def test_a_fault_in_the_code_shows_where(script: Path) -> None:
+def test_a_bug_shows_its_traceback(script: Path) -> None:
     result = run(script, "seed=5")
     assert result.returncode == 1
     assert 'raise RuntimeError("a fault")' in result.stderr

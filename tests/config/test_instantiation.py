@@ -52,7 +52,7 @@ class TestBuilds:
         assert instantiate(config)["model"].depth == 34
         assert instantiate(config.model).depth == 34
 
-    def test_of_torch(self) -> None:
+    def test_torch_optimizer(self) -> None:
         make = instantiate({"_target_": "torch.optim.SGD", "_partial_": True, "lr": 0.5})
         assert make([torch.zeros(1, requires_grad=True)]).param_groups[0]["lr"] == 0.5
 
@@ -62,19 +62,19 @@ class TestBuilds:
     {
         "near": (
             {"_target_": "toys.net"},
-            "m._target_=toys.net: not a name that a config may use; did you mean toys.Net?",
+            "m._target_=toys.net: not an allowed name; did you mean toys.Net?",
         ),
         "last part": (
             {"_target_": "sgd"},
-            "m._target_=sgd: not a name that a config may use; did you mean torch.optim.SGD?",
+            "m._target_=sgd: not an allowed name; did you mean torch.optim.SGD?",
         ),
         "far": (
             {"_target_": "x.y"},
-            "m._target_=x.y: not a name that a config may use (bcos_train.config.TARGETS lists",
+            "m._target_=x.y: not an allowed name (see bcos_train.config.TARGETS",
         ),
-        "no text": ({"_target_": 3}, "m._target_=3: not a name"),
-        "list": ({"_target_": ["toys.Net"]}, "m._target_=['toys.Net']: not a name"),
-        "in a list": ({"a": [1, {"_target_": "os.system"}]}, "m.a.1._target_=os.system: not a name"),
+        "no text": ({"_target_": 3}, "m._target_=3: not an allowed name"),
+        "list": ({"_target_": ["toys.Net"]}, "m._target_=['toys.Net']: not an allowed name"),
+        "in a list": ({"a": [1, {"_target_": "os.system"}]}, "m.a.1._target_=os.system: not an allowed name"),
         "args": ({"_target_": "toys.Net", "_args_": [3]}, "m._args_: not supported; arguments are given by name"),
         "hydra's": ({"_target_": "toys.Net", "_recursive_": False}, "m._recursive_: not supported"),
         "partial": ({"_target_": "toys.Net", "_partial_": "yes"}, "m._partial_=yes: expected true or false"),
@@ -94,8 +94,8 @@ def test_messages(node: Any, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_fault_in_the_code_stays_one() -> None:
-    with pytest.raises(RuntimeError, match="a fault in the code"):
+def test_other_errors_pass_through() -> None:
+    with pytest.raises(RuntimeError, match="a bug"):
         instantiate({"_target_": "toys.Brittle", "error": "bug"})
 
 
@@ -152,15 +152,15 @@ def test_a_hostile_config_runs_nothing(
     mark = tmp_path / "mark"
     monkeypatch.syspath_prepend(tmp_path)
     config = PLACES[place](hostile(tmp_path, mark)[attack])
-    with pytest.raises(UserError, match="not a name that a config may use"):
+    with pytest.raises(UserError, match="not an allowed name"):
         instantiate(config)
-    assert any("not a name that a config may use" in problem.text for problem in check(config))
+    assert any("not an allowed name" in problem.text for problem in check(config))
     assert toys.CALLS == []
     assert not mark.exists()
     assert "evil" not in sys.modules
 
 
-def test_the_canary_would_tell(tmp_path: Path) -> None:
+def test_the_canary_detects_execution(tmp_path: Path) -> None:
     """The attacks do work on what they aim at."""
     mark = tmp_path / "mark"
     node = hostile(tmp_path, mark)["torch.load"]

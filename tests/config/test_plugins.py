@@ -122,9 +122,9 @@ def test_the_config_of_a_run_says_which_plugin_is_missing(
     mark = write_plugin("evil")
     config = load(write_run(tmp_path / "run", "evil") / "config.yaml")
     assert [str(problem) for problem in check(config, root=toys.train)] == [
-        "plugins=evil: this plugin runs code, which a saved config can't start; if you trust it, add plugins=[evil]"
+        "plugins=evil: saved configs can't load plugins, since a plugin runs code; if you trust it, add plugins=[evil]"
     ]
-    with pytest.raises(UserError, match=r"^_target_=evil\.Net: not a name that a config may use"):
+    with pytest.raises(UserError, match=r"^_target_=evil\.Net: not an allowed name"):
         instantiate(config["model"])
     assert not mark.exists()
     # Only the user can decide otherwise.
@@ -149,7 +149,7 @@ def test_messages(name: str, message: str, command: Command, write_plugin: Write
     assert err.startswith(message)
 
 
-def test_a_fault_in_a_plugin_keeps_its_traceback(command: Command, write_plugin: Write) -> None:
+def test_a_bug_in_a_plugin_keeps_its_traceback(command: Command, write_plugin: Write) -> None:
     Path("faulty.py").write_text("1 / 0\n")
     with pytest.raises(ZeroDivisionError):
         command("plugins=[faulty]")
@@ -172,5 +172,5 @@ def test_names_on_a_command_line() -> None:
     ids=lambda target: str(getattr(target, "__qualname__", target)),
 )
 def test_only_what_a_config_can_name_is_registered(target: object) -> None:
-    with pytest.raises(ValueError, match=r"register_target takes|at the top of a module only"):
+    with pytest.raises(ValueError, match=r"register_target takes|only name classes and functions"):
         register_target(target)  # type: ignore[type-var]

@@ -37,7 +37,7 @@ def test_names_are_exact_and_without_repetition() -> None:
     assert all(part.isidentifier() for name in TARGETS for part in name.split("."))
 
 
-def test_open_ends_are_seen() -> None:
+def test_accepts_any_keyword() -> None:
     assert accepts_any_keyword(toys.Open)
     assert not accepts_any_keyword(toys.create_net)
 
@@ -46,7 +46,7 @@ def test_a_package_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("bcos_train.config.targets.TARGETS", ("nopackage.sub.Logger", "bcos_train.nomodule.Logger"))
     with pytest.raises(UserError, match=r"^log\._target_=nopackage\.sub\.Logger: nopackage is not installed$"):
         resolve("nopackage.sub.Logger", "log")
-    # One of ours that is missing is a fault in the code.
+    # One of ours that is missing is a bug.
     with pytest.raises(ModuleNotFoundError):
         resolve("bcos_train.nomodule.Logger")
 

@@ -74,17 +74,17 @@ WRONG = {
     "list item": (shards(transforms=["a", 3]), ["x.transforms.1=3: expected text"]),
     "text for a list": (shards(transforms="flip"), ["x.transforms=flip: expected a list of text"]),
     "text for a node": (shards(augment="big"), [f"x.augment=big: expected Augment {NODE} or null"]),
-    "wrong node": (shards(augment=net()), [f"x.augment: expected Augment {NODE} or null, but toys.Net makes Net"]),
-    "node for text": (shards(root=net()), ["x.root: expected text or a path, but toys.Net makes Net"]),
+    "wrong node": (shards(augment=net()), [f"x.augment: expected Augment {NODE} or null, but toys.Net returns Net"]),
+    "node for text": (shards(root=net()), ["x.root: expected text or a path, but toys.Net returns Net"]),
     "partial for an object": (
         shards(augment={**AUGMENT, "_partial_": True}),
-        [f"x.augment: expected Augment {NODE} or null, but toys.Augment makes a function; leave out _partial_"],
+        [f"x.augment: expected Augment {NODE} or null, but toys.Augment returns a function; remove _partial_"],
     ),
     "object for a function": (
         net(norm=AUGMENT),
         [
             "x.norm: expected text or a function (a node with _target_), "
-            "but toys.Augment makes Augment; add _partial_: true"
+            "but toys.Augment returns Augment; add _partial_: true"
         ],
     ),
     "missing": ({"_target_": "toys.Shards"}, ["x.root: needs a value (text or a path): add x.root=…"]),
@@ -111,7 +111,7 @@ WRONG = {
         net(zzz={"_target_": "os.system"}),
         [
             f'x.zzz={{"_target_": "os.system"}}: unknown key {KEYS}',
-            "x.zzz._target_=os.system: not a name that a config may use (bcos_train.config.TARGETS lists what is)",
+            "x.zzz._target_=os.system: not an allowed name (see bcos_train.config.TARGETS)",
         ],
     ),
     "all at once": (
@@ -155,8 +155,8 @@ class TestRoot:
     def test_values(self) -> None:
         wrong = {"model": AUGMENT, "optimizer": {"_target_": "toys.Net", "_partial_": True}, "devices": "all"}
         assert [str(problem) for problem in check(wrong, root=toys.train)] == [
-            f"model: expected Net {NODE}, but toys.Augment makes Augment",
-            "optimizer: expected a function that makes Adam (a node with _target_), but toys.Net makes a function",
+            f"model: expected Net {NODE}, but toys.Augment returns Augment",
+            "optimizer: expected a function that returns Adam (a node with _target_), but toys.Net returns a function",
             "devices=all: expected a whole number or auto",
             "dataset: needs a value: add dataset=…",
         ]
@@ -197,5 +197,5 @@ class TestRoot:
         (list[int], Sequence[int], False, True),
     ],
 )
-def test_fits(result: Any, annotation: Any, is_partial: bool, expected: bool) -> None:
+def test_is_compatible(result: Any, annotation: Any, is_partial: bool, expected: bool) -> None:
     assert is_compatible(result, annotation, is_partial) is expected

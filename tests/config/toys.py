@@ -72,7 +72,7 @@ class Brittle:
             raise ValueError("depth must be 18, 34 or 50,\n not 19")
         if error == "file":
             raise FileNotFoundError("no such folder: /data")
-        raise RuntimeError("a fault in the code")
+        raise RuntimeError("a bug")
 
 
 class Open:

@@ -1,9 +1,10 @@
-"""Compare configured values with type annotations.
+"""Compare config values with type annotations.
 
-Values are what YAML can hold. Nodes with ``_target_`` are compared by the return type of their target.
+Values are YAML values. Nodes with ``_target_`` are compared by the return type of their target.
 
-pydantic validates scalars. Containers, unions and nodes are walked here: pydantic reports an error for each alternative
-of a union in its own vocabulary, and knows neither nodes nor the nearest right name (see CONTRIBUTING.md).
+pydantic validates scalars. Containers, unions and nodes are traversed here, because pydantic reports an error for each
+alternative of a union in its own vocabulary, and supports neither nodes nor suggestions of the nearest right name (see
+CONTRIBUTING.md).
 """
 
 import inspect
@@ -12,7 +13,7 @@ import types
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path, PurePath
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NewType, TypeVar, Union, get_args, get_origin
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -39,15 +40,15 @@ _NAMES = {
 }
 
 
-def union_members(annotation: Any) -> tuple[Any, ...]:
-    """The alternatives of a union; any other annotation alone."""
+def union_members(annotation: object) -> tuple[object, ...]:
+    """Return the alternatives of a union, or a tuple of the annotation itself."""
     annotation = _resolved(annotation)
     if get_origin(annotation) in (Union, types.UnionType):
         return tuple(inner for member in get_args(annotation) for inner in union_members(member))
     return (annotation,)
 
 
-def is_scalar_type(annotation: Any) -> bool:
+def is_scalar_type(annotation: object) -> bool:
     """True if a YAML scalar can be of this type."""
     inner = _without_metadata(annotation)
     if get_origin(inner) is Literal:
@@ -55,8 +56,8 @@ def is_scalar_type(annotation: Any) -> bool:
     return inspect.isclass(inner) and (inner in _NAMES or issubclass(inner, PurePath))
 
 
-def mismatch(value: Any, annotation: Any) -> str | None:
-    """What a scalar type expects instead of ``value``, or None if they agree.
+def mismatch(value: object, annotation: Any) -> str | None:
+    """Return a description of the expected values if ``value`` does not match a scalar type, else None.
 
     Whole numbers are numbers; ``true`` and ``"3"`` are not.
     """
@@ -71,33 +72,32 @@ def mismatch(value: Any, annotation: Any) -> str | None:
     return None
 
 
-def is_list_type(annotation: Any) -> bool:
-    """True if a YAML list can be of this type. A text is a sequence too, but is not written as a list."""
+def is_list_type(annotation: object) -> bool:
+    """True if a YAML list can be of this type; False for strings."""
     origin = get_origin(annotation) or annotation
     if not inspect.isclass(origin) or origin.__module__ not in ("builtins", "collections", "collections.abc"):
         return False
     return issubclass(origin, Iterable) and not issubclass(origin, (str, bytes, Mapping))
 
 
-def is_mapping_type(annotation: Any) -> bool:
+def is_mapping_type(annotation: object) -> bool:
     """True if a YAML mapping can be of this type."""
     origin = get_origin(annotation) or annotation
     return inspect.isclass(origin) and issubclass(origin, Mapping)
 
 
-def item_types(annotation: Any, length: int) -> list[Any] | None:
-    """The types of the items of a list of that length; None if the list type has another length."""
+def item_types(annotation: object, length: int) -> list[object] | None:
+    """Return the type of each item of a list with ``length`` items, or None if the list type has another length."""
     arguments = get_args(annotation)
     if (get_origin(annotation) or annotation) is not tuple or not arguments or arguments[-1] is Ellipsis:
         return [arguments[0] if arguments else Any] * length
     return list(arguments) if len(arguments) == length else None
 
 
-def is_compatible(result: Any, annotation: Any, is_partial: bool = False) -> bool:
+def is_compatible(result: object, annotation: object, is_partial: bool = False) -> bool:
     """True if an object of type ``result``, or a function returning one, can satisfy the annotation.
 
-    Types that cannot be compared count as compatible and are left to the code that uses them. A parameter that takes a
-    mapping takes an unbuilt node.
+    Types that cannot be compared count as compatible. Parameters that take a mapping take a node without building it.
     """
     if annotation is Any or annotation is object or isinstance(annotation, (str, TypeVar)):
         return True
@@ -113,13 +113,13 @@ def is_compatible(result: Any, annotation: Any, is_partial: bool = False) -> boo
         return False
     if Any in union_members(result) or not inspect.isclass(origin) or getattr(origin, "_is_protocol", False):
         return True
-    results = [get_origin(made) or made for made in union_members(result)]
-    # A function that is annotated with a base class may well return the class in question.
-    return any(not inspect.isclass(made) or issubclass(made, origin) or issubclass(origin, made) for made in results)
+    results = [get_origin(member) or member for member in union_members(result)]
+    # A function annotated with a base class may return the expected subclass.
+    return any(not inspect.isclass(cls) or issubclass(cls, origin) or issubclass(origin, cls) for cls in results)
 
 
-def describe(annotation: Any, for_node: bool = False) -> str:
-    """The expected values in words: all of them for a node, otherwise those that can be typed, if any."""
+def describe(annotation: object, for_node: bool = False) -> str:
+    """Describe the expected values in words: for a node all, otherwise those that can be typed, if any."""
     alternatives = union_members(annotation)
     if len(alternatives) > 1:
         typed = [member for member in alternatives if _can_be_typed(member) and member is not type(None)]
@@ -140,31 +140,31 @@ def describe(annotation: Any, for_node: bool = False) -> str:
     if is_mapping_type(annotation):
         return "a mapping"
     if origin is Callable:
-        made = describe(arguments[-1]).partition(" (")[0] if arguments else "Any"
-        return "a function" + ("" if made == "Any" else f" that makes {made}") + " (a node with _target_)"
+        returned = describe(arguments[-1]).partition(" (")[0] if arguments and arguments[-1] is not Any else ""
+        return "a function" + (f" that returns {returned}" if returned else "") + " (a node with _target_)"
     return f"{name} (a node with _target_)"
 
 
-def _resolved(annotation: Any) -> Any:
-    """Resolve ``NewType`` and ``None`` to the types that they stand for."""
-    while hasattr(annotation, "__supertype__"):
+def _resolved(annotation: object) -> object:
+    """Replace a ``NewType`` by its base and ``None`` by its type."""
+    while isinstance(annotation, NewType):
         annotation = annotation.__supertype__
     return type(None) if annotation is None else annotation
 
 
-def _without_metadata(annotation: Any) -> Any:
+def _without_metadata(annotation: object) -> object:
     return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
 
 
-def _can_be_typed(annotation: Any) -> bool:
+def _can_be_typed(annotation: object) -> bool:
     return is_scalar_type(annotation) or is_list_type(annotation) or is_mapping_type(annotation)
 
 
-def _did_you_mean(value: Any, annotation: Any) -> str:
+def _did_you_mean(value: object, annotation: object) -> str:
     inner = _without_metadata(annotation)
     choices = get_args(inner) if get_origin(inner) is Literal else ()
     return suggest(str(value), [choice for choice in choices if isinstance(choice, str)])
 
 
-def _as_text(value: Any) -> str:
+def _as_text(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str)

@@ -1,4 +1,4 @@
-"""Entry points: from a command line to a validated config, with one short line per mistake and no traceback."""
+"""Entry points: from a command line to a validated config, with one line per mistake and no traceback."""
 
 import functools
 import inspect
@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from omegaconf import DictConfig
 
 from bcos_train.config.composition import (
     COMPOSITION_ERRORS,
@@ -33,9 +34,9 @@ from bcos_train.utils.suggestions import suggest
 
 __all__ = ["entry_point", "overridden_keys"]
 
-Task = Callable[[dict[str, Any]], int | None]
+Task = Callable[[dict[str, object]], int | None]
 
-#: Exit codes: a user's mistake, an interrupt and a closed pipe as shells report them (128 + signal).
+#: Exit codes: user error; interrupt and closed pipe as shells report them (128 + signal).
 MISTAKE, INTERRUPTED, PIPE_CLOSED = 2, 130, 141
 #: Exit codes from here on are 128 + a signal's number.
 SIGNALLED = 128
@@ -44,7 +45,7 @@ MAX_PREFLIGHT = 1000
 
 
 class JobFailed(Exception):
-    """A job in another process ended with this exit code."""
+    """Raised by a job in another process that ends with this exit code."""
 
     def __init__(self, code: int) -> None:
         super().__init__(code)
@@ -52,7 +53,7 @@ class JobFailed(Exception):
 
 
 class SweepStopped(BaseException):
-    """A signal stopped a job of a sweep: do not start the next ones. Hydra would continue after an ``Exception``."""
+    """A signal stopped a job of a sweep: don't start the next ones. Hydra would continue after an ``Exception``."""
 
     def __init__(self, code: int) -> None:
         super().__init__(code)
@@ -60,17 +61,17 @@ class SweepStopped(BaseException):
 
 
 def entry_point(
-    *, config_name: str, root: Callable[..., Any], config_dir: str | os.PathLike[str] | None = None
+    *, config_name: str, root: Callable[..., object], config_dir: str | os.PathLike[str] | None = None
 ) -> Callable[[Task], Callable[[], None]]:
     """Turn ``main(config) -> exit code`` into a command with Hydra's command line.
 
-    The config is composed and validated before ``main`` starts; in a sweep (``-m``), every job's before the first one
-    starts. A mistake gives exit code 2 and one line on stderr per problem; ``HYDRA_FULL_ERROR=1`` adds the traceback.
-    Errors that are not the user's keep theirs.
+    The config is composed and validated before ``main`` starts; in a sweep (``-m``), the configs of all jobs are
+    validated before the first one starts. A user error leads to exit code 2 and one line on stderr per problem, with a
+    traceback only if ``HYDRA_FULL_ERROR=1``. Other errors keep their traceback.
 
     Args:
         config_name: Main config.
-        root: The function whose parameters are the top-level keys of the config.
+        root: Callable whose parameters are the top-level keys of the config.
         config_dir: Folder of the configs; :func:`project_config_dir` by default.
 
     The decorated function receives plain containers with all interpolations resolved.
@@ -98,15 +99,15 @@ def entry_point(
 
 
 def overridden_keys() -> list[str]:
-    """The keys and config groups that the running job's command line sets, as typed there."""
+    """Return the keys and config groups that the command line of the current job sets, as typed."""
     return [text.lstrip("+~").partition("=")[0].partition("@")[0] for text in job_overrides()]
 
 
-def _run(main: Task, config_name: str, root: Callable[..., Any], config_dir: Path) -> int:
+def _run(main: Task, config_name: str, root: Callable[..., object], config_dir: Path) -> int:
     arguments = parse_command_line()
     if arguments.config_path is not None:
         config_dir = Path(arguments.config_path).absolute()
-    # First, since the models of a plugin are choices.
+    # First, since a plugin's models are choices of a config group.
     load_plugins(plugins_in_overrides(arguments.overrides))
     rewritten: dict[str, str] = {}
     if not (arguments.help or arguments.hydra_help or arguments.info or arguments.shell_completion):
@@ -118,7 +119,7 @@ def _run(main: Task, config_name: str, root: Callable[..., Any], config_dir: Pat
     argv = sys.argv
     sys.argv = [argv[0], *(rewritten.get(argument, argument) for argument in argv[1:])]
     if arguments.config_path is not None:
-        # Hydra takes the last one; a relative path would be relative to the module of ``main``.
+        # Hydra uses the last one. A relative path would be relative to the module of ``main``.
         sys.argv += ["--config-path", str(config_dir)]
     try:
         # With this variable Hydra raises its errors instead of printing them and exiting with code 1.
@@ -133,7 +134,9 @@ def _run(main: Task, config_name: str, root: Callable[..., Any], config_dir: Pat
     return outcome.code
 
 
-def _preflight(composer: Composer, arguments: Namespace, config_name: str, root: Callable[..., Any]) -> dict[str, str]:
+def _preflight(
+    composer: Composer, arguments: Namespace, config_name: str, root: Callable[..., object]
+) -> dict[str, str]:
     """Compose and validate every job; returns what to pass to Hydra in place of each override.
 
     Raises:
@@ -154,35 +157,37 @@ def _preflight(composer: Composer, arguments: Namespace, config_name: str, root:
         if not problems:
             config = composer.compose(name, job)
             _load_plugins(config, job, composer.extra_dir)
-            # --cfg is there to find out what is wrong.
+            # --cfg prints invalid configs too, for debugging.
             problems = [] if arguments.cfg else check(config, root=root)
         all_problems += problems
     _raise(all_problems)
     return rewritten
 
 
-def _load_plugins(config: Mapping[str, Any], overrides: Sequence[str], own_folder: Path | None) -> None:
+def _load_plugins(config: Mapping[str, object], overrides: Sequence[str], extra_dir: Path | None) -> None:
     """Import the plugins of a composed config if the user named them.
 
     Raises:
-        UserError: A plugin is named by another file than those of ``own_folder``, such as the config of a run that is
-            used with ``--config-path``; or it cannot be imported.
+        UserError: A plugin is named only in a file outside ``extra_dir``, such as the config of a run used with
+            ``--config-path``, or it cannot be imported.
     """
     names = config.get(PLUGINS) or []
     if not isinstance(names, list) or not names:
         return  # ``check`` reports other types
     allowed = set(plugins_in_overrides(overrides))
-    if own_folder is not None and not allowed.issuperset(names):
-        allowed |= set(plugins_in_folder(own_folder))
+    if extra_dir is not None and not allowed.issuperset(names):
+        allowed |= set(plugins_in_folder(extra_dir))
     for name in names:
         if name not in allowed:
-            where = "on the command line or in a file of your own --config-dir"
-            raise UserError(f"{PLUGINS}={name}: a plugin runs code; it can only be named {where}")
+            raise UserError(
+                f"{PLUGINS}={name}: a plugin runs code; it can only be named on the command line or in a file of your "
+                "own --config-dir"
+            )
     load_plugins(names)
 
 
-def _defaults(composer: Composer, name: str) -> dict[str, Any]:
-    """The config without overrides, or an empty one if it is incomplete without them."""
+def _defaults(composer: Composer, name: str) -> dict[str, object]:
+    """Compose the config without overrides; empty if it is incomplete without them."""
     try:
         return composer.compose(name)
     except UserError:
@@ -198,18 +203,18 @@ class _Outcome:
 
 
 def _make_task(
-    main: Task, root: Callable[..., Any], outcome: _Outcome, own_folder: Path | None, full_error: str | None
-) -> Callable[[Any], None]:
-    """The function that Hydra calls for each job, in this process or, through a launcher, in another."""
-    home = os.getpid()
+    main: Task, root: Callable[..., object], outcome: _Outcome, extra_dir: Path | None, full_error: str | None
+) -> Callable[[DictConfig], None]:
+    """Return the function that Hydra calls for each job, in this process or, through a launcher, in another."""
+    parent_pid = os.getpid()
 
     @functools.wraps(main)
-    def task(config: Any) -> None:
+    def task(config: DictConfig) -> None:
         is_sweep = is_sweep_job()
         with _environment(FULL_ERROR, full_error):
             try:
                 job = to_job_config(config)
-                _load_plugins(job, job_overrides(), own_folder)  # in another process, or beyond MAX_PREFLIGHT
+                _load_plugins(job, job_overrides(), extra_dir)  # in another process, or beyond MAX_PREFLIGHT
                 _raise(check(job, root=root))
                 code = main(job) or 0
             except UserError as error:
@@ -222,7 +227,7 @@ def _make_task(
                 # The other jobs of the sweep still run.
                 traceback.print_exc()
                 code = 1
-        if code and os.getpid() != home:
+        if code and os.getpid() != parent_pid:
             raise JobFailed(code)
         if is_sweep and code >= SIGNALLED:
             raise SweepStopped(code)
@@ -237,7 +242,7 @@ def _raise(problems: Iterable[Problem]) -> None:
 
 
 def _report(error: Exception) -> None:
-    """Print the message on stderr, without the traceback unless asked for."""
+    """Print the message on stderr, and the traceback if ``HYDRA_FULL_ERROR=1``."""
     if os.environ.get(FULL_ERROR) == "1":
         traceback.print_exception(error)
     print(error if isinstance(error, UserError) else one_line(error), file=sys.stderr)

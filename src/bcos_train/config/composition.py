@@ -55,7 +55,7 @@ COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException)
 #: Raised by :meth:`Composer.parse`.
 OverrideError = HydraException
 
-#: The environment variable with which Hydra's users ask for tracebacks.
+#: Hydra's environment variable for full tracebacks.
 FULL_ERROR = "HYDRA_FULL_ERROR"
 VERSION_BASE = "1.3"
 
@@ -67,15 +67,15 @@ HYDRA_TARGETS = (
     "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher",
 )
 
-#: The key under which a recipe declares what it is for; removed from the job's config.
+#: Key under which a recipe declares its intended use; removed from the job's config.
 SUITS = "suits"
 
-#: Stands for an interpolation that cannot be resolved yet.
+#: Placeholder for an interpolation that cannot be resolved yet.
 UNRESOLVED = "${…}"
 
 
 def project_config_dir() -> Path:
-    """The folder ``configs``: inside the package once it is installed from a wheel, else at the top of the checkout."""
+    """Return the folder ``configs``: inside the package if installed from a wheel, else at the top of the checkout."""
     package = Path(__file__).resolve().parents[1]
     installed = package / "configs"
     return installed if installed.is_dir() else package.parents[1] / "configs"
@@ -86,8 +86,7 @@ class Composer:
 
     Args:
         config_dir: Folder of the main configs.
-        extra_dir: A further folder (``--config-dir``), searched after it. It is the user's own: its files may name
-            plugins.
+        extra_dir: Additional folder of the user (``--config-dir``), searched after it. Its files may name plugins.
 
     Raises:
         UserError: A folder does not exist.
@@ -100,7 +99,7 @@ class Composer:
         self.extra_dir = None if extra_dir is None else Path(extra_dir)
         hydra.version.setbase(VERSION_BASE)
         setup_globals()
-        _offer_models(Path(config_dir), self.extra_dir)
+        _add_models(Path(config_dir), self.extra_dir)
         search_path = create_config_search_path(os.path.abspath(config_dir))
         if extra_dir is not None:
             anchor = SearchPathQuery(provider="schema")
@@ -115,7 +114,7 @@ class Composer:
         return sorted(self._groups_below(""), key=lambda group: (group.startswith("hydra"), group))
 
     def choices(self, group: str) -> list[str]:
-        """The choices of a group, without bases (names that begin with an underscore) and nested groups."""
+        """Return the choices of a group, without bases (names that begin with an underscore) and nested groups."""
         if group not in self._choices:
             options = self._loader.get_group_options(group, ObjectType.CONFIG)
             self._choices[group] = sorted(name for name in options if not name.startswith("_"))
@@ -139,7 +138,7 @@ class Composer:
         return self._parser.parse_overrides([override])[0]
 
     def compose(self, config_name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
-        """The config of one job as plain containers, interpolations resolved, without the ``hydra`` node.
+        """Return the config of one job as plain containers, interpolations resolved, without the ``hydra`` node.
 
         Raises:
             UserError: The overrides or the files do not make a config, or the recipe is not for these choices.
@@ -159,7 +158,7 @@ class Composer:
         return self._load(config_name, overrides, RunMode.MULTIRUN).hydra.mode == RunMode.MULTIRUN
 
     def jobs(self, config_name: str, overrides: Sequence[str]) -> list[list[str]]:
-        """The overrides of every job of a sweep."""
+        """Return the overrides of every job of a sweep."""
         config = self._load(config_name, overrides, RunMode.MULTIRUN).hydra
         assert config.sweeper._target_ == HYDRA_TARGETS[1]
         swept = [f"{key}={value}" for key, value in (config.sweeper.params or {}).items()]
@@ -178,9 +177,9 @@ class Composer:
 
 
 def to_job_config(config: DictConfig) -> dict[str, Any]:
-    """The config of the current Hydra job as plain containers, once its recipe is known to suit the other choices.
+    """Return the config of the current Hydra job as plain containers, after checking that its recipe fits the choices.
 
-    A recipe may declare what it is not for, and for the message what it is for::
+    A recipe may declare the choices that it doesn't support and, for the message, what it is for::
 
         suits:
           what: B-cos ConvNets on ImageNet
@@ -189,7 +188,7 @@ def to_job_config(config: DictConfig) -> dict[str, Any]:
     Raises:
         UserError: A choice matches one of these patterns, or an interpolation has no value.
     """
-    job: dict[str, Any] = to_container(config)
+    job = to_container(config)
     suits = job.pop(SUITS, None) or {}
     choices = dict(HydraConfig.get().runtime.choices)
     recipe = f"recipe={choices['recipe']}" if "recipe" in choices else "recipe"  # it may be a list of recipes
@@ -205,7 +204,7 @@ def parse_override(text: str) -> Override:
 
 
 def job_overrides() -> list[str]:
-    """The overrides of the current job, as typed."""
+    """Return the overrides of the current job, as typed."""
     return _texts(HydraConfig.get().overrides.task)
 
 
@@ -215,7 +214,7 @@ def is_sweep_job() -> bool:
 
 
 def parse_command_line() -> Namespace:
-    """Hydra's flags and the ``overrides`` of ``sys.argv``.
+    """Parse Hydra's flags and the ``overrides`` of ``sys.argv``.
 
     Raises:
         UserError: An unknown flag, or one that is not supported.
@@ -223,8 +222,8 @@ def parse_command_line() -> Namespace:
     parser = get_args_parser()
 
     def error(message: str) -> NoReturn:
-        kind, _, rest = message.partition("unrecognized arguments: ")
-        if kind:
+        prefix, _, rest = message.partition("unrecognized arguments: ")
+        if prefix:
             raise UserError(message)
         flag = rest.split()[0]
         setting = flag.lstrip("-") + ("" if "=" in flag else "=…")
@@ -240,12 +239,12 @@ def parse_command_line() -> Namespace:
 def run_jobs(
     task: Callable[[DictConfig], None], config_dir: Path, config_name: str, extra_dir: Path | None = None
 ) -> None:
-    """Let Hydra do what ``sys.argv`` says: run ``task`` once or for every job of a sweep, print help, complete words.
+    """Let Hydra handle ``sys.argv``: run ``task`` once or for every job of a sweep, print help, or complete words.
 
     Raises:
-        UserError: Flags that do not go together. Errors of :data:`COMPOSITION_ERRORS` pass through.
+        UserError: Conflicting flags. Errors of :data:`COMPOSITION_ERRORS` pass through.
     """
-    _offer_models(config_dir, extra_dir)
+    _add_models(config_dir, extra_dir)
     run = hydra.main(version_base=VERSION_BASE, config_path=str(config_dir), config_name=config_name)(task)
     try:
         run()
@@ -253,11 +252,11 @@ def run_jobs(
         raise UserError(one_line(error)) from error
 
 
-def _offer_models(config_dir: Path, extra_dir: Path | None) -> None:
-    """Add to the group ``model`` of the project's configs each registered model that has no file there."""
+def _add_models(config_dir: Path, extra_dir: Path | None) -> None:
+    """Add each registered model without a YAML file to the group ``model`` of the project's configs."""
     if config_dir.resolve() != project_config_dir():
         return
-    # Not before now: the registry imports torch.
+    # Imported here because the registry imports torch.
     from bcos_train.config.model_choices import model_choices
 
     store = ConfigStore.instance()
@@ -265,12 +264,12 @@ def _offer_models(config_dir: Path, extra_dir: Path | None) -> None:
     for name, node in model_choices().items():
         if name not in files:
             store.store(group="model", name=name, node=node, package="_global_", provider="models")
-        else:  # Hydra would take the stored one for the schema of the file
+        else:  # Hydra would use the stored config as the schema of the file
             store.repo.get("model", {}).pop(f"{name}.yaml", None)
 
 
 def one_line(error: Exception) -> str:
-    """The message of an error of Hydra or YAML and that of its cause, without addresses and search paths."""
+    """Return the message of an error of Hydra or YAML and of its cause, without URLs and search paths."""
     parts = []
     for cause in filter(None, (error, error.__cause__)):
         text = re.split(r"\n(?:See http|Config search path|Search path:| +full_key:)", str(cause))[0]
@@ -278,7 +277,7 @@ def one_line(error: Exception) -> str:
     return "; ".join(part for part in parts if part) or type(error).__name__
 
 
-def _reject_unlisted_targets(node: Any, path: str) -> None:
+def _reject_unlisted_targets(node: object, path: str) -> None:
     """Raise a UserError if the ``hydra`` node names anything outside :data:`HYDRA_TARGETS`.
 
     Hydra instantiates callbacks, plugins and log handlers from that node without an allow-list.
@@ -294,16 +293,16 @@ def _reject_unlisted_targets(node: Any, path: str) -> None:
         try:
             value = node[key]
         except OmegaConfBaseException:
-            # Such as the job's number, known only inside a job. A target must be known now.
+            # For example the job's number, known only inside a job. A target must be known now.
             value = UNRESOLVED
         rejected = key == "()" or (key == "_target_" and value not in HYDRA_TARGETS)
         if rejected or (key == "class" and not str(value).startswith("logging.")):
-            raise UserError(f"{where}={value}: not a name that a config may use")
+            raise UserError(f"{where}={value}: not an allowed name")
         _reject_unlisted_targets(value, where)
 
 
-def _texts(node: Any) -> list[str]:
-    """Overrides as written; they may hold interpolations."""
+def _texts(node: object) -> list[str]:
+    """Return overrides as written; they may contain interpolations."""
     texts = OmegaConf.to_container(node, resolve=False)
     assert isinstance(texts, list)
     return [str(text) for text in texts]

@@ -1,4 +1,4 @@
-"""Configs as plain containers, the form in which all other packages see them, and as files."""
+"""Convert configs to plain containers, which all other packages use, and save and load them."""
 
 import copy
 import os
@@ -16,48 +16,50 @@ __all__ = ["join", "load", "overlay", "save", "to_container"]
 
 
 def join(path: str, key: object) -> str:
-    """The key of a child as it is written on the command line; items of lists are numbered from 0: ``a.0.b``."""
+    """Return the key of a child as on the command line; list items are numbered from 0: ``a.0.b``."""
     return f"{path}.{key}" if path else str(key)
 
 
-def to_container(config: Any, path: str = "") -> Any:
-    """Dicts, lists and scalars with all interpolations resolved, without the ``hydra`` node. ``???`` is kept.
+def to_container(config: Mapping[str, object], path: str = "") -> dict[str, Any]:
+    """Convert to dicts, lists and scalars, interpolations resolved and without the ``hydra`` node. ``???`` is kept.
 
     Raises:
         UserError: An interpolation has no value.
     """
     if not OmegaConf.is_config(config):
-        return config
+        return dict(config)
     if isinstance(config, DictConfig) and "hydra" in config and not path:
         config = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
     try:
-        return OmegaConf.to_container(config, resolve=True)
+        container: Any = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
         key = join(path, error.full_key) if error.full_key else path or "config"
         raise UserError(f"{key}: {_reason(error)}") from error
+    return container
 
 
 def _reason(error: OmegaConfBaseException) -> str:
-    """The first line of OmegaConf's message, without the class of the error that a resolver raised."""
+    """Return the first line of OmegaConf's message, without the class of the error that a resolver raised."""
     line = str(error).splitlines()[0]
     if isinstance(error, InterpolationToMissingValueError):
         return f"needs {line.rpartition(': ')[2]}, which has no value"
     return line.partition(" raised while resolving interpolation: ")[2].strip('"') or line
 
 
-def overlay(base: Mapping[str, Any], config: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
-    """A copy of ``base`` with the values of ``config`` at the dotted ``keys``."""
+def overlay(base: Mapping[str, object], config: Mapping[str, object], keys: Iterable[str]) -> dict[str, Any]:
+    """Return a copy of ``base`` with the values of ``config`` at the dotted ``keys``."""
     merged = copy.deepcopy(dict(base))
     for key in keys:
         *parents, last = key.split(".")
-        target, source = merged, config
+        target: Any = merged
+        source: Any = config
         for parent in parents:
             target, source = target.setdefault(parent, {}), source[parent]
         target[last] = copy.deepcopy(source[last])
     return merged
 
 
-def save(config: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+def save(config: Mapping[str, object], path: str | os.PathLike[str]) -> None:
     """Write a resolved config as YAML; the file appears complete or not at all."""
     with replacing(Path(path)) as temporary:
         temporary.write_text(OmegaConf.to_yaml(OmegaConf.create(to_container(config))), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Mistakes of users, as opposed to faults in the code."""
+"""Errors that the user can correct, as opposed to bugs."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,7 +7,7 @@ __all__ = ["UserError", "user_errors_at"]
 
 
 class UserError(ValueError):
-    """Something that the user can correct. Entry points print the message alone, without a traceback."""
+    """An error that the user can correct. Entry points print only the message, without a traceback."""
 
 
 @contextmanager
@@ -15,7 +15,7 @@ def user_errors_at(key: str) -> Iterator[None]:
     """Turn a ``ValueError`` or a missing file in the block into a :class:`UserError` that names the config key.
 
     Args:
-        key: Put before the message; ``""`` for a message that already names its key.
+        key: Prefix of the message; ``""`` for messages that already name their key.
     """
     try:
         yield

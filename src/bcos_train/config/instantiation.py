@@ -14,31 +14,31 @@ __all__ = ["MISSING", "RESERVED", "instantiate", "is_reserved"]
 
 #: Keys of a node that are not arguments.
 RESERVED = ("_target_", "_partial_")
-#: A mandatory value that has not been set.
+#: Value of a mandatory key that has not been set.
 MISSING = "???"
 
 
-def instantiate(node: Mapping[str, Any], *, path: str = "") -> Any:
+def instantiate(node: Mapping[str, object], *, path: str = "") -> Any:
     """Call the ``_target_`` of a node with the other keys as keyword arguments, inner nodes first.
 
-    With ``_partial_: true`` the result is a ``functools.partial``. Mappings and lists without ``_target_`` are copied,
-    and the nodes in them built.
+    With ``_partial_: true`` the result is a ``functools.partial``. Mappings and lists without ``_target_`` are copied
+    and the nodes in them are built.
 
     Args:
         node: Plain containers, or a ``DictConfig``, whose interpolations are then resolved.
         path: Config key of the node, for messages.
 
     Raises:
-        UserError: A ``_target_`` outside the allow-list anywhere in the node (nothing has been built then), a reserved
-            key that is not supported, or a ``ValueError`` or missing file while building, with the key of the node
-            before its message.
+        UserError: A ``_target_`` outside the allow-list anywhere in the node (nothing is built then), a reserved key
+            that is not supported, or a ``ValueError`` or missing file while building; the message begins with the key
+            of the node.
     """
     config = to_container(node, path)
     _validate_nodes(config, path)
     return _build(config, path)
 
 
-def _validate_nodes(value: Any, path: str) -> None:
+def _validate_nodes(value: object, path: str) -> None:
     """Raise a UserError for a bad node at any depth, before anything is built."""
     if isinstance(value, Mapping):
         if "_target_" in value:
@@ -57,7 +57,7 @@ def _validate_nodes(value: Any, path: str) -> None:
         raise UserError(f"{path}: needs a value: add {path}=…")
 
 
-def _build(value: Any, path: str) -> Any:
+def _build(value: object, path: str) -> object:
     if isinstance(value, list):
         return [_build(item, join(path, index)) for index, item in enumerate(value)]
     if not isinstance(value, Mapping):
@@ -73,12 +73,12 @@ def _build(value: Any, path: str) -> Any:
         return target(**arguments)
 
 
-def _convert_integers(target: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
-    """Whole numbers as floats where the annotation asks for them: YAML's ``1`` is not ``1.0``."""
+def _convert_integers(target: Callable[..., object], arguments: dict[str, object]) -> dict[str, object]:
+    """Convert integers to floats where the annotation is float: in YAML, ``1`` is an integer."""
     try:
         known = keyword_parameters(target, arguments)
     except ValueError:
-        return arguments  # the target itself has the better message
+        return arguments  # calling the target raises a better message
     converted = dict(arguments)
     for key, value in arguments.items():
         types = union_members(known[key].annotation) if key in known else ()

@@ -1,15 +1,18 @@
-"""The choices of the config group ``model``: one for each registered model, without a YAML file each.
+"""Choices of the config group ``model``: one for each registered model, without a YAML file each.
 
 A choice shows the options that are changed most, with the defaults of the model's constructor. A file
 ``configs/model/<name>.yaml`` replaces it, for a model that changes other groups too.
 """
 
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import TypeVar
 
 from bcos_train.model.registry import list_models, model_signature
 
 __all__ = ["model_choices"]
+
+T = TypeVar("T")
 
 #: Options that are shown, in this order. All others can be set as well.
 SHOWN = (
@@ -34,18 +37,18 @@ SHOWN_BY_NAME = {
 BASES = {"standard_simple_vit_*": "_standard_vit", "standard_vitc_*": "_standard_vit", "standard_*": "_standard"}
 
 
-def model_choices() -> dict[str, dict[str, Any]]:
-    """Model name to the content of its config file, to be merged at the top of the config."""
+def model_choices() -> dict[str, dict[str, object]]:
+    """Return, by model name, the content of a config file, to be merged at the top of the config."""
     return {name: _choice(name) for name in list_models()}
 
 
-def _choice(name: str) -> dict[str, Any]:
+def _choice(name: str) -> dict[str, object]:
     node = {"_target_": "bcos_train.model.create_model", "_partial_": True, "name": name, **_options(name)}
     base = _first_match(BASES, name)
     return {"model": node} if base is None else {"defaults": [base], "model": node}
 
 
-def _options(name: str) -> dict[str, Any]:
+def _options(name: str) -> dict[str, object]:
     parameters = model_signature(name).parameters
     shown = _first_match(SHOWN_BY_NAME, name)
     if shown is None:
@@ -57,5 +60,5 @@ def _options(name: str) -> dict[str, Any]:
     return {key: value for key, value in defaults.items() if isinstance(value, (bool, int, float, str, type(None)))}
 
 
-def _first_match(table: dict[str, Any], name: str) -> Any:
+def _first_match(table: Mapping[str, T], name: str) -> T | None:
     return next((value for pattern, value in table.items() if fnmatchcase(name, pattern)), None)

@@ -1,12 +1,11 @@
 """Read the overrides of a command line and report mistakes before Hydra does.
 
-Keys and values are not validated here: an override of a key that the config does not hold yet is let through, so that
-:func:`bcos_train.config.check` compares it with the signature. A parameter can thus be set whether or not a YAML file
-repeats it.
+Keys and values are not validated here: overrides of keys that the config does not contain are passed on to
+:func:`bcos_train.config.check`, which compares them with the signature. So a parameter can be set whether or not a YAML
+file lists it.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
 
 from bcos_train.config.composition import Composer, Override, OverrideError, OverrideType, parse_override
 from bcos_train.config.containers import join
@@ -18,15 +17,15 @@ __all__ = ["check_choices", "plugins_in_overrides", "read_overrides"]
 
 
 def read_overrides(
-    overrides: Iterable[str], composer: Composer, top_level: Iterable[str], config: Callable[[], Mapping[str, Any]]
+    overrides: Iterable[str], composer: Composer, top_level: Iterable[str], config: Callable[[], Mapping[str, object]]
 ) -> tuple[dict[str, str], list[Problem]]:
-    """Each override in the form that Hydra takes for a key that may be new (``++key=value``), and all problems.
+    """Return each override in Hydra's form for a key that may be new (``++key=value``), and all problems.
 
     Args:
         overrides: As typed: ``key=value``, ``group=choice``, ``+…``, ``++…``, ``~…``.
         composer: Lists the config groups.
         top_level: The top-level keys of the config.
-        config: Composes the config without overrides; called only to find where a wrong key belongs.
+        config: Composes the config without overrides; called only to look up where an unknown key belongs.
     """
     rewritten: dict[str, str] = {}
     problems: list[Problem] = []
@@ -46,7 +45,7 @@ def read_overrides(
 
 
 def check_choices(overrides: Iterable[str], composer: Composer, may_sweep: bool = False) -> list[Problem]:
-    """Problems with choices that their group does not have, and with several values for one key outside a sweep."""
+    """Return problems: choices that their group does not have, and several values for one key outside a sweep."""
     problems = []
     for text in overrides:
         override = composer.parse(text)
@@ -67,7 +66,7 @@ def check_choices(overrides: Iterable[str], composer: Composer, may_sweep: bool 
 
 
 def plugins_in_overrides(overrides: Iterable[str]) -> list[str]:
-    """The plugins that are named on a command line; of a sweep over them, which jobs load one by one, none."""
+    """Return the plugins named on a command line, without those of a sweep over plugins, which its jobs load."""
     names: list[str] = []
     for text in overrides:
         if text.lstrip("+").partition("=")[0] != PLUGINS:
@@ -89,7 +88,7 @@ def _no_choice(group: str, choice: str, composer: Composer) -> Problem:
 
 
 def _check_form(text: str, composer: Composer, top_level: Iterable[str]) -> Problem | None:
-    """A problem if ``text`` is a bare word instead of ``key=value`` or ``~key``."""
+    """Return a problem if ``text`` is a bare word instead of ``key=value`` or ``~key``."""
     if "=" in text or text.startswith("~"):
         return None
     if text in composer.groups:
@@ -107,7 +106,7 @@ def _check_form(text: str, composer: Composer, top_level: Iterable[str]) -> Prob
 
 
 def _unreadable(text: str, error: Exception) -> Problem:
-    """Of Hydra's message only what a function in the value raised; the rest is about grammar symbols."""
+    """Return the problem of an override that Hydra can't parse, without Hydra's grammar symbols."""
     raised = next((line for line in str(error).splitlines() if "while evaluating" in line), None)
     key, _, value = text.partition("=")
     quoted = f"can't be read; a value with special characters takes quotes within quotes: '{key}=\"{value}\"'"
@@ -115,9 +114,9 @@ def _unreadable(text: str, error: Exception) -> Problem:
 
 
 def _check_key(
-    key: str, composer: Composer, top_level: Iterable[str], config: Callable[[], Mapping[str, Any]]
+    key: str, composer: Composer, top_level: Iterable[str], config: Callable[[], Mapping[str, object]]
 ) -> Problem | None:
-    """A problem if neither a config group nor a top-level key begins ``key``."""
+    """Return a problem if ``key`` begins with neither a config group nor a top-level key."""
     first = key.partition(".")[0]
     if key in composer.groups or first in ("hydra", *top_level):
         return None
@@ -130,7 +129,7 @@ def _check_key(
     return Problem(key if deeper else first, f"unknown key or config group{hint}")
 
 
-def _paths(config: Mapping[str, Any], path: str = "") -> Iterator[str]:
+def _paths(config: Mapping[str, object], path: str = "") -> Iterator[str]:
     for key, value in config.items():
         yield join(path, key)
         if isinstance(value, Mapping):

@@ -1,9 +1,9 @@
-"""Packages of the user that extend what a config may name.
+"""Plugins: the user's packages that add models, targets and data sets to those that a config may name.
 
 A plugin is a module that calls ``register_model``, :func:`register_target` or another ``register_…`` function when it
 is imported. It is imported only if the user names it: as ``plugins=[my_package]`` on the command line, or under
-``plugins:`` in a YAML file of their own folder (``--config-dir``). A config that comes with a run or weights records
-its plugins but cannot load them, since importing a module runs its code.
+``plugins:`` in a YAML file of their own folder (``--config-dir``). The config of a run or of weights records its
+plugins but cannot load them, since importing a module runs its code.
 """
 
 import importlib
@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from bcos_train.config.containers import load
 from bcos_train.config.errors import UserError
@@ -19,14 +19,14 @@ from bcos_train.config.targets import REGISTERED
 
 __all__ = ["KEY", "load_plugins", "missing_plugins", "plugins_in_folder", "register_target"]
 
-#: The top-level key of a config.
+#: Top-level key of a config.
 KEY = "plugins"
 
-Target = TypeVar("Target", bound=Callable[..., Any])
+Target = TypeVar("Target", bound=Callable[..., object])
 
 
 def register_target(target: Target) -> Target:
-    """Allow a config to name a class or function of yours as ``_target_``; usable as a decorator.
+    """Allow configs to name a class or function as ``_target_``; usable as a decorator.
 
     The name is ``<module>.<name>``, the typed keyword parameters are the config keys.
 
@@ -37,23 +37,23 @@ def register_target(target: Target) -> Target:
     if not callable(target) or not module or not name:
         raise ValueError(f"register_target takes a class or a function, not {target!r}")
     if module == "__main__" or "." in name or not name.isidentifier():
-        raise ValueError(f"{module}.{name}: a config can name classes and functions at the top of a module only")
+        raise ValueError(f"{module}.{name}: a config can only name classes and functions at the top level of a module")
     REGISTERED[f"{module}.{name}"] = target
     return target
 
 
-def load_plugins(names: Iterable[Any]) -> None:
+def load_plugins(names: Iterable[object]) -> None:
     """Import plugins, from the Python path or else from the current folder.
 
-    Call this only with names that the user gave: it runs their code.
+    Pass only names that the user entered, since importing runs code.
 
     Raises:
-        UserError: No such module, or it needs one that is not installed.
+        UserError: No such module, or one of its imports is not installed.
     """
     for name in names:
         if not isinstance(name, str) or not all(part.isidentifier() for part in name.split(".")):
             raise UserError(f"{KEY}: {name!r} is not the name of a module; write {KEY}=[my_package]")
-        # Console scripts do not have the current folder on the path. Last, so that it hides nothing installed.
+        # Console scripts do not have the current folder on the path. Appended, so that it shadows no installed package.
         if (folder := os.getcwd()) not in sys.path:
             sys.path.append(folder)
         try:
@@ -66,14 +66,14 @@ def load_plugins(names: Iterable[Any]) -> None:
             raise UserError(f"{KEY}={name}: {text}") from error
 
 
-def missing_plugins(config: Mapping[str, Any]) -> list[str]:
-    """The plugins that a config names and that have not been imported."""
+def missing_plugins(config: Mapping[str, object]) -> list[str]:
+    """Return the plugins that a config names and that have not been imported."""
     names = config.get(KEY) or []
     return [str(name) for name in names if name not in sys.modules] if isinstance(names, (list, tuple)) else []
 
 
 def plugins_in_folder(folder: Path) -> Iterator[str]:
-    """All names under ``plugins:`` in the YAML files of a folder; files that cannot be read are skipped."""
+    """Yield all names under ``plugins:`` in the YAML files of a folder; unreadable files are skipped."""
     for path in sorted(folder.rglob("*.yaml")):
         try:
             names = load(path).get(KEY)

@@ -1,4 +1,4 @@
-"""Parameters and return types of callables, read from their signatures."""
+"""Read parameters and return types of callables from their signatures."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -7,8 +7,8 @@ from typing import Any, get_type_hints
 __all__ = ["accepts_any_keyword", "keyword_parameters", "return_type"]
 
 
-def keyword_parameters(target: Callable[..., Any], node: Mapping[str, Any]) -> dict[str, inspect.Parameter]:
-    """The parameters that can be passed by name, annotations evaluated (``Any`` where that is impossible).
+def keyword_parameters(target: Callable[..., object], node: Mapping[str, object]) -> dict[str, inspect.Parameter]:
+    """Return the parameters that can be passed by name, annotations evaluated (``Any`` where that is impossible).
 
     A callable whose keywords depend on the value of one of them has an attribute
     ``config_signature(node) -> inspect.Signature``, which is called instead.
@@ -27,15 +27,15 @@ def keyword_parameters(target: Callable[..., Any], node: Mapping[str, Any]) -> d
     }
 
 
-def return_type(target: Callable[..., Any]) -> Any:
-    """A class itself, or the return annotation of a function; ``Any`` without one."""
+def return_type(target: Callable[..., object]) -> object:
+    """Return a class itself, or the return annotation of a function (``Any`` if there is none)."""
     return target if inspect.isclass(target) else _hints(target).get("return", Any)
 
 
-def accepts_any_keyword(target: Callable[..., Any]) -> bool:
+def accepts_any_keyword(target: Callable[..., object]) -> bool:
     """True if ``target`` would swallow a misspelled keyword: ``**kwargs`` without a ``config_signature``.
 
-    A class that inherits the ``__init__`` of another package is excused.
+    False for a class that inherits the ``__init__`` of another package.
     """
     kinds = {parameter.kind for parameter in inspect.signature(target).parameters.values()}
     function = target.__init__ if inspect.isclass(target) else target
@@ -43,16 +43,16 @@ def accepts_any_keyword(target: Callable[..., Any]) -> bool:
     return inspect.Parameter.VAR_KEYWORD in kinds and same_package and not hasattr(target, "config_signature")
 
 
-def _hints(target: Callable[..., Any]) -> dict[str, Any]:
+def _hints(target: Callable[..., object]) -> dict[str, object]:
     function = inspect.unwrap(target.__init__ if inspect.isclass(target) else target)
     try:
         return get_type_hints(function, include_extras=True)
     except (NameError, TypeError, AttributeError):
-        # A name that is imported for type checkers only: the parameters that use it stay unvalidated.
+        # A name imported only for type checkers: the parameters that use it are not validated.
         return {}
 
 
-def _evaluated(annotation: Any, hint: Any) -> Any:
+def _evaluated(annotation: object, hint: object) -> object:
     if annotation is inspect.Parameter.empty:
         return Any
     return hint if isinstance(annotation, str) else annotation

@@ -1,19 +1,18 @@
-"""The allow-list of ``_target_`` names.
+"""Allow-list of ``_target_`` names.
 
-Names are exact. A prefix such as ``torch.*`` would let a config from elsewhere run code: ``torch.load`` unpickles,
-``torch.hub.load`` fetches and runs, ``torch.utils.collect_env.run`` is a shell.
+Names are exact. A prefix such as ``torch.*`` would let an untrusted config run code: ``torch.load`` unpickles,
+``torch.hub.load`` downloads and runs, ``torch.utils.collect_env.run`` is a shell.
 """
 
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any
 
 from bcos_train.config.errors import UserError
 from bcos_train.utils.suggestions import join_words, nearest
 
 __all__ = ["TARGETS", "resolve"]
 
-#: Each name is also the import path, imported when a config uses it.
+#: Each name is also an import path, imported when a config uses it.
 TARGETS: tuple[str, ...] = (
     "bcos_train.augmentation.Augmentation",
     "bcos_train.augmentation.crop_flip",
@@ -53,38 +52,38 @@ TARGETS: tuple[str, ...] = (
 )
 
 #: Targets of plugins, see :func:`bcos_train.config.register_target`.
-REGISTERED: dict[str, Callable[..., Any]] = {}
+REGISTERED: dict[str, Callable[..., object]] = {}
 
 
-def resolve(name: object, path: str = "") -> Callable[..., Any]:
-    """The object that ``name`` stands for, imported if need be.
+def resolve(name: object, path: str = "") -> Callable[..., object]:
+    """Return the class or function called ``name``, imported on first use.
 
     Args:
         name: Value of ``_target_``.
         path: Config key of the node, for the message.
 
     Raises:
-        UserError: ``name`` is neither in :data:`TARGETS` nor registered, or a package that it needs is not installed.
+        UserError: ``name`` is neither in :data:`TARGETS` nor registered, or a required package is not installed.
     """
     key = f"{path}._target_" if path else "_target_"
     if isinstance(name, str) and name in REGISTERED:
         return REGISTERED[name]
     if not isinstance(name, str) or name not in TARGETS:
         near = _nearest_targets(str(name))
-        hint = f"; did you mean {join_words(near)}?" if near else " (bcos_train.config.TARGETS lists what is)"
-        raise UserError(f"{key}={name}: not a name that a config may use{hint}")
+        hint = f"; did you mean {join_words(near)}?" if near else " (see bcos_train.config.TARGETS)"
+        raise UserError(f"{key}={name}: not an allowed name{hint}")
     module, _, attribute = name.rpartition(".")
     try:
         return getattr(import_module(module), attribute)
     except ModuleNotFoundError as error:
-        # A missing module of this package is a fault in the code and keeps its traceback.
+        # A missing module of this package is a bug and keeps its traceback.
         if (error.name or "").startswith("bcos_train"):
             raise
         raise UserError(f"{key}={name}: {error.name} is not installed") from error
 
 
 def _nearest_targets(name: str) -> list[str]:
-    """Compare the last part only: the module is easily wrong or left out."""
+    """Return the targets with the nearest last part; the module is often wrong or omitted."""
     by_last: dict[str, list[str]] = {}
     for target in (*TARGETS, *REGISTERED):
         by_last.setdefault(target.rpartition(".")[2], []).append(target)

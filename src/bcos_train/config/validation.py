@@ -1,4 +1,4 @@
-"""Compare a composed config with the signatures that it will be passed to, before anything is built."""
+"""Validate a composed config against the signatures of its targets, before anything is built."""
 
 import inspect
 import json
@@ -32,26 +32,26 @@ _NO_VALUE = object()
 
 @dataclass(frozen=True)
 class Problem:
-    """One mistake: the config key as typed on the command line, the value given, and what is wrong."""
+    """One problem: the config key as on the command line, the message, and the rejected value."""
 
     path: str
     text: str
-    value: Any = _NO_VALUE
+    value: object = _NO_VALUE
 
     def __str__(self) -> str:
-        return f"{self.path}{'' if self.value is _NO_VALUE else '=' + _shown(self.value)}: {self.text}"
+        return f"{self.path}{'' if self.value is _NO_VALUE else '=' + _format(self.value)}: {self.text}"
 
 
-def check(config: Mapping[str, Any], *, root: Callable[..., Any] | None = None, path: str = "") -> list[Problem]:
-    """All problems of a config; an empty list if it is valid.
+def check(config: Mapping[str, object], *, root: Callable[..., object] | None = None, path: str = "") -> list[Problem]:
+    """Return all problems of a config; an empty list if it is valid.
 
     Every node with ``_target_`` is compared with the signature of its target: unknown keys, missing ones (unless
     ``_partial_``), values of the wrong type. Nothing is built, and only listed targets are imported.
 
     Args:
         config: Plain containers or a ``DictConfig``.
-        root: The function whose parameters are the top-level keys; ``None``: any key is allowed there.
-        path: Config key of ``config``, if it is part of a larger one.
+        root: Callable whose parameters are the top-level keys; ``None``: any key is allowed there.
+        path: Config key of ``config``, if it is part of a larger config.
     """
     try:
         container = to_container(config, path)
@@ -61,13 +61,13 @@ def check(config: Mapping[str, Any], *, root: Callable[..., Any] | None = None, 
     if root is None:
         return _check_value(container, Any, path)
     if missing := missing_plugins(container):
-        # Whatever else is wrong may be so because names of the plugin are unknown.
+        # Other problems may only result from the plugin's names being unknown.
         return [Problem(PLUGINS, _plugin_hint(name), name) for name in missing]
     return _check_arguments(root, container, path, complete=True)
 
 
-def _check_value(value: Any, annotation: Any, path: str) -> list[Problem]:
-    """Problems of ``value`` against an annotation."""
+def _check_value(value: object, annotation: object, path: str) -> list[Problem]:
+    """Return the problems of ``value`` with respect to an annotation."""
     if isinstance(value, str) and value == MISSING:
         return [_missing(path, annotation)]
     if isinstance(value, Mapping) and "_target_" in value:
@@ -82,8 +82,8 @@ def _check_value(value: Any, annotation: Any, path: str) -> list[Problem]:
     return [Problem(path, f"expected {describe(annotation)}", value), *_check_inner_nodes(value, path)]
 
 
-def _check_member(value: Any, annotation: Any, path: str) -> list[Problem]:
-    """Problems of ``value``, which is not a node, against an annotation that is not a union."""
+def _check_member(value: object, annotation: object, path: str) -> list[Problem]:
+    """Return the problems of ``value``, not a node, with respect to an annotation that is not a union."""
     if annotation is Any or annotation is object:
         return _check_inner_nodes(value, path)
     if (
@@ -102,8 +102,8 @@ def _check_member(value: Any, annotation: Any, path: str) -> list[Problem]:
     return [] if expected is None else [Problem(path, f"expected {expected}", value)]
 
 
-def _check_inner_nodes(value: Any, path: str) -> list[Problem]:
-    """Problems of the nodes inside a value of unknown type."""
+def _check_inner_nodes(value: object, path: str) -> list[Problem]:
+    """Return the problems of the nodes inside a value of unknown type."""
     if isinstance(value, Mapping):
         items = list(value.items())
     elif isinstance(value, list):
@@ -113,8 +113,8 @@ def _check_inner_nodes(value: Any, path: str) -> list[Problem]:
     return [problem for key, item in items for problem in _check_value(item, Any, join(path, key))]
 
 
-def _check_node(node: Mapping[str, Any], annotation: Any, path: str) -> list[Problem]:
-    """Problems of a node with ``_target_``."""
+def _check_node(node: Mapping[str, object], annotation: object, path: str) -> list[Problem]:
+    """Return the problems of a node with ``_target_``."""
     problems = [
         Problem(join(path, key), "not supported; arguments are given by name")
         for key in node
@@ -134,17 +134,17 @@ def _check_node(node: Mapping[str, Any], annotation: Any, path: str) -> list[Pro
     result = return_type(target)
     if not any(is_compatible(result, member, bool(is_partial)) for member in union_members(annotation)):
         text = "a function" if is_partial else getattr(result, "__name__", str(result))
-        text = f"expected {describe(annotation, for_node=True)}, but {node['_target_']} makes {text}"
+        text = f"expected {describe(annotation, for_node=True)}, but {node['_target_']} returns {text}"
         if any(is_compatible(result, member, not is_partial) for member in union_members(annotation)):
-            text += "; leave out _partial_" if is_partial else "; add _partial_: true"
+            text += "; remove _partial_" if is_partial else "; add _partial_: true"
         problems.append(Problem(path, text))
     return problems
 
 
 def _check_arguments(
-    target: Callable[..., Any], arguments: Mapping[str, Any], path: str, complete: bool
+    target: Callable[..., object], arguments: Mapping[str, object], path: str, complete: bool
 ) -> list[Problem]:
-    """Problems of keyword arguments against a signature; ``complete``: those without a default must be present."""
+    """Return the problems of keyword arguments; ``complete``: parameters without a default must be present."""
     try:
         known = keyword_parameters(target, arguments)
     except ValueError as error:
@@ -167,22 +167,22 @@ def _check_arguments(
 
 
 def _plugin_hint(name: str) -> str:
-    return f"this plugin runs code, which a saved config can't start; if you trust it, add plugins=[{name}]"
+    return f"saved configs can't load plugins, since a plugin runs code; if you trust it, add plugins=[{name}]"
 
 
-def _missing(path: str, annotation: Any) -> Problem:
+def _missing(path: str, annotation: object) -> Problem:
     kind = f" ({describe(annotation)})" if any(is_scalar_type(member) for member in union_members(annotation)) else ""
     return Problem(path, f"needs a value{kind}: add {path}=…")
 
 
 def _unknown(key: str, known: Iterable[str]) -> str:
-    """Message with the nearest right key, and with all of them if they are few or none is near."""
+    """Return a message with the nearest right key, and all keys if there are few or none is near."""
     hint, known = suggest(key, known), list(known)
     allowed = f" (allowed: {', '.join(known) or 'none'})" if len(known) <= 12 or not hint else ""
     return f"unknown key{hint}{allowed}"
 
 
-def _shown(value: Any) -> str:
-    """A value as on the command line, truncated."""
+def _format(value: object) -> str:
+    """Format a value as on the command line, truncated."""
     text = value if isinstance(value, str) else json.dumps(value, default=str)
     return text if len(text) <= 60 else f"{text[:57]}..."
