@@ -70,7 +70,7 @@ def test_example(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     with pytest.raises(SystemExit) as stop:
         run(evaluate.replace("plugins=[my_package] ", "").partition(" explanation")[0], monkeypatch=monkeypatch)
     assert stop.value.code == 2
-    assert "plugins=my_package: this plugin runs code, which a saved config can't start" in capsys.readouterr().err
+    assert "plugins=my_package: saved configs can't load plugins" in capsys.readouterr().err
     monkeypatch.setattr(sys, "argv", ["run", str(run_folder / "config.yaml")])
     assert run_saved_config() == 2
     assert "my_package" not in sys.modules
