@@ -20,7 +20,7 @@ from torch import nn
 from bcos_train.config import UserError, check, instantiate, load_plugins, overlay, save, user_errors_at
 from bcos_train.config import load as load_config
 from bcos_train.config.overrides import plugins_in_overrides
-from bcos_train.dataset import NotCacheable, UnevenImages, UnreadableImage
+from bcos_train.dataset import ImageSizeMismatch, NotCacheable, UnreadableImage
 from bcos_train.runs import launch
 from bcos_train.runs.folder import RunFolder, find_checkpoint, find_run_folder
 from bcos_train.runs.hash import run_hash
@@ -102,7 +102,7 @@ def _as_user_errors() -> Iterator[None]:
     """Raise a :class:`UserError` for mistakes that only reading data or writing results reveals."""
     try:
         yield
-    except (UnevenImages, UnreadableImage) as error:
+    except (ImageSizeMismatch, UnreadableImage) as error:
         # A loading process sends its whole traceback along; the message is in its last line.
         raise UserError(str(error).strip().splitlines()[-1].rpartition(f"{type(error).__name__}: ")[2]) from error
     except NotCacheable as error:

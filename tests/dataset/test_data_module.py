@@ -18,7 +18,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from bcos_train.augmentation import digits_train, plain
-from bcos_train.dataset import Digits, SeededDataset, UnevenImages
+from bcos_train.dataset import Digits, ImageSizeMismatch, SeededDataset
 from bcos_train.dataset.data_module import DataModule, _prefetch_factor
 from bcos_train.dataset.randomness import seed_generators
 
@@ -259,7 +259,7 @@ def test_lightning_sets_the_epoch() -> None:
 def test_processes_share_the_samples(world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     parts, validated = [], []
     for rank in range(world_size):
-        monkeypatch.setattr(DataModule, "_place", lambda self, rank=rank: (world_size, rank))
+        monkeypatch.setattr(DataModule, "_world_size_and_rank", lambda self, rank=rank: (world_size, rank))
         module = _module(train_transform=plain())
         parts.append([labels for _, labels, *_ in module.train_dataloader()])
         loader = module.val_dataloader()
@@ -271,7 +271,7 @@ def test_processes_share_the_samples(world_size: int, monkeypatch: pytest.Monkey
 
 
 def test_too_few_validation_samples_for_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(DataModule, "_place", lambda self: (4, 0))
+    monkeypatch.setattr(DataModule, "_world_size_and_rank", lambda self: (4, 0))
     with pytest.raises(ValueError, match=r"3 validation sample\(s\) for 4 processes"):
         _module(limit_val=3).val_dataloader()
 
@@ -294,9 +294,9 @@ class _Odd(torch.nn.Module):
 
 def test_images_of_different_sizes() -> None:
     message = r"differ in size \(4×\d and 4×\d\): augmentation\.train must bring all"
-    with pytest.raises(UnevenImages, match=message):
+    with pytest.raises(ImageSizeMismatch, match=message):
         _batches(_module(train_transform=_Odd()).train_dataloader())
-    with pytest.raises(UnevenImages, match=message):
+    with pytest.raises(ImageSizeMismatch, match=message):
         _module(train_transform=_Odd()).train_samples(range(20))
 
 
@@ -309,12 +309,12 @@ def test_images_of_different_sizes() -> None:
     ],
     ids=["image", "ok", "float"],
 )
-def test_what_a_transform_gives_is_checked(transform: v2.Transform, got: str | None) -> None:
+def test_output_of_a_transform_is_checked(transform: v2.Transform, got: str | None) -> None:
     samples = SeededDataset(Digits().train(), transform)
     if got is None:
         assert samples[0][0].shape == (3, 32, 32)
     else:
-        with pytest.raises(ValueError, match=rf"must give a uint8 tensor \(3,H,W\), not .*{got}"):
+        with pytest.raises(ValueError, match=rf"must return a uint8 tensor \(3, H, W\), not .*{got}"):
             samples[0]
 
 
@@ -324,7 +324,7 @@ class _Threads:
 
 
 @pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="the system cannot tell who sent a signal")
-def test_workers_obey_none_but_the_main_process() -> None:
+def test_only_the_main_process_terminates_workers() -> None:
     loader = _module(train_transform=_Threads(), num_workers=1, batch_size=8).train_dataloader()
     iterator = iter(loader)
     images, *_ = next(iterator)

@@ -51,13 +51,15 @@ def test_bit_equal_to_the_cpus(transform: v2.Compose) -> None:
     keys = list(zip(index.tolist(), seeds.tolist(), strict=True))
     expected = torch.stack([image for image, *_ in SeededDataset(Noise(), transform).__getitems__(keys)])
     device_transform = DeviceTransform(transform)
-    fixed = torch.stack([image for image, *_ in SeededDataset(Noise(), device_transform.fixed).__getitems__(range(N))])
+    fixed = torch.stack(
+        [image for image, *_ in SeededDataset(Noise(), device_transform.deterministic).__getitems__(range(N))]
+    )
     height, width = fixed.shape[2:]
     border = device_transform.border
     images = torch.nn.functional.pad(fixed, [border] * 4).permute(0, 2, 3, 1).contiguous()
     windows = torch.from_numpy(device_transform.windows(seeds, height, width))
     size = device_transform.size(height, width)
-    result = device_transform.cut(images, torch.from_numpy(index.copy()), windows, size)
+    result = device_transform.crop(images, torch.from_numpy(index.copy()), windows, size)
     assert result.dtype == torch.uint8
     assert torch.equal(result, expected)
     assert result.is_contiguous(memory_format=torch.channels_last)

@@ -59,7 +59,7 @@ def test_no_two_samples_of_an_epoch_share_their_augmentation(repetitions: int) -
     assert len(set(seeds)) == len(seeds)
 
 
-def test_topped_up_samples_get_other_augmentations() -> None:
+def test_padding_gets_other_augmentations() -> None:
     (batch,) = TrainBatchSampler(3, 8, world_size=1, accumulate=1, seed=0)
     assert len(batch) == 3
     first, second = TrainBatchSampler(3, 8, accumulate=2)
@@ -97,7 +97,7 @@ def test_every_start_step_gives_the_rest_of_the_epoch(accumulate: int, drop_last
         assert len(sampler) == len(whole)
 
 
-def test_only_the_sought_epoch_starts_late() -> None:
+def test_only_the_resumed_epoch_starts_late() -> None:
     sampler = TrainBatchSampler(50, 10)
     sampler.seek(2, 3)
     assert (sampler.epoch, sampler.start_step) == (2, 3)
@@ -107,7 +107,7 @@ def test_only_the_sought_epoch_starts_late() -> None:
     assert sampler.start_step == 3
     sampler.set_epoch(3)
     assert sampler.start_step == 0
-    sampler.start_step = 1
+    sampler.seek(3, 1)
     assert len(list(sampler)) == 4
     assert sampler.sampler is sampler
 
@@ -121,7 +121,7 @@ def test_only_the_sought_epoch_starts_late() -> None:
         ({"global_batch_size": 200, "drop_last": True}, "drop_last=true leaves no batch"),
         ({"global_batch_size": 0}, "batch_size must be at least 1, not 0"),
         ({"global_batch_size": 4, "repetitions": 0}, "repetitions must be at least 1"),
-        ({"global_batch_size": 4, "world_size": 2, "rank": 2}, "rank must lie in 0 … 1"),
+        ({"global_batch_size": 4, "world_size": 2, "rank": 2}, "rank must be in 0 … 1"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
@@ -149,5 +149,5 @@ def test_evaluation_sees_every_sample_once() -> None:
 def test_wrong_evaluation_sizes() -> None:
     with pytest.raises(ValueError, match="batch_size=0"):
         EvalBatchSampler(3, 0)
-    with pytest.raises(ValueError, match="rank must lie in 0 … 0"):
+    with pytest.raises(ValueError, match="rank must be in 0 … 0"):
         EvalBatchSampler(3, 1, rank=1)

@@ -1,6 +1,6 @@
 """Data sets, their encoding for B-cos models, and exact sampling.
 
-``DataModule`` stands in ``bcos_train.dataset.data_module``: it alone needs Lightning.
+``DataModule`` is in ``bcos_train.dataset.data_module``, the only module that needs Lightning.
 """
 
 from bcos_train.dataset.base import ImageDataset, ImageSource
@@ -13,7 +13,7 @@ from bcos_train.dataset.folder import ImageFolder
 from bcos_train.dataset.imagenet import ImageNet
 from bcos_train.dataset.randomness import Stream, derive_seed, epoch_order, isolated_rng, step_seed
 from bcos_train.dataset.sampler import EvalBatchSampler, TrainBatchSampler
-from bcos_train.dataset.seeded import SeededDataset, UnevenImages
+from bcos_train.dataset.seeded import ImageSizeMismatch, SeededDataset
 from bcos_train.dataset.storage.folder import UnreadableImage
 
 __all__ = [
@@ -27,13 +27,13 @@ __all__ = [
     "ImageDataset",
     "ImageFolder",
     "ImageNet",
+    "ImageSizeMismatch",
     "ImageSource",
     "NotCacheable",
     "SeededDataset",
     "Standardize",
     "Stream",
     "TrainBatchSampler",
-    "UnevenImages",
     "UnreadableImage",
     "add_inverse",
     "derive_seed",

@@ -1,4 +1,4 @@
-"""What a data set is to the rest of the project."""
+"""Interface of data sets to the rest of the project."""
 
 from __future__ import annotations
 
@@ -8,21 +8,26 @@ from typing import Literal, Protocol
 from PIL import Image
 from torch.utils.data import Dataset
 
-__all__ = ["Cache", "ImageDataset", "ImageSource", "check_cache", "require_root"]
+__all__ = ["Cache", "ImageDataset", "ImageSource", "require_root"]
 
 ImageDataset = Dataset[tuple[Image.Image, int]]
 """Map-style: index -> (RGB image, label in [0, num_classes))."""
 
 Cache = Literal["device"]
-"""Where a data set is kept during a run: as one tensor on each training device (see ``DeviceCache``)."""
+"""Where the images of a data set are kept during a run.
+
+``"device"``: as one uint8 tensor on each training device, where batches are sliced and augmented without worker
+processes (see :class:`~bcos_train.dataset.device_cache.DeviceCache`). Results are bit-identical. The images must fit
+into memory and have the same size, and the only random transforms are ``RandomCrop`` and ``RandomHorizontalFlip``.
+"""
 
 
 class ImageSource(Protocol):
     """A data set with a training and a validation part.
 
-    ``prepare`` (download, unpack) runs once, on one process, before anything else is asked for.
+    ``prepare`` (download, unpack) is called once, on one process per node, before the other methods.
 
-    A source may have an attribute ``cache``; ``"device"`` keeps the images on the training device.
+    An attribute ``cache: Cache | None`` is optional.
     """
 
     name: str
@@ -40,22 +45,16 @@ class ImageSource(Protocol):
     def val(self) -> ImageDataset: ...
 
 
-def require_root(root: str | Path | None, what: str, hint: str) -> Path:
-    """The root folder as a path.
+def require_root(root: str | Path | None, name: str, hint: str) -> Path:
+    """Return the root folder as a path.
+
+    Args:
+        name: Name of the data set, for the error message.
+        hint: How to set the folder, for the error message.
 
     Raises:
-        ValueError: if it is None or empty, with the hint what to set.
+        ValueError: ``root`` is None or empty.
     """
     if root is None or not str(root):
-        raise ValueError(f"where is {what}? No folder is given: {hint}")
+        raise ValueError(f"no folder is set for {name}: {hint}")
     return Path(root).expanduser()
-
-
-def check_cache(cache: str | None) -> None:
-    """Check the argument ``cache`` of a source.
-
-    Raises:
-        ValueError: for anything but "device" and None.
-    """
-    if cache not in ("device", None):
-        raise ValueError(f"cache must be 'device' or None, not {cache!r}")

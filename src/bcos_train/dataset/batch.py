@@ -1,7 +1,7 @@
 """The batch that loaders yield."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -12,13 +12,13 @@ class Batch(NamedTuple):
     """Images with their labels.
 
     Attributes:
-        images: (N, 3, H, W), uint8 RGB.
-        labels: (N,), int64.
-        indices: (N,), int64, of the samples in the data set.
-        extras: What a data set adds for a task, by name, such as boxes or the maps of a teacher.
+        images: ``(N, 3, H, W)``, uint8 RGB.
+        labels: ``(N,)``, int64.
+        indices: ``(N,)``, int64, indices of the samples in the data set.
+        extras: Further data for a task by name, such as boxes or a teacher's maps.
     """
 
     images: Tensor
     labels: Tensor
     indices: Tensor
-    extras: Mapping[str, Any] | None = None
+    extras: Mapping[str, object] | None = None

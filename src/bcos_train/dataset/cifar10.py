@@ -8,31 +8,29 @@ from pathlib import Path
 
 from torchvision.datasets import CIFAR10
 
-from bcos_train.dataset.base import Cache, ImageDataset, check_cache, require_root
+from bcos_train.dataset.base import Cache, ImageDataset, require_root
 from bcos_train.dataset.folder import ImageFolder
 
 __all__ = ["Cifar10"]
 
 
 class Cifar10:
-    """60,000 colour images of 32×32 in 10 classes, 50,000 of them for training (Krizhevsky, 2009).
+    """60,000 color images of 32×32 pixels in 10 classes, 50,000 of them for training (Krizhevsky, 2009).
 
     Args:
-        root: folder that holds ``cifar-10-batches-py``, or will after the download; or one with the images as files,
+        root: Folder that contains ``cifar-10-batches-py``, or into which it is downloaded; or a folder of image files,
             ``train/<class>/`` and ``test/<class>/``.
-        download: fetch the archive if it is not there.
-        cache: "device" keeps all images as one uint8 tensor on each training device, and loads and augments batches
-            there, without loading processes. Results are the same bit for bit. The images must fit, be of one size, and
-            have no random transform but ``RandomCrop`` and ``RandomHorizontalFlip``.
+        download: Download the archive if it is missing.
+        cache: Where the images are kept during a run, see :data:`~bcos_train.dataset.base.Cache`.
 
     Raises:
-        ValueError: if root is None; later if the files are neither there nor to be had.
+        ValueError: ``root`` is None; on use: the files are missing and can't be downloaded.
     """
 
     name = "cifar10"
 
     def __init__(self, root: str | Path | None, download: bool = True, cache: Cache | None = None) -> None:
-        check_cache(cache)
+
         self.root = require_root(root, "CIFAR-10", "set DATA_ROOT or dataset.root")
         self.download = download
         self.cache = cache
@@ -46,17 +44,17 @@ class Cifar10:
         return 10
 
     def prepare(self) -> None:
-        """Download and unpack (170 MB) unless the files are there; their MD5 sums are checked in any case."""
+        """Download and unpack the archive (170 MB) if it is missing; MD5 sums are always checked."""
         if not self.download or self._as_files is not None:
             self._part(train=True)
             return
         try:
             CIFAR10(str(self.root), download=True)
-        # URLError, a refused connection and a folder that cannot be written are OSErrors.
+        # URLError, a refused connection and a read-only folder are OSErrors.
         except (OSError, RuntimeError, EOFError, tarfile.TarError) as error:
             raise ValueError(
                 f"CIFAR-10 could not be downloaded to {self.root} ({' '.join(str(error).split())}): "
-                f"unpack cifar-10-python.tar.gz there by hand, or set DATA_ROOT or dataset.root to a folder that has it"
+                f"unpack cifar-10-python.tar.gz there yourself, or set DATA_ROOT or dataset.root to a folder with it"
             ) from error
 
     def train(self) -> ImageDataset:
@@ -67,12 +65,12 @@ class Cifar10:
 
     @cached_property
     def _as_files(self) -> ImageFolder | None:
-        """The images as files, if that is what the folder holds."""
+        """The data set as image files, if the folder contains them."""
         if not (self.root / "train" / self.class_names[0]).is_dir():
             return None
-        folder = ImageFolder(self.root, train="train", val="test", hint="set DATA_ROOT or dataset.root")
+        folder = ImageFolder(self.root, train="train", val="test")
         if folder.class_names != self.class_names:
-            raise ValueError(f"{self.root}/train has other classes than CIFAR-10: take dataset=imagefolder")
+            raise ValueError(f"the classes in {self.root}/train are not those of CIFAR-10: use dataset=imagefolder")
         return folder
 
     def _part(self, train: bool) -> ImageDataset:
@@ -83,5 +81,5 @@ class Cifar10:
         except RuntimeError as error:
             raise ValueError(
                 f"no complete CIFAR-10 in {self.root} (expected cifar-10-batches-py/): "
-                f"set DATA_ROOT or dataset.root to the folder that holds it, or dataset.download=true"
+                f"set DATA_ROOT or dataset.root to the folder that contains it, or dataset.download=true"
             ) from error

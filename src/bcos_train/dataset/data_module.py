@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
 
 import pytorch_lightning as pl
 import torch
@@ -17,40 +17,41 @@ from bcos_train.dataset.base import ImageDataset, ImageSource
 from bcos_train.dataset.device_cache import DeviceCache, DeviceLoader
 from bcos_train.dataset.device_transform import DeviceTransform
 from bcos_train.dataset.randomness import Stream, epoch_length, permutation
-from bcos_train.dataset.sampler import EvalBatchSampler, TrainBatchSampler
-from bcos_train.dataset.seeded import Collate, SeededDataset, Transform
+from bcos_train.dataset.sampler import EvalBatchSampler, SampleKey, TrainBatchSampler
+from bcos_train.dataset.seeded import Sample, SeededDataset, Transform, collate
 
 __all__ = ["DataModule"]
 
-#: Samples that are worth asking the worker processes for, which may have to be started first.
-_MANY = 16
+#: Smallest number of samples to load with worker processes, which may have to be started first.
+_MIN_SAMPLES_FOR_WORKERS = 16
 
-Loader = DataLoader[Any] | DeviceLoader
-"""Of images uint8 (N,3,H,W), labels int64 (N,), indices in the data set int64 (N,)."""
+Loader = DataLoader[Sample] | DeviceLoader
+"""Yields :class:`~bcos_train.dataset.batch.Batch`."""
 
 
 class DataModule(pl.LightningDataModule):
-    """Batches of images uint8 (N,3,H,W), labels (N,) and indices (N,), int64, for training and validation.
+    """Batches for training and validation, see :class:`~bcos_train.dataset.batch.Batch`.
 
-    Build the trainer with ``use_distributed_sampler=False``: the samplers here share the samples out themselves.
+    Build the trainer with ``use_distributed_sampler=False``: the samplers distribute the samples themselves.
 
     Args:
-        dataset: where the images come from; with ``dataset.cache == "device"`` they are kept on the trainer's device.
-        train_transform: PIL image -> uint8 (3,H,W), may be random.
-        eval_transform: PIL image -> uint8 (3,H,W), must not be random.
-        batch_size: samples of one optimizer step, over all processes and accumulated micro-batches.
-        num_workers: loading processes of each process; results do not depend on it.
-        seed: of the epochs' orders and of the augmentation.
-        repetitions: R > 1 is repeated augmentation, see ``epoch_order``.
-        drop_last: leave out the last, smaller batch of an epoch.
-        accumulate: micro-batches of one optimizer step on each process.
-        pin_memory: default: whether CUDA is there.
-        limit_train, limit_val: use this many samples only, always the same ones; default all.
+        dataset: The images; with ``dataset.cache == "device"`` they are kept on the trainer's device.
+        train_transform: PIL image -> uint8 ``(3, H, W)``, may be random.
+        eval_transform: PIL image -> uint8 ``(3, H, W)``, deterministic.
+        batch_size: Samples per optimizer step, over all processes and accumulated micro-batches.
+        num_workers: Worker processes of each process; results do not depend on it.
+        seed: Seeds data order and augmentation.
+        repetitions: More than 1: repeated augmentation, see :func:`~bcos_train.dataset.randomness.epoch_order`.
+        drop_last: Drop the last, smaller batch of an epoch.
+        accumulate: Micro-batches per optimizer step on each process.
+        pin_memory: Load batches into pinned memory; ``None``: if CUDA is available.
+        limit_train, limit_val: Use only this many samples, always the same ones; ``None``: all.
 
     Raises:
-        NotCacheable: from ``setup``, for a transform that a cached data set can't have; when the loaders are built, for
-            images of several sizes or more than fit.
-        ValueError: for sizes out of range; when the loaders are built, for a batch size that does not split evenly.
+        NotCacheable: From ``setup``: a transform is incompatible with the cache. When a loader is built: the images
+            differ in size or don't fit into memory.
+        ValueError: A size is out of range or ``dataset.cache`` unknown. When a loader is built: the batch size can't be
+            split evenly.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class DataModule(pl.LightningDataModule):
         limit_val: int | None = None,
     ) -> None:
         super().__init__()
-        for name, value, least in (
+        for name, value, minimum in (
             ("batch_size", batch_size, 1),
             ("num_workers", num_workers, 0),
             ("seed", seed, 0),
@@ -78,8 +79,11 @@ class DataModule(pl.LightningDataModule):
             ("limit_train", limit_train, 1),
             ("limit_val", limit_val, 1),
         ):
-            if value is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}, not {value}")
+            if value is not None and value < minimum:
+                raise ValueError(f"{name} must be at least {minimum}, not {value}")
+        cache = getattr(dataset, "cache", None)  # optional, see ImageSource
+        if cache not in ("device", None):
+            raise ValueError(f"cache must be 'device' or None, not {cache!r}")
         self.dataset = dataset
         self.train_transform = train_transform
         self.eval_transform = eval_transform
@@ -92,15 +96,14 @@ class DataModule(pl.LightningDataModule):
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
         self.limit_train = limit_train
         self.limit_val = limit_val
-        # A source from elsewhere needn't have the attribute.
-        self._is_cached = getattr(dataset, "cache", None) == "device"
+        self._is_cached = cache == "device"
         self._train_cache: DeviceCache | None = None
         self._val_cache: DeviceCache | None = None
-        self._val_loader: DataLoader[Any] | None = None
+        self._val_loader: DataLoader[Sample] | None = None
         self._train: ImageDataset | None = None
         self._val: ImageDataset | None = None
         self._train_sampler: TrainBatchSampler | None = None
-        self._sought: tuple[int, int] | None = None
+        self._resume_at: tuple[int, int] | None = None
 
     @property
     def class_names(self) -> list[str]:
@@ -112,17 +115,17 @@ class DataModule(pl.LightningDataModule):
 
     @property
     def num_train(self) -> int:
-        """Training samples, after ``limit_train``."""
-        return len(self._train_part())  # type: ignore[arg-type]
+        """Number of training samples, at most ``limit_train``."""
+        return len(self._train_dataset())  # type: ignore[arg-type]
 
     @property
     def num_val(self) -> int:
-        """Validation samples, after ``limit_val``."""
-        return len(self._val_part())  # type: ignore[arg-type]
+        """Number of validation samples, at most ``limit_val``."""
+        return len(self._val_dataset())  # type: ignore[arg-type]
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps in an epoch, on any number of processes."""
+        """Optimizer steps in an epoch, independent of the number of processes."""
         length = epoch_length(self.num_train, self.repetitions)
         return length // self.batch_size if self.drop_last else -(-length // self.batch_size)
 
@@ -131,19 +134,19 @@ class DataModule(pl.LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         if stage in (None, "fit"):
-            self._train_part()
+            self._train_dataset()
             if self._is_cached:
-                DeviceTransform(self.train_transform)
-        self._val_part()
+                DeviceTransform(self.train_transform)  # raises NotCacheable before images are loaded
+        self._val_dataset()
 
     def seek(self, epoch: int, step: int) -> None:
-        """Let the coming training ``epoch`` begin at optimizer step ``step`` within it; later epochs begin at 0."""
-        self._sought = (epoch, step)
+        """Begin training epoch ``epoch`` at optimizer step ``step``; later epochs begin at 0."""
+        self._resume_at = (epoch, step)
         if self._train_sampler is not None:
             self._train_sampler.seek(epoch, step)
 
     def train_dataloader(self) -> Loader:
-        world_size, rank = self._place()
+        world_size, rank = self._world_size_and_rank()
         sampler = TrainBatchSampler(
             n=self.num_train,
             global_batch_size=self.batch_size,
@@ -154,119 +157,118 @@ class DataModule(pl.LightningDataModule):
             repetitions=self.repetitions,
             drop_last=self.drop_last,
         )
-        if self._sought is not None:
-            sampler.seek(*self._sought)
+        if self._resume_at is not None:
+            sampler.seek(*self._resume_at)
         self._train_sampler = sampler
         if self._is_cached:
             transform = DeviceTransform(self.train_transform)
             if self._train_cache is None:
-                samples = SeededDataset(self._train_part(), transform.fixed)
+                samples = SeededDataset(self._train_dataset(), transform.deterministic)
                 self._train_cache = self._cache(samples, "train", transform.border)
             return DeviceLoader(self._train_cache, sampler, transform)
-        return self._loader(SeededDataset(self._train_part(), self.train_transform), "train", batch_sampler=sampler)
+        return self._loader(SeededDataset(self._train_dataset(), self.train_transform), "train", sampler)
 
     def val_dataloader(self) -> Loader:
-        world_size, rank = self._place()
+        world_size, rank = self._world_size_and_rank()
         if self.num_val < world_size:
             raise ValueError(
                 f"{self.num_val} validation sample(s) for {world_size} processes: every process needs at least one"
             )
         sampler = EvalBatchSampler(self.num_val, max(1, self.batch_size // world_size), world_size, rank)
-        samples = SeededDataset(self._val_part(), self.eval_transform)
+        samples = SeededDataset(self._val_dataset(), self.eval_transform)
         if self._is_cached:
             if self._val_cache is None:
                 self._val_cache = self._cache(samples, "eval")
             return DeviceLoader(self._val_cache, sampler)
-        self._val_loader = self._loader(samples, "eval", batch_sampler=sampler)
+        self._val_loader = self._loader(samples, "eval", sampler)
         return self._val_loader
 
     def fixed_val_indices(self, n: int) -> list[int]:
-        """At most ``n`` indices of validation samples, the same in every run."""
+        """Return the indices of at most ``n`` validation samples, the same in every run."""
         return permutation(self.num_val, 0, Stream.SUBSET, 1)[:n].tolist()
 
     def fixed_val_samples(self, n: int) -> tuple[Tensor, Tensor]:
-        """The samples of :meth:`fixed_val_indices`: uint8 (n,3,H,W) and labels (n,)."""
+        """Return the samples of :meth:`fixed_val_indices`: uint8 ``(n, 3, H, W)`` and labels ``(n,)``."""
         return self.val_samples(self.fixed_val_indices(n))
 
     def train_samples(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Training samples by their indices, augmented alike at each call: uint8 (n,3,H,W) and labels (n,)."""
-        part = SeededDataset(self._train_part(), self.train_transform)
-        batch = Collate("augmentation.train")(part.__getitems__([(index, index) for index in indices]))
+        """Return training samples, augmented by the seed ``index``: uint8 ``(n, 3, H, W)`` and labels ``(n,)``."""
+        samples = SeededDataset(self._train_dataset(), self.train_transform)
+        batch = collate(samples.__getitems__([(index, index) for index in indices]), "augmentation.train")
         return batch.images, batch.labels
 
     def val_samples(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Validation samples by their indices: uint8 (n,3,H,W) and labels (n,).
+        """Return validation samples: uint8 ``(n, 3, H, W)`` and labels ``(n,)``.
 
-        Not while the validation loader is being iterated: once it is built, its worker processes do the work. The
+        Do not call this while iterating the validation loader, whose worker processes are used once it is built. The
         samples of a cached data set are on its device.
         """
         if self._val_cache is not None:
             index = torch.tensor(indices, device=self._val_cache.labels.device)
             return self._val_cache.images[index].permute(0, 3, 1, 2).contiguous(), self._val_cache.labels[index]
-        collate = Collate("augmentation.eval")
-        if self._val_loader is not None and self.num_workers and len(indices) >= _MANY:
+        if self._val_loader is not None and self.num_workers and len(indices) >= _MIN_SAMPLES_FOR_WORKERS:
             sampler = self._val_loader.batch_sampler
             assert isinstance(sampler, EvalBatchSampler)
             share = -(-len(indices) // self.num_workers)
-            pieces = [list(indices[i : i + share]) for i in range(0, len(indices), share)]
-            with sampler.requested(pieces):
-                samples = [sample for piece in self._val_loader for sample in zip(*piece[:3], strict=True)]
+            with sampler.use_batches([list(indices[i : i + share]) for i in range(0, len(indices), share)]):
+                samples = [sample for batch in self._val_loader for sample in zip(*batch[:3], strict=True)]
         else:
-            samples = SeededDataset(self._val_part(), self.eval_transform).__getitems__(list(indices))
-        batch = collate(samples)
-        return batch.images, batch.labels
+            samples = SeededDataset(self._val_dataset(), self.eval_transform).__getitems__(list(indices))
+        images, labels, *_ = collate(samples, "augmentation.eval")
+        return images, labels
 
-    def _train_part(self) -> ImageDataset:
+    def _train_dataset(self) -> ImageDataset:
         if self._train is None:
-            self._train = _limited(self.dataset.train(), self.limit_train)
+            self._train = _fixed_subset(self.dataset.train(), self.limit_train)
         return self._train
 
-    def _val_part(self) -> ImageDataset:
+    def _val_dataset(self) -> ImageDataset:
         if self._val is None:
-            self._val = _limited(self.dataset.val(), self.limit_val)
+            self._val = _fixed_subset(self.dataset.val(), self.limit_val)
         return self._val
 
-    def _place(self) -> tuple[int, int]:
-        """(number of processes, rank of this one)"""
+    def _world_size_and_rank(self) -> tuple[int, int]:
         if self.trainer is None:
             return 1, 0
         return self.trainer.world_size, self.trainer.global_rank
 
     def _cache(self, samples: SeededDataset, part: str, border: int = 0) -> DeviceCache:
         device = torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
-        # Once through, sample by sample: the batches are pieces of work for the loading processes.
-        every_sample = EvalBatchSampler(len(samples), 64)
-        loader = self._loader(samples, part, batch_sampler=every_sample, persistent_workers=False)
-        return DeviceCache.fill(
-            loader, device, f"{self.dataset.name} ({'training' if part == 'train' else 'validation'})", border
-        )
+        # The batch size only determines how the samples are distributed over the worker processes.
+        loader = self._loader(samples, part, EvalBatchSampler(len(samples), 64), persistent_workers=False)
+        name = f"{self.dataset.name} ({'training' if part == 'train' else 'validation'})"
+        return DeviceCache.fill(loader, len(samples), device, name, border)
 
     def _loader(
-        self, dataset: SeededDataset, part: str, batch_sampler: Sampler[Any], persistent_workers: bool = True
-    ) -> DataLoader[Any]:
+        self,
+        dataset: SeededDataset,
+        part: str,
+        batch_sampler: Sampler[list[SampleKey]] | Sampler[list[int]],
+        persistent_workers: bool = True,
+    ) -> DataLoader[Sample]:
         return DataLoader(
             dataset,
             batch_sampler=batch_sampler,
             num_workers=self.num_workers,
-            collate_fn=Collate(f"augmentation.{part}"),
+            collate_fn=partial(collate, transform_key=f"augmentation.{part}"),
             pin_memory=self.pin_memory,
             persistent_workers=persistent_workers and self.num_workers > 0,
             prefetch_factor=_prefetch_factor(self.num_workers),
             worker_init_fn=_init_worker,
-            # The loader draws a number for its workers at every start: not from the generator that training uses.
+            # The loader draws a seed for its workers whenever it is iterated: not from the generator of the training.
             generator=torch.Generator().manual_seed(self.seed),
         )
 
 
 def _prefetch_factor(num_workers: int) -> int | None:
-    """Batches that each worker loads ahead: four, with many workers two."""
-    # Two a worker, torch's default, run dry when a few workers meet large images at once. Batches wait in shared
-    # memory: 32 of 256 images of 224 px are 1.2 GB, and a machine with 64 cores and four a worker would hold 10 GB.
+    """Return the number of batches that each worker prefetches: four, or two with many workers."""
+    # Two, torch's default, are not enough when several workers decode large images at once. Prefetched batches are in
+    # shared memory: 32 batches of 256 images of 224 px take 1.2 GB, four for each of 64 workers would take 10 GB.
     return max(2, min(4, 32 // num_workers)) if num_workers else None
 
 
-def _limited(dataset: ImageDataset, limit: int | None) -> ImageDataset:
-    """The first ``limit`` samples of a permutation that is the same in every run."""
+def _fixed_subset(dataset: ImageDataset, limit: int | None) -> ImageDataset:
+    """Return the first ``limit`` samples of a permutation that is the same in every run."""
     n = len(dataset)  # type: ignore[arg-type]
     if limit is None or limit >= n:
         return dataset
@@ -274,21 +276,21 @@ def _limited(dataset: ImageDataset, limit: int | None) -> ImageDataset:
 
 
 def _init_worker(worker_id: int) -> None:
-    """Leave it to the main process to react to Ctrl-C and to the signals that Slurm sends to all processes of a job.
+    """Ignore Ctrl-C and the signals that Slurm sends to all processes of a job: the main process handles them.
 
-    A SIGTERM counts only if the main process sent it; otherwise the loader would fail before the main process could
-    finish its batch and write a checkpoint. (A worker ends by itself once its main process is gone.)
+    SIGTERM is ignored unless the main process sent it; otherwise the loader would fail before the main process could
+    finish its batch and write a checkpoint. (A worker exits by itself when its main process has ended.)
     """
     for ignored in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(ignored, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_obey, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=_exit_on_sigterm, args=(os.getppid(),), daemon=True).start()
     torch.set_num_threads(1)
 
 
-def _obey(parent: int) -> None:
-    """End this process on a SIGTERM from ``parent``."""
+def _exit_on_sigterm(parent: int) -> None:
+    """Exit this process on a SIGTERM from ``parent``."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)

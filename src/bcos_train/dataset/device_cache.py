@@ -1,4 +1,4 @@
-"""A whole data set on the training device, and batches by index."""
+"""Keep a whole data set on the training device and load batches from there."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,22 +15,22 @@ from torch.utils.data import DataLoader
 from bcos_train.dataset.batch import Batch
 from bcos_train.dataset.device_transform import DeviceTransform, NotCacheable
 from bcos_train.dataset.sampler import EvalBatchSampler, SampleKey, TrainBatchSampler
-from bcos_train.dataset.seeded import UnevenImages
+from bcos_train.dataset.seeded import ImageSizeMismatch, Sample
 
 __all__ = ["DeviceCache", "DeviceLoader"]
 
-#: Batches whose random numbers are drawn and sent to the device together: a few milliseconds' work for 64 steps.
+#: Batches whose random numbers are drawn and sent to the device together: a few milliseconds for 64 steps.
 _BATCHES_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
 class DeviceCache:
-    """All images of a data set.
+    """All images of a data set, on a device.
 
     Attributes:
-        images: uint8 (M,H,W,3), with ``border`` black pixels on each side.
-        labels: int64 (M,).
-        border: Pixels.
+        images: ``(M, H, W, 3)``, uint8, with a black border.
+        labels: ``(M,)``, int64.
+        border: Width of the border on each side, in pixels.
     """
 
     images: Tensor
@@ -39,59 +38,59 @@ class DeviceCache:
     border: int = 0
 
     @classmethod
-    def fill(cls, loader: DataLoader[Any], device: torch.device, what: str, border: int = 0) -> DeviceCache:
-        """Cache what a loader yields.
+    def fill(cls, loader: DataLoader[Sample], n: int, device: torch.device, name: str, border: int = 0) -> DeviceCache:
+        """Cache all samples of a loader.
 
         Args:
-            loader: yields images uint8 (N,3,H,W), labels (N,) and indices (N,); every index in 0 … M-1 once.
-            what: of the data set, for the errors.
-            border: see above.
+            loader: Yields :class:`~bcos_train.dataset.batch.Batch`, with every index in 0 … n-1 once.
+            n: Number of samples.
+            name: Name of the data set, for error messages.
+            border: Width of the black border on each side, in pixels.
 
         Raises:
-            NotCacheable: if images differ in size or the free memory is too small.
+            NotCacheable: The images differ in size or don't fit into the free memory.
         """
-        dataset: Any = loader.dataset
-        total = len(dataset)
         images: Tensor | None = None
-        labels = torch.empty(total, dtype=torch.int64)
+        labels = torch.empty(n, dtype=torch.int64)
+        batch: Batch
         try:
             for batch in loader:
                 height, width = batch.images.shape[2:]
                 if images is None:
-                    shape = (total, height + 2 * border, width + 2 * border, 3)
-                    _check_memory(shape, device, what)
+                    shape = (n, height + 2 * border, width + 2 * border, 3)
+                    _check_memory(shape, device, name)
                     images = torch.zeros(shape, dtype=torch.uint8, device=device)
                     inner = images[:, border : border + height, border : border + width]
                 if batch.images.shape[2:] != inner.shape[1:3]:
                     first_height, first_width = inner.shape[1:3]
-                    raise NotCacheable(_uneven(what, f"{first_height}×{first_width} and {height}×{width}"))
+                    raise NotCacheable(_size_mismatch(name, f"{first_height}×{first_width} and {height}×{width}"))
                 inner[batch.indices.to(device)] = batch.images.to(device).permute(0, 2, 3, 1)
                 labels[batch.indices] = batch.labels
-        except UnevenImages as error:
-            raise NotCacheable(_uneven(what, "several")) from error
-        assert images is not None, "a data set without images"
+        except ImageSizeMismatch as error:
+            raise NotCacheable(_size_mismatch(name, "several")) from error
+        assert images is not None, "the data set is empty"
         return cls(images, labels.to(device), border)
 
 
-def _uneven(what: str, sizes: str) -> str:
-    return f"cache=device needs images of one size, {what} has {sizes}: leave the key out"
+def _size_mismatch(name: str, sizes: str) -> str:
+    return f"cache=device needs images of one size, {name} has {sizes}: omit the key"
 
 
-def _check_memory(shape: tuple[int, ...], device: torch.device, what: str) -> None:
+def _check_memory(shape: tuple[int, ...], device: torch.device, name: str) -> None:
     needed, free = np.prod(shape, dtype=np.int64).item(), _free_memory(device)
     if free is not None and needed > free:
         raise NotCacheable(
-            f"cache=device: {what} needs {needed / 2**30:.1f} GiB, {max(free, 0) / 2**30:.1f} GiB are free on "
-            f"{device}: leave the key out"
+            f"cache=device: {name} needs {needed / 2**30:.1f} GiB, {max(free, 0) / 2**30:.1f} GiB are free on "
+            f"{device}: omit the key"
         )
 
 
 def _free_memory(device: torch.device) -> int | None:
-    """In bytes; None if unknown."""
+    """Return the free memory in bytes, or None if unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "cpu" and os.path.exists("/proc/meminfo"):
-        # What can be had without swapping; sysconf would count the page cache as taken.
+        # Available without swapping; sysconf would count the page cache as used.
         with open("/proc/meminfo", encoding="ascii") as file:
             sizes = dict(line.split(":") for line in file)
         return int(sizes["MemAvailable"].split()[0]) * 1024
@@ -99,15 +98,15 @@ def _free_memory(device: torch.device) -> int | None:
 
 
 class DeviceLoader:
-    """Batches of images uint8 (N,3,H,W), labels int64 (N,), indices int64 (N,), on the cache's device.
+    """Loads batches from a :class:`DeviceCache`, on its device.
 
-    Stands for a ``DataLoader`` with the same ``batch_sampler`` and yields the same batches, bit for bit, but in the
-    channels_last memory format. It has no worker processes and never waits for the device.
+    Replaces a ``DataLoader`` with the same ``batch_sampler``: the batches are bit-identical, but in the channels_last
+    memory format. It has no worker processes and never waits for the device.
 
     Args:
-        cache: the images; its border is ``transform``'s.
-        batch_sampler: yields lists of keys: (index, seed) with a transform, indices without.
-        transform: what happens to each sample; None for nothing.
+        cache: The images, with the border of ``transform``.
+        batch_sampler: Yields lists of keys: ``(index, seed)`` with a transform, indices without.
+        transform: Transform of the samples, or None.
     """
 
     def __init__(
@@ -117,7 +116,7 @@ class DeviceLoader:
         transform: DeviceTransform | None = None,
     ) -> None:
         self.cache = cache
-        #: Lightning sets the epoch of ``batch_sampler.sampler``.
+        # Lightning calls `batch_sampler.sampler.set_epoch`.
         self.batch_sampler = batch_sampler
         self.transform = transform
         height, width = (side - 2 * cache.border for side in cache.images.shape[1:3])
@@ -128,25 +127,25 @@ class DeviceLoader:
         return len(self.batch_sampler)
 
     def __iter__(self) -> Iterator[Batch]:
-        batches: Iterator[list[Any]] = iter(self.batch_sampler)
-        while several := list(islice(batches, _BATCHES_AT_ONCE)):
-            table = self._table([key for batch in several for key in batch])
-            for part in table.split([len(batch) for batch in several]):
+        sampler: Iterator[Sequence[int | SampleKey]] = iter(self.batch_sampler)
+        while batches := list(islice(sampler, _BATCHES_AT_ONCE)):
+            table = self._table([key for batch in batches for key in batch])
+            for part in table.split([len(batch) for batch in batches]):
                 index = part[:, 0]
                 yield Batch(self._images(index, part[:, 1:]), self.cache.labels[index], index)
 
     def _table(self, keys: Sequence[int | SampleKey]) -> Tensor:
-        """Indices, and windows with a transform, on the device: int64 (N, 1 or 4)."""
+        """Return indices and, with a transform, windows on the device: int64 (N, 1 or 4)."""
         table = np.array(keys, dtype=np.int64).reshape(-1, 1 if self.transform is None else 2)
         if self.transform is not None:
             table = np.hstack([table[:, :1], self.transform.windows(table[:, 1], *self._image_size)])
         tensor = torch.from_numpy(table)
         if self.cache.images.device.type == "cuda":
-            # A copy from pageable memory would wait for all that the device has yet to do.
+            # A copy from pageable memory would wait until the device has completed all queued work.
             tensor = tensor.pin_memory()
         return tensor.to(self.cache.images.device, non_blocking=True)
 
     def _images(self, index: Tensor, windows: Tensor) -> Tensor:
         if self.transform is None:
             return self.cache.images[index].permute(0, 3, 1, 2)
-        return self.transform.cut(self.cache.images, index, windows, self._size)
+        return self.transform.crop(self.cache.images, index, windows, self._size)

@@ -3,23 +3,22 @@
 from functools import cached_property
 from pathlib import Path
 
-from bcos_train.dataset.base import Cache, ImageDataset, check_cache, require_root
+from bcos_train.dataset.base import Cache, ImageDataset, require_root
 from bcos_train.dataset.storage.folder import FolderImages, list_classes, shorten
 
 __all__ = ["ImageFolder"]
 
+_HINT = "set DATA_ROOT or dataset.root"
+
 
 class ImageFolder:
-    """Your own images, one folder per class: ``root/train/<class>/…`` and ``root/val/<class>/…``.
+    """Images of the user, one folder per class: ``root/train/<class>/…`` and ``root/val/<class>/…``.
 
     Args:
-        root: Folder that holds both parts.
-        train: Folder name of the training part; may equal ``val``, to try things on a small sample.
-        val: Folder name of the validation part, for instance "test".
-        hint: What to set if something is wrong, for error messages.
-        cache: ``"device"`` keeps all images as one uint8 tensor on each training device, and loads and augments batches
-            there, without loading processes. Results are the same bit for bit. The images must fit, be of one size, and
-            have no random transform but ``RandomCrop`` and ``RandomHorizontalFlip``.
+        root: Folder that contains both parts.
+        train: Folder name of the training part; may equal ``val``, for trials on a small sample.
+        val: Folder name of the validation part, for instance ``"test"``.
+        cache: Where the images are kept during a run, see :data:`~bcos_train.dataset.base.Cache`.
 
     Raises:
         ValueError: ``root`` is None; on use: folders are missing or empty, or the parts differ in their classes.
@@ -28,42 +27,35 @@ class ImageFolder:
     name = "imagefolder"
 
     def __init__(
-        self,
-        root: str | Path | None,
-        train: str = "train",
-        val: str = "val",
-        hint: str = "set DATA_ROOT or dataset.root",
-        cache: Cache | None = None,
+        self, root: str | Path | None, train: str = "train", val: str = "val", cache: Cache | None = None
     ) -> None:
-        check_cache(cache)
-        self.root = require_root(root, "the image folder", hint)
-        self.hint = hint
+        self.root = require_root(root, "the image folder", _HINT)
         self.cache = cache
         self.train_folder = train
         self.val_folder = val
 
     @cached_property
     def class_names(self) -> list[str]:
-        """The names of the class folders of the validation part, sorted; a class's label is its place in the list."""
-        return list_classes(self.root, self.val_folder, "dataset.val", self.hint)
+        """Names of the class folders of the validation part, sorted; a class's label is its index in the list."""
+        return list_classes(self.root, self.val_folder, "dataset.val", _HINT)
 
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
 
     def prepare(self) -> None:
-        """Check that the folders are there."""
+        """Check that the folders exist."""
         _ = self.class_names
 
     def train(self) -> ImageDataset:
-        classes = list_classes(self.root, self.train_folder, "dataset.train", self.hint)
+        classes = list_classes(self.root, self.train_folder, "dataset.train", _HINT)
         if classes != self.class_names:
             only_train = sorted(set(classes) - set(self.class_names))
             only_val = sorted(set(self.class_names) - set(classes))
             raise ValueError(
                 f"{self.root / self.train_folder} and {self.root / self.val_folder} must have the same class folders; "
                 f"only in {self.train_folder}: {shorten(only_train)}, only in {self.val_folder}: {shorten(only_val)}; "
-                f"{self.hint}"
+                f"{_HINT}"
             )
         return self._part(self.train_folder)
 
@@ -72,4 +64,4 @@ class ImageFolder:
 
     def _part(self, part: str) -> FolderImages:
         labels = {name: label for label, name in enumerate(self.class_names)}
-        return FolderImages(self.root / part, labels, self.hint)
+        return FolderImages(self.root / part, labels, _HINT)

@@ -13,7 +13,7 @@ from bcos_train.dataset.storage.folder import FolderImages, list_classes
 __all__ = ["ImageNet"]
 
 _logger = logging.getLogger(__name__)
-_HINT = "set IMAGENET_PATH or dataset.root to the folder that holds train/ and val/"
+_HINT = "set IMAGENET_PATH or dataset.root to the folder that contains train/ and val/"
 _NUM_CLASSES = 1000
 _NUM_TRAIN = 1_281_167
 _NUM_VAL = 50_000
@@ -22,16 +22,16 @@ _NUM_VAL = 50_000
 class ImageNet:
     """1,000 classes, 1,281,167 training and 50,000 validation images in ``root/{train,val}/<wnid>/``.
 
-    Samples of it are welcome: other counts are a warning. ``num_classes`` is 1000 in any case, and labels are the
-    official ones wherever the folder names tell them.
+    Subsets can be used too: a different number of images is only a warning. ``num_classes`` is always 1000, and labels
+    are the official ones if the folders are named by wnid.
 
     Args:
-        root: the folder that holds both parts.
-        train: folder name of the training part.
-        val: folder name of the validation part.
+        root: Folder that contains both parts.
+        train: Folder name of the training part.
+        val: Folder name of the validation part.
 
     Raises:
-        ValueError: if root is None; on use if folders are missing, empty, or more than 1000.
+        ValueError: ``root`` is None; on use: folders are missing, empty, or more than 1000.
     """
 
     name = "imagenet"
@@ -47,16 +47,18 @@ class ImageNet:
 
     @cached_property
     def class_names(self) -> list[str]:
-        """1000 names by label: readable ones if the labels are the official ones, else the folders' names."""
-        if self._official:
-            return _readable_names()
+        """1000 names by label: readable ones if the labels are the official ones, otherwise those of the folders."""
+        if self._has_official_labels:
+            from torchvision.models._meta import _IMAGENET_CATEGORIES
+
+            return list(_IMAGENET_CATEGORIES)
         names = [f"class {label}" for label in range(_NUM_CLASSES)]
         for folder, label in self._labels.items():
             names[label] = folder
         return names
 
     def prepare(self) -> None:
-        """Check that the folders are there."""
+        """Check that the folders exist."""
         _ = self._labels
 
     def train(self) -> ImageDataset:
@@ -70,26 +72,26 @@ class ImageNet:
         return list_classes(self.root, self.val_folder, "dataset.val", _HINT)
 
     @cached_property
-    def _official(self) -> bool:
-        """Whether the folder names tell the official labels."""
+    def _has_official_labels(self) -> bool:
+        """True if the folders are named by ImageNet's wnids."""
         if not all(re.fullmatch(r"n\d{8}", name) for name in self._folders):
             return False
-        # The official labels are the places of the wnids in sorted order: 1000 of them need no list.
+        # The official labels are the indices of the sorted wnids: with all 1000 folders no list of them is needed.
         return len(self._folders) == _NUM_CLASSES or set(self._folders) <= set(_wnids())
 
     @cached_property
     def _labels(self) -> dict[str, int]:
-        """Folder name -> label."""
+        """Label by folder name."""
         folders = self._folders
         if len(folders) > _NUM_CLASSES:
             raise ValueError(
                 f"{self.root / self.val_folder} has {len(folders)} class folders, ImageNet-1k has {_NUM_CLASSES}: "
                 f"{_HINT}, or use dataset=imagefolder"
             )
-        if self._official and len(folders) < _NUM_CLASSES:
-            places = {wnid: label for label, wnid in enumerate(_wnids())}
-            return {name: places[name] for name in folders}
-        if not self._official:
+        if self._has_official_labels and len(folders) < _NUM_CLASSES:
+            labels = {wnid: label for label, wnid in enumerate(_wnids())}
+            return {name: labels[name] for name in folders}
+        if not self._has_official_labels:
             _logger.warning(
                 "%s: the %d class folders are not named by ImageNet's wnids, so the class indices are not the official "
                 "ones",
@@ -103,12 +105,12 @@ class ImageNet:
         unknown = sorted(set(folders) - set(self._labels))
         if unknown:
             raise ValueError(
-                f"{self.root / part} has class folders that {self.val_folder}/ lacks, {unknown[0]} for one: {_HINT}"
+                f"{self.root / part} has class folders that {self.val_folder}/ lacks, such as {unknown[0]}: {_HINT}"
             )
         images = FolderImages(self.root / part, {name: self._labels[name] for name in folders}, _HINT)
         if len(images) != expected:
             _logger.warning(
-                "%s holds %s images where the whole of ImageNet has %s",
+                "%s contains %s images, the complete ImageNet %s",
                 self.root / part,
                 f"{len(images):,}",
                 f"{expected:,}",
@@ -116,15 +118,9 @@ class ImageNet:
         return images
 
 
-def _readable_names() -> list[str]:
-    from torchvision.models._meta import _IMAGENET_CATEGORIES
-
-    return list(_IMAGENET_CATEGORIES)
-
-
 def _wnids() -> list[str]:
-    """The 1000 wnids in the order of the official labels."""
-    # timm ships the list; its import is slow and only a sample of ImageNet needs it.
+    """Return the 1000 wnids in the order of the official labels."""
+    # timm contains the list; its import is slow, and only subsets of ImageNet need it.
     from timm.data import ImageNetInfo
 
     return ImageNetInfo().label_names()

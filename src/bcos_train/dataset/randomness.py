@@ -1,11 +1,11 @@
 """Counter-based randomness: every random number of a run is a function of a few integers.
 
 The order of an epoch is f(seed, epoch), a sample's augmentation f(seed, epoch, index, repetition), a step's dropout,
-stochastic depth and mixup f(seed, step, rank). No generator state has to be saved: a run goes on bit for bit after
+stochastic depth and mixup f(seed, step, rank). No generator state has to be saved: a run resumes bit-identically after
 any batch, with any number of workers.
 
-Only integer arithmetic that is fixed for good is used (numpy's SeedSequence, the finaliser of SplitMix64 and a stable
-sort), so the numbers are the same on every platform and with every version of torch and numpy.
+Only integer arithmetic with a stability guarantee is used (numpy's SeedSequence, the finalizer of SplitMix64 and a
+stable sort), so the numbers are the same on every platform and with every version of torch and numpy.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ __all__ = [
 
 _WORD = 0xFFFFFFFF
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-# The official sampler for repeated augmentation uses a whole number of batches of 256 an epoch.
+# The official sampler for repeated augmentation draws a multiple of 256 samples per epoch.
 _REPEATED_MULTIPLE = 256
 
 
 class Stream(IntEnum):
-    """What a derived seed is for. Numbers are part of every run's reproducibility: add, never renumber."""
+    """Purpose of a derived seed. Every run's reproducibility depends on the numbers: add some, never change them."""
 
     ORDER = 1
     AUGMENTATION = 2
@@ -48,30 +48,30 @@ class Stream(IntEnum):
 
 
 def derive_seed(seed: int, *stream: int) -> int:
-    """A well-mixed seed in [0, 2^63) for the stream named by ``stream``, e.g. ``(Stream.STEP, step, rank)``.
+    """Return a well-mixed seed in [0, 2^63) for the stream ``stream``, e.g. ``(Stream.STEP, step, rank)``.
 
-    Different tuples give independent seeds, also when one is the beginning of another.
+    Seeds of different tuples are independent, also if one tuple is a prefix of the other.
 
     Raises:
-        ValueError: if the seed or a part of the stream is outside [0, 2^64).
+        ValueError: The seed or a part of the stream is outside [0, 2^64).
     """
     parts = (seed, *stream)
     for part in parts:
         if not 0 <= part < 2**64:
-            raise ValueError(f"a seed and the parts of its stream must lie in [0, 2^64), not {part}")
-    # Two words for each part and their number in front: SeedSequence itself drops leading and trailing zeros.
+            raise ValueError(f"a seed and the parts of its stream must be in [0, 2^64), not {part}")
+    # Two words per part, preceded by the number of parts: SeedSequence drops leading and trailing zeros.
     words = [len(parts), *(word for part in parts for word in (part & _WORD, part >> 32))]
     state = np.random.SeedSequence(words).generate_state(1, np.uint64)
     return int(state[0] >> np.uint64(1))
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
-    """The seed for all that is random on the device in optimizer step ``step`` of process ``rank``."""
+    """Return the seed of all random numbers on the device in optimizer step ``step`` of process ``rank``."""
     return derive_seed(seed, Stream.STEP, step, rank)
 
 
-def _mix(key: int, counters: np.ndarray) -> np.ndarray:
-    """SplitMix64 (Steele, Lea, Flood 2014): output number ``counters`` (any shape, uint64) of the stream ``key``."""
+def _splitmix64(key: int, counters: np.ndarray) -> np.ndarray:
+    """SplitMix64 (Steele, Lea, Flood 2014): outputs ``counters`` (any shape, uint64) of the stream ``key``."""
     with np.errstate(over="ignore"):
         z = np.uint64(key) + (counters.astype(np.uint64) + np.uint64(1)) * _GOLDEN
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -80,16 +80,16 @@ def _mix(key: int, counters: np.ndarray) -> np.ndarray:
 
 
 def permutation(n: int, seed: int, *stream: int) -> np.ndarray:
-    """A random permutation of 0 … n-1, int64 (n,): the indices sorted by a 64-bit hash."""
+    """Return a random permutation of 0 … n-1, int64 ``(n,)``: the indices sorted by a 64-bit hash."""
     key = derive_seed(seed, *stream)
-    return np.argsort(_mix(key, np.arange(n)), kind="stable").astype(np.int64)
+    return np.argsort(_splitmix64(key, np.arange(n)), kind="stable").astype(np.int64)
 
 
 def epoch_length(n: int, repetitions: int = 1) -> int:
-    """The number of samples drawn in an epoch.
+    """Return the number of samples drawn in an epoch.
 
-    All n without repeated augmentation; with it the largest multiple of 256 up to n, as in the official RASampler
-    (n itself below 256, where the official one would draw nothing).
+    This is ``n`` without repeated augmentation; with it the largest multiple of 256 up to ``n``, as in the official
+    RASampler (``n`` if below 256, where the official one would draw nothing).
     """
     if repetitions == 1 or n < _REPEATED_MULTIPLE:
         return n
@@ -97,40 +97,40 @@ def epoch_length(n: int, repetitions: int = 1) -> int:
 
 
 def epoch_order(seed: int, epoch: int, n: int, repetitions: int = 1) -> torch.Tensor:
-    """The sample indices of one epoch, in order: int64 (epoch_length(n, repetitions),).
+    """Return the sample indices of one epoch in order: int64 ``(epoch_length(n, repetitions),)``.
 
-    With ``repetitions`` R > 1 (repeated augmentation, Hoffer et al., arXiv 1901.09335) each index stands R times in a
-    row, so that the versions of a sample go to different processes; the sequence is cut at ``epoch_length``.
+    With ``repetitions`` R > 1 (repeated augmentation, Hoffer et al., arXiv 1901.09335) each index occurs R times in a
+    row, so that the versions of a sample go to different processes; the sequence is truncated to ``epoch_length``.
     """
     order = permutation(n, seed, Stream.ORDER, epoch)
     return torch.from_numpy(np.repeat(order, repetitions)[: epoch_length(n, repetitions)])
 
 
 def sample_seeds(seed: int, epoch: int, indices: np.ndarray, repetition: np.ndarray | int = 0) -> np.ndarray:
-    """Augmentation seeds in [0, 2^63) for samples ``indices`` (n,) in their ``repetition``-th use: int64 (n,)."""
+    """Return augmentation seeds in [0, 2^63), int64 ``(n,)``, for the ``repetition``-th use of ``indices`` ``(n,)``."""
     key = derive_seed(seed, Stream.AUGMENTATION, epoch)
     repetition = np.asarray(repetition, dtype=np.uint64)
     counters = indices.astype(np.uint64) | (repetition << np.uint64(40))
-    return (_mix(key, counters) >> np.uint64(1)).astype(np.int64)
+    return (_splitmix64(key, counters) >> np.uint64(1)).astype(np.int64)
 
 
 def torch_random_words(seeds: np.ndarray, n: int) -> np.ndarray:
-    """The first ``n`` numbers of torch's CPU generator for each of ``seeds`` (N,): uint32 (n, N), n in 1 … 227.
+    """Return the first ``n`` numbers of torch's CPU generator for each of ``seeds`` (N,): uint32 (n, N), n in 1 … 227.
 
-    This is the Mersenne Twister MT19937 (Matsumoto, Nishimura 1998) for all seeds at once: seeding torch's own
-    generator and drawing three numbers takes 15 us a sample, this 1 us.
+    This is the Mersenne Twister MT19937 (Matsumoto, Nishimura 1998) for all seeds at once: seeding torch's generator
+    and drawing three numbers takes 15 µs per sample, this 1 µs.
     """
     assert 1 <= n <= 624 - 397, n
-    state = seeds.astype(np.uint32)  # torch, too, takes the low 32 bits
-    kept = {0: state}
+    state = seeds.astype(np.uint32)  # torch, too, uses the low 32 bits
+    states = {0: state}
     for j in range(1, n + 397):
         state = np.uint32(1812433253) * (state ^ (state >> np.uint32(30))) + np.uint32(j)
         if j <= n or j >= 397:
-            kept[j] = state
+            states[j] = state
     words = np.empty((n, len(seeds)), dtype=np.uint32)
     for i in range(n):
-        twist = (kept[i] & np.uint32(0x80000000)) | (kept[i + 1] & np.uint32(0x7FFFFFFF))
-        y = kept[i + 397] ^ (twist >> np.uint32(1)) ^ (np.uint32(0x9908B0DF) * (kept[i + 1] & np.uint32(1)))
+        twist = (states[i] & np.uint32(0x80000000)) | (states[i + 1] & np.uint32(0x7FFFFFFF))
+        y = states[i + 397] ^ (twist >> np.uint32(1)) ^ (np.uint32(0x9908B0DF) * (states[i + 1] & np.uint32(1)))
         y ^= y >> np.uint32(11)
         y ^= (y << np.uint32(7)) & np.uint32(0x9D2C5680)
         y ^= (y << np.uint32(15)) & np.uint32(0xEFC60000)
@@ -141,7 +141,7 @@ def torch_random_words(seeds: np.ndarray, n: int) -> np.ndarray:
 def seed_generators(seed: int) -> None:
     """Seed the CPU generators of torch, ``random`` and numpy.
 
-    The accelerators' generators are left alone (``torch.manual_seed`` would reseed them too).
+    Unlike ``torch.manual_seed``, this doesn't seed the generators of accelerators.
     """
     torch.default_generator.manual_seed(seed)
     random.seed(seed)

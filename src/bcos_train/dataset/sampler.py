@@ -1,4 +1,4 @@
-"""Batch samplers that know exactly which sample goes where: exact resume in training, exact counts in evaluation."""
+"""Batch samplers for exact resume in training and exact counts in evaluation."""
 
 from __future__ import annotations
 
@@ -13,29 +13,32 @@ from bcos_train.dataset.randomness import epoch_length, epoch_order, sample_seed
 __all__ = ["EvalBatchSampler", "SampleKey", "TrainBatchSampler"]
 
 SampleKey = tuple[int, int]
-"""(index of the sample, seed of its augmentation)"""
+"""(index of the sample, seed of its augmentation)."""
 
 
 class TrainBatchSampler(Sampler[list[SampleKey]]):
-    """The micro-batches of one process, as lists of ``(index, augmentation seed)``.
+    """Micro-batches of one process, as lists of ``(index, augmentation seed)``.
 
-    The epoch's order is cut into global batches of B; process r takes every world-th sample of one from the r-th on
-    and splits its share into ``accumulate`` equal micro-batches. So the samples of an optimizer step depend neither on
-    the number of processes nor on accumulation. A last, smaller global batch is topped up from the start of the order
-    to a multiple of ``world_size * accumulate`` (with augmentations of its own), so that the mean over processes and
-    micro-batches stays the mean over samples.
+    The order of the epoch is divided into global batches; process r takes the samples r, r + world_size, … of each and
+    splits them into ``accumulate`` equal micro-batches. So the samples of an optimizer step depend neither on the
+    number of processes nor on accumulation. A smaller last global batch is padded from the start of the order to a
+    multiple of ``world_size * accumulate`` (with different augmentations), so that the mean over processes and
+    micro-batches equals the mean over samples.
 
-    ``seek(epoch, step)`` makes that epoch begin at that optimizer step; every other epoch begins at 0. Lightning calls
+    After ``seek(epoch, step)`` that epoch begins at that optimizer step; every other epoch begins at 0. Lightning calls
     ``set_epoch`` before each epoch.
 
     Args:
-        n: samples in the data set.
-        global_batch_size: samples of one optimizer step, over all processes and micro-batches.
-        repetitions: R > 1 is repeated augmentation, see ``epoch_order``.
-        drop_last: leave the last, smaller global batch out instead of topping it up.
+        n: Number of samples in the data set.
+        global_batch_size: Samples per optimizer step, over all processes and micro-batches.
+        world_size, rank: Number of processes, and index of this one.
+        accumulate: Micro-batches per optimizer step on each process.
+        seed: Seeds orders and augmentation.
+        repetitions: More than 1: repeated augmentation, see :func:`~bcos_train.dataset.randomness.epoch_order`.
+        drop_last: Drop a smaller last global batch instead of padding it.
 
     Raises:
-        ValueError: for sizes that do not divide evenly, or a data set that gives no batch.
+        ValueError: Sizes don't divide evenly, or there would be no batch.
     """
 
     def __init__(
@@ -82,75 +85,79 @@ class TrainBatchSampler(Sampler[list[SampleKey]]):
         self.repetitions = repetitions
         self.drop_last = drop_last
         self.epoch = 0
-        self._sought = (0, 0)
+        #: Epoch and optimizer step in it at which training resumes.
+        self._resume_at = (0, 0)
 
     @property
     def sampler(self) -> TrainBatchSampler:
-        """Itself: Lightning looks for ``set_epoch`` at ``dataloader.batch_sampler.sampler``."""
+        """This sampler: Lightning calls ``dataloader.batch_sampler.sampler.set_epoch``."""
         return self
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps in a whole epoch, whatever the start step."""
+        """Optimizer steps in a whole epoch, regardless of ``start_step``."""
         full, rest = divmod(self._length, self.global_batch_size)
         return full if self.drop_last or not rest else full + 1
 
     @property
     def start_step(self) -> int:
-        """The optimizer step within ``epoch`` that iteration begins at: 0, except in the epoch that was sought."""
-        epoch, step = self._sought
+        """Optimizer step within ``epoch`` at which iteration begins: 0, except in the epoch passed to :meth:`seek`."""
+        epoch, step = self._resume_at
         return step if epoch == self.epoch else 0
-
-    @start_step.setter
-    def start_step(self, step: int) -> None:
-        self.seek(self.epoch, step)
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def seek(self, epoch: int, step: int) -> None:
-        """Let ``epoch`` begin at optimizer step ``step`` (0 … steps_per_epoch)."""
+        """Begin ``epoch`` at optimizer step ``step`` (0 … steps_per_epoch).
+
+        Raises:
+            ValueError: There is no such epoch or step.
+        """
         if epoch < 0 or not 0 <= step <= self.steps_per_epoch:
             raise ValueError(
-                f"cannot go on at epoch {epoch}, step {step}: an epoch has {self.steps_per_epoch} optimizer steps"
+                f"cannot resume at epoch {epoch}, step {step}: an epoch has {self.steps_per_epoch} optimizer steps"
             )
         self.epoch = epoch
-        self._sought = (epoch, step)
+        self._resume_at = (epoch, step)
 
     def __len__(self) -> int:
-        """Micro-batches of a whole epoch on this process, also when iteration begins later."""
+        """Return the number of micro-batches in a whole epoch on this process, regardless of ``start_step``."""
         return self.steps_per_epoch * self.accumulate
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
         epoch = self.epoch
         order = epoch_order(self.seed, epoch, self.n, self.repetitions).numpy()
         for step in range(self.start_step, self.steps_per_epoch):
-            indices, seeds = self._share(order, epoch, step)
+            indices, seeds = self._local_samples(order, epoch, step)
             size = len(indices) // self.accumulate
-            for part in range(self.accumulate):
-                cut = slice(part * size, (part + 1) * size)
-                yield list(zip(indices[cut].tolist(), seeds[cut].tolist(), strict=True))
+            for begin in range(0, len(indices), size):
+                micro_batch = slice(begin, begin + size)
+                yield list(zip(indices[micro_batch].tolist(), seeds[micro_batch].tolist(), strict=True))
 
-    def _share(self, order: np.ndarray, epoch: int, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """This process's indices and augmentation seeds in global batch ``step``: both (B / world,)."""
+    def _local_samples(self, order: np.ndarray, epoch: int, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return this process's indices and augmentation seeds in global batch ``step``: both (B / world_size,)."""
         begin = step * self.global_batch_size
         end = min(begin + self.global_batch_size, self._length)
-        topped_up = begin + -(-(end - begin) // self._parts) * self._parts
-        position = np.arange(begin + self.rank, topped_up, self.world_size)
-        # Beyond the end the order begins again, and its samples count as further repetitions.
-        lap, place = np.divmod(position, self._length)
-        indices = order[place]
-        return indices, sample_seeds(self.seed, epoch, indices, lap * self.repetitions + place % self.repetitions)
+        padded_end = begin + -(-(end - begin) // self._parts) * self._parts
+        # Past the end the order is repeated, and its samples count as further repetitions.
+        cycle, position = np.divmod(np.arange(begin + self.rank, padded_end, self.world_size), self._length)
+        indices = order[position]
+        return indices, sample_seeds(self.seed, epoch, indices, cycle * self.repetitions + position % self.repetitions)
 
 
 class EvalBatchSampler(Sampler[list[int]]):
-    """Every sample exactly once over all processes: process r takes r, r + world, r + 2·world, …; nothing is padded.
+    """Every sample exactly once over all processes: process r takes r, r + world_size, …, without padding.
 
-    The numbers of batches of two processes can differ by one.
+    The processes' numbers of batches can differ by one.
 
     Args:
-        n: samples in the data set.
-        batch_size: samples of one batch of one process.
+        n: Number of samples in the data set.
+        batch_size: Samples per batch and process.
+        world_size, rank: Number of processes, and index of this one.
+
+    Raises:
+        ValueError: A value is out of range.
     """
 
     def __init__(self, n: int, batch_size: int, world_size: int = 1, rank: int = 0) -> None:
@@ -161,29 +168,29 @@ class EvalBatchSampler(Sampler[list[int]]):
             )
         _check_rank(rank, world_size)
         self.batch_size = batch_size
-        self._mine = range(rank, n, world_size)
-        self._requested: Sequence[list[int]] | None = None
+        self._indices = range(rank, n, world_size)
+        self._batches: Sequence[list[int]] | None = None
 
     def __len__(self) -> int:
-        return -(-len(self._mine) // self.batch_size)
+        return -(-len(self._indices) // self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
-        if self._requested is not None:
-            yield from self._requested
+        if self._batches is not None:
+            yield from self._batches
             return
-        for begin in range(0, len(self._mine), self.batch_size):
-            yield list(self._mine[begin : begin + self.batch_size])
+        for begin in range(0, len(self._indices), self.batch_size):
+            yield list(self._indices[begin : begin + self.batch_size])
 
     @contextmanager
-    def requested(self, batches: Sequence[list[int]]) -> Iterator[None]:
-        """Yield ``batches`` within the block, so that a loader's worker processes can be asked for any samples."""
-        self._requested = batches
+    def use_batches(self, batches: Sequence[list[int]]) -> Iterator[None]:
+        """Yield ``batches`` instead within the block, to load arbitrary samples with a loader's worker processes."""
+        self._batches = batches
         try:
             yield
         finally:
-            self._requested = None
+            self._batches = None
 
 
 def _check_rank(rank: int, world_size: int) -> None:
     if not 0 <= rank < world_size:
-        raise ValueError(f"rank must lie in 0 … {world_size - 1} for world_size={world_size}, not {rank}")
+        raise ValueError(f"rank must be in 0 … {world_size - 1} for world_size={world_size}, not {rank}")

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from bcos_train.config import UserError
-from bcos_train.dataset import BcosEncoding, Standardize, UnevenImages, UnreadableImage
+from bcos_train.dataset import BcosEncoding, ImageSizeMismatch, Standardize, UnreadableImage
 from bcos_train.dataset.data_module import DataModule
 from bcos_train.explanation import evaluating
 
@@ -37,7 +37,7 @@ def check_image_size(
 
     Raises:
         UserError: The model doesn't take images of this size, or a transform can't make anything of them.
-        UnevenImages: The images differ in size.
+        ImageSizeMismatch: The images differ in size.
         UnreadableImage: One of them can't be read.
     """
     for part in parts:
@@ -58,7 +58,7 @@ def _first_images(data: DataModule, part: Part) -> Tensor:
     samples, n = (data.train_samples, data.num_train) if part == "train" else (data.val_samples, data.num_val)
     try:
         return samples(range(min(N_IMAGES, n)))[0]
-    except (UnevenImages, UnreadableImage):
+    except (ImageSizeMismatch, UnreadableImage):
         raise
     except ValueError as error:
         raise UserError(f"augmentation.{part}: {' '.join(str(error).split())}") from error

@@ -1,1 +1,1 @@
-"""Where the bytes of a data set are, separate from what the data set is."""
+"""Storage of data sets: where their bytes are, separate from what they contain."""

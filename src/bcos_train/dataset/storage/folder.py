@@ -1,4 +1,4 @@
-"""Images in folders of a file system: ``<part>/<class>/…``."""
+"""Images in a file system: ``<part>/<class>/…``."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ class FolderImages(Dataset[tuple[Image.Image, int]]):
 
     Args:
         class_to_index: Label of every class folder.
-        hint: What to set if something is wrong, for error messages.
+        hint: How to set the folder, for error messages.
         decode: Path -> RGB image.
 
     Raises:
-        ValueError: A class has no image; on access, naming the file: an image cannot be read.
+        ValueError: A class has no image.
+        UnreadableImage: On access: an image can't be read.
     """
 
     def __init__(
@@ -39,7 +40,8 @@ class FolderImages(Dataset[tuple[Image.Image, int]]):
                 f"{folder} has no images ({', '.join(ext[1:] for ext in IMG_EXTENSIONS)}) in the class folders "
                 f"{shorten(empty)}: {hint}"
             ) from error
-        # Arrays, not a list of tuples: the reference counts of a million objects would make every worker copy them.
+        # Arrays instead of a list of tuples: updates of a million reference counts would copy the list's memory pages
+        # in every worker process.
         self._paths = np.array([os.fsencode(os.path.relpath(path, folder)) for path, _ in samples])
         self._folder = str(folder)
         self._decode = decode
@@ -55,35 +57,36 @@ class FolderImages(Dataset[tuple[Image.Image, int]]):
         path = self.path(index)
         try:
             return self._decode(path), int(self.labels[index])
-        # Pillow reports damage by any of these, depending on the format.
+        # Depending on the format, Pillow raises any of these for a damaged file.
         except (OSError, SyntaxError, ValueError, EOFError, IndexError) as error:
             raise UnreadableImage(f"cannot read the image {path}: {error}") from error
 
 
 class UnreadableImage(ValueError):
-    """A file that has the name of an image but is none, or is damaged."""
+    """A file with an image's extension is not an image, or is damaged."""
 
 
 def list_classes(root: Path, part: str, key: str, hint: str) -> list[str]:
-    """Return the class folders of ``root/part``, sorted, without hidden ones.
+    """Return the names of the class folders in ``root/part``, sorted, without hidden ones.
 
     Args:
-        key: Config key that names the part, for error messages.
+        key: Config key of the part's name, for error messages.
+        hint: How to set the folder, for error messages.
 
     Raises:
-        ValueError: There is no such folder, or no class in it.
+        ValueError: The folder doesn't exist or contains no class.
     """
     if not root.is_dir():
         raise ValueError(f"there is no folder {root}: {hint}")
     folder = root / part
     if not folder.is_dir():
-        others = shorten(_subfolders(root))
-        raise ValueError(f"{root} has no folder {part}/ (it has: {others}): {hint}, or {key} to the folder's name")
+        folders = shorten(_subfolders(root))
+        raise ValueError(f"{root} has no folder {part}/ (it has: {folders}): {hint}, or {key} to the folder's name")
     classes = _subfolders(folder)
     if not classes:
         flat = any(path.suffix.lower() in IMG_EXTENSIONS for path in folder.iterdir())
-        state = "its images are not sorted into class folders" if flat else "it is empty of class folders"
-        raise ValueError(f"{folder} must hold one folder a class, but {state}: {hint}")
+        state = "its images are not in class folders" if flat else "it has no class folders"
+        raise ValueError(f"{folder} must contain one folder per class, but {state}: {hint}")
     return classes
 
 
@@ -97,6 +100,6 @@ def _has_images(folder: Path) -> bool:
 
 
 def shorten(names: list[str], limit: int = 5) -> str:
-    """Return a few of the names, for an error message."""
+    """Join the first names for an error message."""
     shown = ", ".join(names[:limit]) or "none"
     return f"{shown}, … ({len(names)} in all)" if len(names) > limit else shown
