@@ -94,7 +94,7 @@ def test_no_grids_leave_a_line_and_no_figure(tmp_path: Path, capsys: pytest.Capt
 @pytest.mark.parametrize(("width", "n_tables"), [(60, 3), (80, 2), (200, 1)])
 def test_tables_fit_the_terminal(width: int, n_tables: int, capsys: pytest.CaptureFixture[str]) -> None:
     options = make_options(metrics=["sparsity", "completeness", "deletion"])
-    found, lines = tables(to_json(measure(make_subject(), options), options), "title", width)
+    found, lines = tables(to_json(measure(make_subject(), options), options), options, "title", width)
     assert len(found) == n_tables
     console = Console(width=width)
     for part in found:

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,7 +60,7 @@ class MetricGroup:
     metrics: list[str]
     n_units: int
     batch_size: int
-    identity: Mapping[str, Any]
+    identity: Mapping[str, object]
     load_batch: Callable[[int, int], _BatchScores]
 
 
@@ -120,7 +119,7 @@ def _run(
 ) -> None:
     """Measure one group, with batches in the outer loop so that each is loaded once for all methods."""
 
-    def settings(metric: str, method: str) -> dict[str, Any]:
+    def settings(metric: str, method: str) -> dict[str, object]:
         method_options = options.method_options.get(method, {})
         return {**group.identity, "metric": options.settings_of(metric), "method": [method, method_options]}
 

@@ -1,10 +1,11 @@
 """Options of explanation measurements: methods, metrics and their settings, as in ``configs/explanation``."""
 
 import inspect
+import operator
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import GenericAlias
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from bcos_train.explanation.method import METHODS, Method, make_method
 from bcos_train.utils.suggestions import join_words, suggest
@@ -140,7 +141,7 @@ class ExplanationOptions:
             predicted class is explained.
         batch_size: Images per batch; a grid counts as n² images, since it has as many pixels.
         every_n_epochs: Training epochs between measurements; the last epoch is always measured. The grid pointing game
-            needs an epoch with a validation, which tells which images are classified correctly.
+            needs an epoch with a validation, which determines the correctly classified images.
         gallery_images: Number of validation images in the training's gallery; 0: no gallery.
         method_options: Settings per method, such as ``{int_grad: {n_steps: 20}}``.
 
@@ -157,7 +158,7 @@ class ExplanationOptions:
     grid_pointing: GridPointingOptions
     perturbation: PerturbationOptions
     stability: StabilityOptions
-    method_options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    method_options: dict[str, dict[str, object]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _at_least(
@@ -183,7 +184,7 @@ class ExplanationOptions:
         """Build the chosen methods by name, in the given order, each once."""
         return {name: make_method(name, **self.method_options.get(name, {})) for name in self.methods}
 
-    def settings_of(self, metric: str) -> Mapping[str, Any]:
+    def settings_of(self, metric: str) -> Mapping[str, object]:
         """Return the settings that change the scores of this metric."""
         if metric == "grid_pointing":
             return vars(self.grid_pointing)
@@ -196,11 +197,11 @@ class ExplanationOptions:
         return {}
 
 
-def _config_signature(node: Mapping[str, Any]) -> inspect.Signature:
-    """The signature with the registered metrics as the choices of ``metrics``."""
+def _config_signature(node: Mapping[str, object]) -> inspect.Signature:
+    """Return the signature with the registered metrics as the choices of ``metrics``."""
     signature = inspect.signature(ExplanationOptions)
-    literal: Any = Literal  # of values that are known at run time
-    choices = GenericAlias(list, (literal[tuple(METRICS)],))
+    # Through operator.getitem, since type checkers allow no values in a Literal that are only known at run time.
+    choices = GenericAlias(list, (operator.getitem(Literal, tuple(METRICS)),))
     parameters = signature.parameters | {"metrics": signature.parameters["metrics"].replace(annotation=choices)}
     return signature.replace(parameters=list(parameters.values()))
 

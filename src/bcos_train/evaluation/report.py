@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch.nn.functional as F
@@ -14,14 +13,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from bcos_train.evaluation.measuring import Results, measure
-from bcos_train.evaluation.options import ExplanationOptions, GridPointingOptions
+from bcos_train.evaluation.options import ExplanationOptions
 from bcos_train.evaluation.scoring import arrow, explain_grids
 from bcos_train.evaluation.store import ScoreStore, fingerprint, replace_file, write_json
 from bcos_train.evaluation.subject import Subject, grid_input, grid_pictures
 from bcos_train.evaluation.summary import tables, to_json
 from bcos_train.explanation import evaluating
-from bcos_train.explanation.method import Method
 from bcos_train.report import Panel, Row, box_plot, map_table, save_gallery
+from bcos_train.runs.layout import EXPLANATION_SCORES, EXPLANATION_SUMMARY, EXPLANATIONS
 
 __all__ = ["evaluate_explanations"]
 
@@ -29,7 +28,8 @@ __all__ = ["evaluate_explanations"]
 N_DRAWN = 4
 #: Seconds between progress lines if the output is not a terminal.
 LINE_SECONDS = 60
-FOLDER, SCORES, CONTENT, SAMPLES = "explanations", ".scores", "explanations.json", "explanations.npz"
+#: Folder of stored scores, within that of the figures.
+STORE = ".scores"
 #: Ranges of metrics with a natural range.
 LIMITS: Mapping[str, tuple[float, float]] = {"grid_pointing": (0, 1), "sparsity": (0, 1)}
 
@@ -40,8 +40,8 @@ def evaluate_explanations(
     output: Path,
     *,
     title: str,
-    origin: Mapping[str, Any],
-    identity: Mapping[str, Any],
+    origin: Mapping[str, object],
+    identity: Mapping[str, object],
 ) -> Results:
     """Measure explanations, and write, draw and print the results.
 
@@ -55,32 +55,36 @@ def evaluate_explanations(
         options: Methods, metrics and their settings.
         output: Folder, created if it is missing.
         title: Name of the evaluated model, for headlines.
-        origin: What is evaluated, for the JSON file.
+        origin: Model, weights and data set, for the JSON file.
         identity: Everything that scores depend on besides the weights and the options: the model, the data and their
             transforms. Scores of another identity are measured again.
 
     Returns:
         The measured scores.
     """
-    folder = output / FOLDER
+    folder = output / EXPLANATIONS
     folder.mkdir(parents=True, exist_ok=True)
-    store = ScoreStore(folder / SCORES, {"of": fingerprint({"weights": subject.model, "rest": dict(identity)})})
+    store = ScoreStore(folder / STORE, {"of": fingerprint({"weights": subject.model, "rest": dict(identity)})})
     with _progress() as on_step:
         results = measure(subject, options, store, on_step)
-    content = {**origin, **to_json(results, options)}
-    write_json(output / CONTENT, content)
-    arrays = {f"{metric}/{method}": t.numpy() for metric, of in results.scores.items() for method, t in of.items()}
+    summary = to_json(results, options)
+    write_json(output / EXPLANATION_SUMMARY, {**origin, **summary})
+    arrays = {
+        f"{metric}/{method}": values.numpy()
+        for metric, scores in results.scores.items()
+        for method, values in scores.items()
+    }
     if results.grids is not None:
         arrays["grids"] = results.grids.numpy()
-    replace_file(output / SAMPLES, {**arrays, "images": np.array(results.images, dtype=np.int64)})
+    replace_file(output / EXPLANATION_SCORES, {**arrays, "images": np.array(results.images, dtype=np.int64)})
     figures = _draw_boxes(results, options, folder, title)
     if results.scores.get("grid_pointing"):
         figures.append(_draw_grids(subject, results, options, folder, title))
     console = Console()
-    parts, lines = tables(content, title, console.width)
+    parts, lines = tables(summary, options, title, console.width)
     for part in parts:
         console.print(part)
-    lines.append(f"explanations: {output / CONTENT}" + (f"; figures: {folder}" if figures else ""))
+    lines.append(f"explanations: {output / EXPLANATION_SUMMARY}" + (f"; figures: {folder}" if figures else ""))
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
     return results
 
@@ -107,7 +111,7 @@ def _draw_boxes(results: Results, options: ExplanationOptions, folder: Path, tit
 
 
 def _draw_grids(subject: Subject, results: Results, options: ExplanationOptions, folder: Path, title: str) -> Path:
-    """Draw some grids with each method's map of one of their classes, smoothed as for the score."""
+    """Draw some grids with each method's map for one of their classes, smoothed as for the score."""
     assert results.grids is not None
     assert subject.predictions is not None
     settings, scores = options.grid_pointing, results.scores["grid_pointing"]
@@ -122,19 +126,15 @@ def _draw_grids(subject: Subject, results: Results, options: ExplanationOptions,
             x, target = grid_input(subject, grid[None], settings), subject.predictions.labels[grid[k : k + 1]][None]
             panels = [Panel(picture, box=box)]
             for name, method in methods.items():
-                values = _smoothed(subject, method, x, target, settings)
-                panels.append(Panel(values, f"{float(scores[name][g, k]):.2f}", box))
+                maps = explain_grids(subject.model, method, x, target, settings)
+                smoothed = F.avg_pool2d(maps, settings.smooth, stride=1, padding=settings.smooth // 2)[0, 0]
+                panels.append(Panel(smoothed, f"{float(scores[name][g, k]):.2f}", box))
             rows.append(Row(f"grid {g + 1}", panels))
     note = f", maps smoothed over {settings.smooth} px" if settings.smooth > 1 else ""
     headline = f"{title}: the framed cell's class and its score{note}"
     path = folder / "grids.png"
     save_gallery(path, map_table(["grid", *methods], rows, headline))
     return path
-
-
-def _smoothed(subject: Subject, method: Method, x: Any, target: Any, settings: GridPointingOptions) -> Any:
-    maps = explain_grids(subject.model, method, x, target, settings)
-    return F.avg_pool2d(maps, settings.smooth, stride=1, padding=settings.smooth // 2)[0, 0]
 
 
 @contextmanager
@@ -153,7 +153,7 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
         def on_step(what: str, done: int, total: int) -> None:
             nonlocal printed_at
             if display.tasks[0].total is None:
-                # Scores from before an interruption say nothing about the speed.
+                # Scores from before an interruption took no time in this process.
                 display.reset(task, completed=done, total=total)
             display.update(task, description=f"explanations: {what}", completed=done)
             if not console.is_terminal and time.monotonic() - printed_at >= LINE_SECONDS:

@@ -6,6 +6,7 @@ Axes: N images, G grids, K = n² cells of a grid, C channels, H W pixels.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from bcos_train.metric import (
     perturbation_curve,
     shift_stability,
 )
+from bcos_train.metric.perturbation import Order
 
 __all__ = [
     "HIGHER_IS_BETTER",
@@ -82,7 +84,7 @@ class Case:
 
     @cached_property
     def maps(self) -> Tensor:
-        """(N, H, W); computed once for all metrics that take it."""
+        """Attribution maps (N, H, W), computed once for all metrics."""
         return self.method(self.model, self.x, self.targets[:, None])[:, 0]
 
     @torch.no_grad()
@@ -91,16 +93,16 @@ class Case:
         with evaluating(self.model):
             return self.model(x).gather(1, self.targets[:, None])[:, 0]
 
-    def area(self, order: str, insert: bool, baseline: str | float) -> Tensor:
+    def area(self, order: Order, insert: bool, baseline: float | Literal["blur"]) -> Tensor:
         """Return the area under the perturbation curve: (N,)."""
         curves = perturbation_curve(
             self.model,
             self.x,
             self.maps,
             self.targets,
-            order=order,  # type: ignore[arg-type]
+            order=order,
             insert=insert,
-            baseline=baseline,  # type: ignore[arg-type]
+            baseline=baseline,
             block=self.options.perturbation.block,
             batch_size=max(64, self.options.batch_size),
         )

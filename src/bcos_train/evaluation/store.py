@@ -4,9 +4,8 @@ import hashlib
 import json
 import math
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,10 +28,10 @@ class ScoreStore:
         identity: Everything that all scores depend on.
     """
 
-    def __init__(self, folder: Path | None, identity: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path | None, identity: Mapping[str, object]) -> None:
         self.folder, self.identity = folder, identity
 
-    def load(self, metric: str, method: str, settings: Mapping[str, Any]) -> Tensor | None:
+    def load(self, metric: str, method: str, settings: Mapping[str, object]) -> Tensor | None:
         """Load the scores so far, (units, ...), or None."""
         if self.folder is None:
             return None
@@ -44,7 +43,7 @@ class ScoreStore:
             pass
         return None
 
-    def save(self, metric: str, method: str, settings: Mapping[str, Any], scores: Tensor) -> None:
+    def save(self, metric: str, method: str, settings: Mapping[str, object], scores: Tensor) -> None:
         """Store all scores so far, (units, ...)."""
         if self.folder is None:
             return
@@ -56,7 +55,7 @@ class ScoreStore:
         assert self.folder is not None
         return self.folder / metric / f"{method}.npz"
 
-    def _fingerprint(self, settings: Mapping[str, Any]) -> str:
+    def _fingerprint(self, settings: Mapping[str, object]) -> str:
         return fingerprint({"all": self.identity, "own": settings})
 
 
@@ -66,16 +65,18 @@ def replace_file(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
         np.savez(file, **dict(arrays))  # type: ignore[arg-type]
 
 
-def write_json(path: Path, content: Mapping[str, Any] | Sequence[Any]) -> None:
-    """Write a JSON file atomically.
+def write_json(path: Path, content: object) -> None:
+    """Write a JSON file atomically; numbers that are not finite, which JSON lacks, become null.
 
-    Numbers that are not finite, which JSON lacks, become null, such as scores that couldn't be measured.
+    Args:
+        path: The file.
+        content: JSON-able value.
     """
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: object) -> object:
     if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -83,22 +84,23 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def fingerprint(content: Any) -> str:
+def fingerprint(content: object) -> str:
     """Return the SHA-256 of JSON-able values, tensors, and the weights and buffers of modules, in hexadecimal."""
     digest = hashlib.sha256()
-    _feed(digest, content)
+    for part in _byte_parts(content):
+        digest.update(part)
     return digest.hexdigest()
 
 
-def _feed(digest: Any, value: Any) -> None:
+def _byte_parts(value: object) -> Iterator[bytes]:
     if isinstance(value, nn.Module):
-        _feed(digest, value.state_dict())
+        yield from _byte_parts(value.state_dict())
     elif isinstance(value, Mapping):
         for key in sorted(value):
-            _feed(digest, str(key))
-            _feed(digest, value[key])
+            yield from _byte_parts(str(key))
+            yield from _byte_parts(value[key])
     elif isinstance(value, Tensor):
-        digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        yield f"{value.dtype}{tuple(value.shape)}".encode()
+        yield value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
     else:
-        digest.update(json.dumps(value, sort_keys=True, default=str).encode())
+        yield json.dumps(value, sort_keys=True, default=str).encode()

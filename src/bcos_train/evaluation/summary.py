@@ -1,9 +1,9 @@
 """Summarize measured scores as numbers and as tables."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import NotRequired, TypedDict
 
 import torch
 from rich.table import Table
@@ -21,7 +21,49 @@ FIRST, CELL = 20, 25
 PERCENTILES = (25, 50, 75, 100)
 
 
-def summarize(scores: Tensor) -> dict[str, float | int | None]:
+class ScoreSummary(TypedDict, total=False):
+    """Statistics of a method's scores, see :func:`summarize`, or the reason why there are none."""
+
+    mean: float | None
+    low: float | None
+    high: float | None
+    p25: float | None
+    p50: float | None
+    p75: float | None
+    p100: float | None
+    n: int
+    reason: str
+
+
+class MetricSummary(TypedDict):
+    """A metric: whether ``"larger"`` or ``"smaller"`` scores are better, and the summary for each method.
+
+    The grid pointing game also has the score of a uniform explanation and the number of grids.
+    """
+
+    better: str
+    methods: dict[str, ScoreSummary]
+    uniform: NotRequired[float]
+    n_grids: NotRequired[int]
+
+
+class AlignmentSummary(TypedDict):
+    """Mean |cos| over all B-cos layers, and for each of them."""
+
+    mean: float | None
+    layers: dict[str, float | None]
+
+
+class EvaluationSummary(TypedDict):
+    """Content of ``explanations.json``."""
+
+    metrics: dict[str, MetricSummary]
+    n_images: int
+    alignment: NotRequired[AlignmentSummary]
+    settings: dict[str, object]
+
+
+def summarize(scores: Tensor) -> ScoreSummary:
     """Return mean, 95 % bootstrap interval, percentiles and number of units.
 
     Args:
@@ -33,16 +75,15 @@ def summarize(scores: Tensor) -> dict[str, float | int | None]:
     values = scores.double()
     interval = bootstrap_interval(values)
     points = torch.quantile(values.flatten(), torch.tensor(PERCENTILES, dtype=values.dtype) / 100).tolist()
-    numbers = {"mean": values.mean().item(), "low": interval.low, "high": interval.high}
-    numbers |= {f"p{percentile}": point for percentile, point in zip(PERCENTILES, points, strict=True)}
-    return {**{key: _finite(value) for key, value in numbers.items()}, "n": len(values)}
+    mean, low, high, p25, p50, p75, p100 = map(_finite, (values.mean().item(), interval.low, interval.high, *points))
+    return {"mean": mean, "low": low, "high": high, "p25": p25, "p50": p50, "p75": p75, "p100": p100, "n": len(values)}
 
 
-def to_json(results: Results, options: ExplanationOptions) -> dict[str, Any]:
+def to_json(results: Results, options: ExplanationOptions) -> EvaluationSummary:
     """Return the content of ``explanations.json``, JSON-able."""
-    metrics: dict[str, Any] = {}
+    metrics: dict[str, MetricSummary] = {}
     for metric, scores in results.scores.items():
-        methods: dict[str, Any] = {}
+        methods: dict[str, ScoreSummary] = {}
         for method in dict.fromkeys(options.methods):
             if method in scores:
                 methods[method] = summarize(scores[method])
@@ -51,42 +92,44 @@ def to_json(results: Results, options: ExplanationOptions) -> dict[str, Any]:
         metrics[metric] = {"better": "larger" if HIGHER_IS_BETTER[metric] else "smaller", "methods": methods}
     if results.grids is not None and "grid_pointing" in metrics:
         metrics["grid_pointing"] |= {"uniform": 1 / options.grid_pointing.n**2, "n_grids": len(results.grids)}
-    content: dict[str, Any] = {"metrics": metrics, "n_images": len(results.images)}
+    summary: EvaluationSummary = {"metrics": metrics, "n_images": len(results.images), "settings": asdict(options)}
     if results.alignment:
         layers = {layer: _finite(value) for layer, value in results.alignment.items()}
-        mean = _finite(sum(results.alignment.values()) / len(layers))
-        content["alignment"] = {"mean": mean, "layers": layers}
-    return {**content, "settings": asdict(options)}
+        summary["alignment"] = {"mean": _finite(sum(results.alignment.values()) / len(layers)), "layers": layers}
+    return summary
 
 
-def tables(content: Mapping[str, Any], title: str, width: int) -> tuple[list[Table], list[str]]:
+def tables(
+    summary: EvaluationSummary, options: ExplanationOptions, title: str, width: int
+) -> tuple[list[Table], list[str]]:
     """Build tables with a row per method and a column per metric.
 
     Args:
-        content: From :func:`to_json`.
+        summary: From :func:`to_json`.
+        options: Options of the evaluation.
         title: Title of the tables.
         width: Width of the terminal in characters; determines the number of tables.
 
     Returns:
         The tables, and lines to print below them.
     """
-    metrics: Mapping[str, Any] = content["metrics"]
-    methods = list(dict.fromkeys(content["settings"]["methods"]))
+    metrics = summary["metrics"]
+    methods = list(dict.fromkeys(options.methods))
     n_columns = max(1, (width - FIRST) // CELL)
     names = list(metrics)
     result = [
-        _table({name: metrics[name] for name in names[i : i + n_columns]}, methods, content, title)
+        _table({name: metrics[name] for name in names[i : i + n_columns]}, options, title)
         for i in range(0, len(names), n_columns)
     ]
     reasons: dict[str, list[str]] = {}
     for method in methods:
         for name, metric in metrics.items():
-            if reason := metric["methods"].get(method, {}).get("reason"):
+            if reason := metric["methods"].get(method, ScoreSummary()).get("reason"):
                 reasons.setdefault(reason, []).append(f"{method}, {name.replace('_', ' ')}")
     lines = [f"{_places(places, len(metrics))}: {reason}" for reason, places in reasons.items()]
-    units = [f"{content['n_images']} images"] if any("uniform" not in metric for metric in metrics.values()) else []
+    units = [f"{summary['n_images']} images"] if any("uniform" not in metric for metric in metrics.values()) else []
     if "grid_pointing" in metrics:
-        n_grids, requested = metrics["grid_pointing"]["n_grids"], content["settings"]["grid_pointing"]["n_grids"]
+        n_grids, requested = metrics["grid_pointing"]["n_grids"], options.grid_pointing.n_grids
         few = (
             f" (of {requested}: too few images are classified correctly and confidently enough)"
             if n_grids < requested
@@ -95,28 +138,28 @@ def tables(content: Mapping[str, Any], title: str, width: int) -> tuple[list[Tab
         units.insert(0, f"{n_grids} grids{few}")
     if units:
         lines.append(f"means over {' and '.join(units)}, 95 % bootstrap intervals in brackets")
-    if "alignment" in content:
-        mean, layers = content["alignment"]["mean"], content["alignment"]["layers"]
+    if "alignment" in summary:
+        mean, layers = summary["alignment"]["mean"], summary["alignment"]["layers"]
         lines.append(f"alignment of the model: {_number(mean)} (mean |cos| of {len(layers)} layers)")
     return result, lines
 
 
-def _table(metrics: Mapping[str, Any], methods: Sequence[str], content: Mapping[str, Any], title: str) -> Table:
+def _table(metrics: Mapping[str, MetricSummary], options: ExplanationOptions, title: str) -> Table:
     result = Table(title=title)
     result.add_column("method", vertical="bottom")
     for name, metric in metrics.items():
         head = f"{name.replace('_', ' ')} {arrow(name)}"
         if "uniform" in metric:
-            n = content["settings"]["grid_pointing"]["n"]
+            n = options.grid_pointing.n
             head += f"\n{n}x{n}, uniform {metric['uniform']:.3f}"
         result.add_column(head, justify="right", vertical="bottom")
-    for method in methods:
-        result.add_row(method, *(_cell(metric["methods"].get(method, {})) for metric in metrics.values()))
+    for method in dict.fromkeys(options.methods):
+        result.add_row(method, *(_cell(metric["methods"].get(method)) for metric in metrics.values()))
     return result
 
 
-def _cell(summary: Mapping[str, Any]) -> str:
-    if "mean" not in summary:
+def _cell(summary: ScoreSummary | None) -> str:
+    if summary is None or "mean" not in summary:
         return "–"
     if summary["mean"] is None:
         return "not finite"
@@ -134,7 +177,7 @@ def _number(value: float | None) -> str:
 
 
 def _places(places: list[str], n_metrics: int) -> str:
-    """Join places; a method whose metrics all have the same reason is listed by its name alone."""
+    """Join places; methods with the same reason for all metrics are listed by name only."""
     methods = dict.fromkeys(place.partition(", ")[0] for place in places)
     whole = all(sum(place.startswith(f"{method}, ") for place in places) == n_metrics for method in methods)
     return ", ".join(methods) if whole else "; ".join(places)

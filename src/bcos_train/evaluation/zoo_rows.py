@@ -14,10 +14,11 @@ import torch
 
 from bcos_train.model import create_model
 from bcos_train.report.zoo_table import N_VAL, Row, model_cost, published_row, to_csv, to_json, to_markdown
-from bcos_train.runs.layout import EVALUATION, RUN_CONFIG, SUMMARY
+from bcos_train.runs.layout import CHECKPOINT_SUFFIX, EVALUATION, RUN_CONFIG, SUMMARY, WEIGHTS_SUFFIX
 from bcos_train.utils.atomic import replacing
+from bcos_train.utils.suggestions import join_words
 from bcos_train.weights.download import WeightsError, download_official
-from bcos_train.weights.files import file_sha256, save_weights
+from bcos_train.weights.files import file_sha256, read_json, save_weights
 from bcos_train.weights.records import RECORDS
 from bcos_train.weights.source import read_export_config
 
@@ -38,9 +39,13 @@ __all__ = [
 OFFICIAL, RANDOM = "official", "random"
 #: Seed of random weights.
 SEED = 0
-#: Exit codes of a process that was told to stop (128 + SIGINT, SIGTERM, SIGUSR1) or ended by a signal.
+#: Exit codes of a process that received a stop signal: 128 + SIGINT, SIGTERM or SIGUSR1, or minus the signal.
 STOPPED = (130, 143, 138, -2, -15)
 RESULT = "row.json"
+#: File formats of the user's own weights.
+SUFFIXES = (WEIGHTS_SUFFIX, ".pth", CHECKPOINT_SUFFIX)
+#: Fields of a row that an evaluation fills in.
+MEASURED = ("status", "weights", "top1", "top5", "images", "images_per_second", "comparable", "explanation")
 
 
 class EvaluationFailed(Exception):
@@ -91,9 +96,9 @@ class RowWeights:
     """Weights of a row.
 
     Args:
-        label: What the table calls them.
-        setting: Key and value that ``evaluate.py`` takes them by.
-        identity: Text that changes when the weights do.
+        label: Name in the table.
+        setting: Key and value for the command line of ``evaluate.py``.
+        identity: Text that changes with the weights.
     """
 
     label: str
@@ -134,62 +139,62 @@ def evaluate_rows(
         if evaluate is not None and settings.data is None:
             rows[name] = replace(rows[name], status="no data")
         elif evaluate is not None:
-            result = _load_result(name, settings, folder)
-            rows[name] = replace(rows[name], **({} if result is None else result))
-            todo += [name] if result is None else []
+            previous = _load_row(rows[name], settings, folder)
+            rows[name] = previous or rows[name]
+            todo += [] if previous else [name]
     write_table(list(rows.values()), settings, folder)
     for done, name in enumerate(todo, len(names) - len(todo)):
         assert evaluate is not None
         on_step(name, done, len(names) - done)
-        rows[name] = replace(rows[name], **_measure_row(name, settings, folder, evaluate))
+        rows[name] = _measure_row(rows[name], settings, folder, evaluate)
         write_table(list(rows.values()), settings, folder)
     on_step("done", len(names), 0)
     return list(rows.values())
 
 
-def _measure_row(name: str, settings: Settings, folder: Path, evaluate: Evaluate) -> dict[str, Any]:
-    """Return the fields of the table's row that an evaluation fills in."""
-    row_folder = folder / "rows" / name
+def _measure_row(row: Row, settings: Settings, folder: Path, evaluate: Evaluate) -> Row:
+    """Return the row with the results of an evaluation, or with the reason why there are none."""
+    row_folder = folder / "rows" / row.name
     try:
-        with _available_weights(name, settings.weights) as weights:
-            result = evaluate(name, weights, settings, row_folder)
-            fields = _row_fields(result, weights, settings)
-            content = {"settings": _result_key(weights, settings), "row": fields}
+        with _available_weights(row.name, settings.weights) as weights:
+            row = _with_results(row, evaluate(row.name, weights, settings, row_folder), weights, settings)
     except (WeightsError, MissingWeights) as error:
-        return {"status": "no weights", "reason": str(error)}
+        return replace(row, status="no weights", reason=str(error))
     except EvaluationFailed as error:
-        return {"status": "failed", "reason": str(error)}
+        return replace(row, status="failed", reason=str(error))
+    content = {"settings": _result_key(weights, settings), "row": {key: getattr(row, key) for key in MEASURED}}
     _write(row_folder / RESULT, json.dumps(content, indent=2) + "\n")
-    return fields
+    return row
 
 
-def _row_fields(result: Mapping[str, Any], weights: RowWeights, settings: Settings) -> dict[str, Any]:
-    """Convert the content of an ``evaluation.json``."""
+def _with_results(row: Row, result: Mapping[str, Any], weights: RowWeights, settings: Settings) -> Row:
+    """Add the content of an ``evaluation.json``."""
     count, seconds = int(result["count"]), float(result["seconds"])
-    return {
-        "status": "measured",
-        "weights": weights.label,
-        "top1": result["acc1"],
-        "top5": result["acc5"],
-        "images": count,
-        "images_per_second": count / seconds if seconds else None,
-        "comparable": settings.weights != RANDOM and result["dataset"] == "imagenet" and count == N_VAL,
-        "explanation": {key: value for key, value in result.items() if key.startswith("explanation/")},
-    }
+    return replace(
+        row,
+        status="measured",
+        weights=weights.label,
+        top1=result["acc1"],
+        top5=result["acc5"],
+        images=count,
+        images_per_second=count / seconds if seconds else None,
+        comparable=settings.weights != RANDOM and result["dataset"] == "imagenet" and count == N_VAL,
+        explanation={key: value for key, value in result.items() if key.startswith("explanation/")},
+    )
 
 
-def _load_result(name: str, settings: Settings, folder: Path) -> dict[str, Any] | None:
-    """Read the result of an earlier evaluation with the same settings."""
+def _load_row(row: Row, settings: Settings, folder: Path) -> Row | None:
+    """Return the row with the results of an earlier evaluation with the same settings; ``None`` if there was none."""
     try:
-        content = json.loads((folder / "rows" / name / RESULT).read_text(encoding="utf-8"))
-        is_same = content["settings"] == _result_key(_find_weights(name, settings.weights), settings)
-        return dict(content["row"]) if is_same else None
+        content = json.loads((folder / "rows" / row.name / RESULT).read_text(encoding="utf-8"))
+        is_same = content["settings"] == _result_key(_find_weights(row.name, settings.weights), settings)
+        return replace(row, **content["row"]) if is_same else None
     except (OSError, ValueError, KeyError, TypeError, MissingWeights):
         return None
 
 
-def _result_key(weights: RowWeights, settings: Settings) -> dict[str, Any]:
-    """Everything that a row's measurements depend on."""
+def _result_key(weights: RowWeights, settings: Settings) -> dict[str, str | int | None]:
+    """Return everything that a row's measurements depend on."""
     others = {"batch_size": settings.batch_size, "limit": settings.limit, "device": settings.device}
     return {"weights": weights.identity, "data": str(settings.data and settings.data.resolve()), **others}
 
@@ -217,7 +222,7 @@ def _available_weights(name: str, setting: str) -> Iterator[RowWeights]:
         yield weights
         return
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"{name}.safetensors"
+        path = Path(folder) / f"{name}{WEIGHTS_SUFFIX}"
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(SEED)
             save_weights(create_model(name), path)
@@ -234,7 +239,7 @@ def find_own_weights(name: str, folder: Path) -> RowWeights:
     Raises:
         MissingWeights: There are none.
     """
-    for file in (*(f"{name}{suffix}" for suffix in (".safetensors", ".pth", ".ckpt")), RECORDS[name].file):
+    for file in (*(f"{name}{suffix}" for suffix in SUFFIXES), RECORDS[name].file):
         if (path := folder / file).is_file():
             return RowWeights(str(path), ("weights", str(path.resolve())), f"{path.resolve()} {file_sha256(path)}")
     if (path := folder / name).is_dir() and (config := read_export_config(path)) is not None:
@@ -242,14 +247,14 @@ def find_own_weights(name: str, folder: Path) -> RowWeights:
     runs = [path.parent for place in (f"imagenet/{name}", name) for path in folder.glob(f"{place}/*/{RUN_CONFIG}")]
     finished = [run for run in runs if (run / SUMMARY).is_file()]
     if not finished:
-        missing = f"no file {name}.safetensors, .pth or .ckpt, no exported folder {name} and no run"
+        missing = f"no file {name}{join_words(SUFFIXES)}, no exported folder {name} and no run"
         raise MissingWeights(f"{folder}: {f'{len(runs)} runs have not ended' if runs else missing}")
     run = max(finished, key=lambda run: (run / SUMMARY).stat().st_mtime)
     return RowWeights(str(run), ("run", str(run.resolve())), f"{run.resolve()} {file_sha256(run / SUMMARY)}")
 
 
 def evaluate_row(script: Path, name: str, weights: RowWeights, settings: Settings, output: Path) -> Mapping[str, Any]:
-    """Run ``evaluate.py`` in a process of its own, with its output in a log file.
+    """Run ``evaluate.py`` in a separate process, with its output in a log file.
 
     Args:
         script: Path of ``evaluate.py``.
@@ -263,7 +268,7 @@ def evaluate_row(script: Path, name: str, weights: RowWeights, settings: Setting
 
     Raises:
         EvaluationFailed: With the last line that the process printed.
-        KeyboardInterrupt: The process was told to stop.
+        KeyboardInterrupt: The process received a stop signal.
     """
     output.mkdir(parents=True, exist_ok=True)
     (output / EVALUATION).unlink(missing_ok=True)
@@ -276,15 +281,14 @@ def evaluate_row(script: Path, name: str, weights: RowWeights, settings: Setting
     if code:
         lines = [line for line in log.read_text(encoding="utf-8").splitlines() if line.strip()] or ["no output"]
         raise EvaluationFailed(f"{lines[-1].strip()} (exit code {code}; {log})")
-    content: dict[str, Any] = json.loads((output / EVALUATION).read_text(encoding="utf-8"))
-    return content
+    return read_json(output / EVALUATION)
 
 
 def evaluate_arguments(name: str, weights: RowWeights, settings: Settings, output: Path) -> list[str]:
     """Return the arguments of ``evaluate.py``."""
     values = dict([weights.setting])
     values |= {"dataset.root": str(settings.data and settings.data.resolve()), "output": str(output.resolve())}
-    # A run knows its model; its data set is given again, because the data may have moved.
+    # A run specifies its model; its data set is given again, because the data may have moved.
     model = [] if weights.setting[0] == "run" else [f"model={name}"]
     numbers = {"batch_size": settings.batch_size, "limit_val": settings.limit or "null"}
     numbers["trainer.accelerator"] = settings.device
@@ -292,7 +296,7 @@ def evaluate_arguments(name: str, weights: RowWeights, settings: Settings, outpu
 
 
 def _quoted(item: tuple[str, str]) -> str:
-    """Quote a value for Hydra, to which colons, commas and braces mean something."""
+    """Quote a value for Hydra, where colons, commas and braces are syntax."""
     return f"{item[0]}='{item[1].replace(chr(39), chr(92) + chr(39))}'"
 
 
