@@ -9,7 +9,6 @@ Axes: N images, C channels, H height, W width, K classes.
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -39,7 +38,7 @@ NO_RESIZE_TRANSFORM = InferenceTransform(None, 224, BcosEncoding())
 LONG_RECIPE_TRANSFORM = InferenceTransform(232, 224, BcosEncoding())
 
 #: Options of the CIFAR-10 networks of the norm study: MaxOut over two units, as in ``norm_ablations_final``.
-CIFAR_OPTIONS: dict[str, Any] = {"num_classes": 10, "small_inputs": True, "max_out": 2}
+CIFAR_OPTIONS = {"num_classes": 10, "small_inputs": True, "max_out": 2}
 
 
 class BcosConvNet(BcosModel):
@@ -138,12 +137,12 @@ def make_logit_layer(num_classes: int, logit_temperature: float | None, logit_bi
 
 
 def resolve_norm(norm_layer: str | LayerFactory) -> LayerFactory:
-    """Return the norm factory for a name (see :func:`bcos_train.nn.make_norm`), or the given factory."""
+    """Return the norm factory of that name (see :func:`bcos_train.nn.make_norm`); factories are returned unchanged."""
     return make_norm(norm_layer) if isinstance(norm_layer, str) else norm_layer
 
 
 def resolve_conv(conv_layer: LayerFactory | None, b: float, max_out: int) -> LayerFactory:
-    """Return the given factory, or one of B-cos convolutions with these options."""
+    """Return ``conv_layer``, or by default a factory of B-cos convolutions with these options."""
     return partial(BcosConv2d, b=b, max_out=max_out) if conv_layer is None else conv_layer
 
 

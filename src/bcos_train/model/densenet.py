@@ -28,7 +28,7 @@ from bcos_train.model.conv_net import (
     resolve_norm,
 )
 from bcos_train.model.grad_checkpointing import CheckpointedBlocks
-from bcos_train.model.registry import register_model
+from bcos_train.model.registry import Builder, register_model
 
 
 class DenseLayer(nn.Module):
@@ -231,13 +231,10 @@ register_model(
 # For CIFAR-10, with depths and growth rates of arXiv 1608.06993, and a small one. There are no official models: norm
 # and MaxOut are those of the official norm study on CIFAR-10.
 for _depth, _growth_rate in {52: 12, 100: 12, 190: 40, 250: 24}.items():
-    register_model(
-        f"densenet{_depth}",
-        partial(
-            BcosDenseNet,
-            growth_rate=_growth_rate,
-            block_config=((_depth - 4) // 6,) * 3,
-            num_init_features=2 * _growth_rate,
-            **CIFAR_OPTIONS,
-        ),
+    _builder: Builder = partial(
+        BcosDenseNet,
+        growth_rate=_growth_rate,
+        block_config=((_depth - 4) // 6,) * 3,
+        num_init_features=2 * _growth_rate,
     )
+    register_model(f"densenet{_depth}", partial(_builder, **CIFAR_OPTIONS))

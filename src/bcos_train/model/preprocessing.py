@@ -1,19 +1,28 @@
-"""An inference transform as JSON-able values."""
+"""Describe an inference transform by values that JSON can hold."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torchvision.transforms import v2
 
 from bcos_train.augmentation import imagenet_eval, plain
 from bcos_train.dataset.encoding import BcosEncoding, Standardize
 from bcos_train.model.transform import InferenceTransform
+from bcos_train.utils.json_types import JSONValue
 
 __all__ = ["Preprocessing"]
 
-_GEOMETRIES = {"bcos_train.augmentation.imagenet_eval": imagenet_eval, "bcos_train.augmentation.plain": plain}
-_ENCODINGS = {"bcos_train.dataset.BcosEncoding": BcosEncoding, "bcos_train.dataset.Standardize": Standardize}
+T = TypeVar("T")
+
+_GEOMETRIES: dict[str, Callable[..., v2.Compose]] = {
+    "bcos_train.augmentation.imagenet_eval": imagenet_eval,
+    "bcos_train.augmentation.plain": plain,
+}
+_ENCODINGS: dict[str, Callable[..., BcosEncoding | Standardize]] = {
+    "bcos_train.dataset.BcosEncoding": BcosEncoding,
+    "bcos_train.dataset.Standardize": Standardize,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +43,7 @@ class Preprocessing:
     std: tuple[float, ...] | None = None
 
     @classmethod
-    def from_transform(cls, transform: Any) -> "Preprocessing | None":
+    def from_transform(cls, transform: object) -> "Preprocessing | None":
         """Describe a model's ``transform``; ``None`` if it is not an :class:`InferenceTransform`."""
         if not isinstance(transform, InferenceTransform):
             return None
@@ -48,26 +57,28 @@ class Preprocessing:
                 sizes["crop_size"] = step.size[0]
         encoding = transform.encoding
         if isinstance(encoding, Standardize):
-            # As the user wrote them, without the digits that float32 adds.
+            # Rounded to the decimal numbers that float32 approximates.
             sizes |= {k: tuple(round(v, 8) for v in getattr(encoding, k).flatten().tolist()) for k in ("mean", "std")}
         return cls(**sizes)
 
     @classmethod
-    def from_config(cls, augmentation: Any, encoding: Any) -> "Preprocessing | None":
+    def from_config(cls, augmentation: object, encoding: object) -> "Preprocessing | None":
         """Describe the evaluation transform of a run's config; ``None`` if it is not one of this package.
 
         Args:
             augmentation: The config's node ``augmentation``.
             encoding: The config's node ``encoding``.
         """
+        if not isinstance(augmentation, Mapping):
+            return None
         try:
-            geometry = _call(_GEOMETRIES, augmentation["eval"])
-            return cls.from_transform(_transform(geometry, _call(_ENCODINGS, encoding)))
+            geometry = _build(_GEOMETRIES, augmentation["eval"])
+            return cls.from_transform(_transform(geometry, _build(_ENCODINGS, encoding)))
         except (KeyError, TypeError, ValueError):
             return None
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "Preprocessing":
+    def from_json(cls, values: Mapping[str, object]) -> "Preprocessing":
         """Invert :meth:`to_json`.
 
         Raises:
@@ -79,11 +90,10 @@ class Preprocessing:
             preprocessing = cls(**fields)
             preprocessing.transform()
         except (AttributeError, TypeError, ValueError) as error:
-            shown = dict(values) if isinstance(values, Mapping) else values
-            raise ValueError(f"invalid preprocessing: {shown}") from error
+            raise ValueError(f"invalid preprocessing: {values}") from error
         return preprocessing
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, JSONValue]:
         """Return the fields and, for readers, the channels of the input."""
         channels = ["r", "g", "b"] if self.mean is not None else ["r", "g", "b", "1-r", "1-g", "1-b"]
         return {"channels": channels, **{k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}}
@@ -116,11 +126,13 @@ class Preprocessing:
         return ", ".join(steps) + "."
 
 
-def _transform(geometry: Any, encoding: BcosEncoding | Standardize) -> InferenceTransform:
+def _transform(geometry: v2.Compose, encoding: BcosEncoding | Standardize) -> InferenceTransform:
     transform = InferenceTransform(None, 224, encoding)
     transform.geometry = geometry
     return transform
 
 
-def _call(known: Mapping[str, Any], node: Mapping[str, Any]) -> Any:
-    return known[node["_target_"]](**{key: value for key, value in node.items() if key != "_target_"})
+def _build(builders: Mapping[str, Callable[..., T]], node: object) -> T:
+    if not isinstance(node, Mapping):
+        raise TypeError(f"expected a config node, got {node!r}")
+    return builders[node["_target_"]](**{key: value for key, value in node.items() if key != "_target_"})

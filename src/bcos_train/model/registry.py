@@ -9,7 +9,7 @@ import inspect
 import os
 from collections.abc import Callable, Collection, Mapping
 from fnmatch import fnmatchcase
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import nn
 
@@ -17,6 +17,7 @@ from bcos_train.model.grad_checkpointing import set_grad_checkpointing
 from bcos_train.nn import Backend, set_backend
 from bcos_train.utils.suggestions import suggest
 
+#: Builds a model with random weights from its options.
 Builder = Callable[..., nn.Module]
 
 #: Value of ``weights`` for the official ImageNet weights.
@@ -30,8 +31,8 @@ class WeightsLoader(Protocol):
         self,
         name: str,
         weights: str | os.PathLike[str],
-        options: Mapping[str, Any],
-        build: Callable[[Mapping[str, Any]], nn.Module],
+        options: Mapping[str, object],
+        build: Callable[[Mapping[str, object]], nn.Module],
         *,
         progress: bool,
     ) -> nn.Module: ...
@@ -101,7 +102,7 @@ def create_model(
     progress: bool = True,
     backend: Backend = "fused",
     grad_checkpointing: bool = False,
-    **options: Any,
+    **options: object,
 ) -> nn.Module:
     """Build a model by name.
 
@@ -112,7 +113,7 @@ def create_model(
             names the models that have some.
         weights: ``"official"``; a ``.pth``, ``.safetensors`` or ``.ckpt`` file; or a folder with
             ``model.safetensors``. A run folder or exported folder also describes the options and the preprocessing of
-            its weights, and of each weights file in it: they hold unless given here. ``None``: random weights.
+            its weights, also for the weights files in it; they apply unless set here. ``None``: random weights.
         progress: Show a download progress bar.
         backend: How the layers compute, see :func:`bcos_train.nn.set_backend`.
         grad_checkpointing: In training, recompute the inside of each block in the backward pass instead of storing
@@ -136,7 +137,7 @@ def create_model(
         if key not in known:
             raise ValueError(f"{name} has no option {key!r}{suggest(key, known)}; options: {', '.join(known)}")
     if pretrained and weights not in (None, OFFICIAL):
-        raise ValueError(f"pretrained=True means the official weights: give it or weights={weights}, not both")
+        raise ValueError(f"pretrained=True loads the official weights: set either that or weights={weights}, not both")
     if pretrained:
         weights = OFFICIAL
     if weights is None:
@@ -144,13 +145,13 @@ def create_model(
     assert _WEIGHTS_LOADERS, "bcos_train.weights registers its loader when bcos_train is imported"
     (load,) = _WEIGHTS_LOADERS
 
-    def build(all_options: Mapping[str, Any]) -> nn.Module:
+    def build(all_options: Mapping[str, object]) -> nn.Module:
         return _build(name, all_options, backend, grad_checkpointing)
 
     return load(name, weights, options, build, progress=progress)
 
 
-def _build(name: str, options: Mapping[str, Any], backend: Backend, grad_checkpointing: bool) -> nn.Module:
+def _build(name: str, options: Mapping[str, object], backend: Backend, grad_checkpointing: bool) -> nn.Module:
     model = _BUILDERS[name](**options)
     set_backend(model, backend)
     if grad_checkpointing:
@@ -158,12 +159,12 @@ def _build(name: str, options: Mapping[str, Any], backend: Backend, grad_checkpo
     return model
 
 
-def _config_signature(node: Mapping[str, Any]) -> inspect.Signature:
+def _config_signature(node: Mapping[str, object]) -> inspect.Signature:
     """Return the keyword parameters of :func:`create_model` for the model that a config node names."""
-    own = inspect.signature(create_model).parameters
-    parameters = [own["name"], own["pretrained"], own["weights"], own["backend"], own["grad_checkpointing"]]
-    if isinstance(node.get("name"), str):
-        parameters += model_signature(node["name"]).parameters.values()
+    common = inspect.signature(create_model).parameters
+    parameters = [common[key] for key in ("name", "pretrained", "weights", "backend", "grad_checkpointing")]
+    if isinstance(name := node.get("name"), str):
+        parameters += model_signature(name).parameters.values()
     return inspect.Signature([p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters])
 
 

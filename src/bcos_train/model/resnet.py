@@ -3,15 +3,14 @@
 The architecture is He et al. 2016 (stride in the 3x3 convolution, as in torchvision) with every convolution and the
 classifier replaced by a B-cos transform, no activation function, average instead of maximum pooling, and the
 classifier applied at each position *before* the global average (Böhle et al., TPAMI 2024, arXiv 2306.10898, sec. 4).
-Parameter names, shapes and the order of random draws equal those of the official models, so that
-official weights load strictly and the same seed gives the same initial weights.
+Parameter names, shapes and the order of random draws equal those of the official models, so that official weights load
+strictly and the same seed gives the same initial weights.
 
 Axes: N images, C channels, H height, W width, K classes.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
@@ -29,7 +28,7 @@ from bcos_train.model.conv_net import (
     resolve_norm,
 )
 from bcos_train.model.grad_checkpointing import CheckpointedBlocks
-from bcos_train.model.registry import register_model
+from bcos_train.model.registry import Builder, register_model
 from bcos_train.nn import add_shortcut
 
 
@@ -296,13 +295,13 @@ def _make_block(
     return block(inplanes, planes, stride, downsample, groups, base_width, dilation, norm_layer, conv_layer, drop_prob)
 
 
-def _register(options_by_name: dict[str, dict[str, Any]], *, long: bool = False, **common: Any) -> None:
-    network = LongBcosResNet if long else BcosResNet
+def _register(network: Builder, options_by_name: Mapping[str, Mapping[str, object]], /, **common: object) -> None:
     for name, options in options_by_name.items():
         register_model(name, partial(network, **{**common, **options}))
 
 
 _register(
+    BcosResNet,
     {
         "resnet18": {"block": BasicBlock, "layers": (2, 2, 2, 2)},
         "resnet34": {"block": BasicBlock, "layers": (3, 4, 6, 3)},
@@ -317,19 +316,21 @@ _register(
     block=Bottleneck,
 )
 _register(
+    LongBcosResNet,
     {"resnet50_long": {"layers": (3, 4, 6, 3)}, "resnet152_long": {"layers": (3, 8, 36, 3)}},
     block=Bottleneck,
     stochastic_depth_prob=0.1,
-    long=True,
 )
 
 _register(
+    BcosResNet,
     {f"resnet{6 * n + 2}": {"layers": (n, n, n)} for n in (3, 5, 7, 9, 18)},
     block=BasicBlock,
     inplanes=16,
     **CIFAR_OPTIONS,
 )
 _register(
+    BcosResNet,
     {
         f"resnext{9 * n + 2}_{groups}x{width}d": {"layers": (n, n, n), "groups": groups, "width_per_group": width}
         for n in (3, 5, 7, 11)
@@ -341,6 +342,7 @@ _register(
 )
 # The wide networks of the ResNeXt paper (arXiv 1611.05431) have its 64 channels in the first stage.
 _register(
+    BcosResNet,
     {f"resnext29_{groups}x64d": {"layers": (3, 3, 3), "groups": groups, "width_per_group": 64} for groups in (8, 16)},
     block=Bottleneck,
     inplanes=64,

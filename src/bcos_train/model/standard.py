@@ -14,13 +14,10 @@ from torchvision import models
 
 from bcos_train.dataset.encoding import Standardize
 from bcos_train.model.base import check_images, resolve_pooling
-from bcos_train.model.registry import register_model
+from bcos_train.model.registry import Builder, register_model
 from bcos_train.model.transform import InferenceTransform
 
 __all__ = ["StandardModel"]
-
-#: Function of torchvision that builds a network.
-Builder = Callable[..., nn.Module]
 
 
 class StandardModel(nn.Module):

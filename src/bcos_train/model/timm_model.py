@@ -22,7 +22,7 @@ def timm_model(
     pretrained: bool = False,
     drop_rate: float | None = None,
     drop_path_rate: float | None = None,
-    model_args: dict[str, Any] | None = None,
+    model_args: Mapping[str, object] | None = None,
 ) -> nn.Module:
     """Build a model of timm (``timm.list_models()``).
 
@@ -55,7 +55,7 @@ def timm_model(
         # Also files and URLs: a config must not load weights from arbitrary places.
         if key in reserved or key.startswith("pretrained"):
             raise ValueError(f"model_args.{key}: not a keyword of timm's {name} itself")
-    options = {"drop_rate": drop_rate, "drop_path_rate": drop_path_rate, **(model_args or {})}
+    options: dict[str, Any] = {"drop_rate": drop_rate, "drop_path_rate": drop_path_rate, **(model_args or {})}
     try:
         model: Any = create_model(name, pretrained=pretrained, num_classes=num_classes, in_chans=in_chans, **options)
     except (TypeError, AssertionError) as error:
@@ -91,10 +91,10 @@ def _check_name(name: str) -> None:
         raise ValueError(f"timm's {architecture} has no weights {tag!r}{suggest(tag, tags)}; it has: {', '.join(tags)}")
 
 
-def _config_signature(node: Mapping[str, Any]) -> inspect.Signature:
+def _config_signature(node: Mapping[str, object]) -> inspect.Signature:
     """Return the signature of :func:`timm_model`, after checking the model name of the config."""
-    if isinstance(node.get("name"), str) and node["name"] != "???":
-        _check_name(node["name"])
+    if isinstance(name := node.get("name"), str) and name != "???":
+        _check_name(name)
     return inspect.signature(timm_model)
 
 

@@ -3,8 +3,8 @@
 The architecture is VGG (Simonyan & Zisserman 2015, arXiv 1409.1556) with every convolution replaced by a B-cos
 transform, no activation function and no dropout, average instead of maximum pooling, and the three fully connected
 layers as convolutions (7x7, 1x1, 1x1) that are applied at each position *before* the global average (Böhle et al.,
-TPAMI 2024, arXiv 2306.10898, sec. 4). Parameter names, shapes and the order of random draws equal
-those of the official models.
+TPAMI 2024, arXiv 2306.10898, sec. 4). Parameter names, shapes and the order of random draws equal those of the
+official models.
 
 Axes: N images, C channels, H height, W width, K classes.
 """

@@ -23,7 +23,7 @@ from bcos_train.dataset.encoding import Standardize
 from bcos_train.model.base import BcosModel, GroupMatcher, resolve_pooling
 from bcos_train.model.conv_net import LayerFactory, make_logit_layer
 from bcos_train.model.grad_checkpointing import CheckpointedBlocks, set_grad_checkpointing
-from bcos_train.model.registry import register_model
+from bcos_train.model.registry import Builder, register_model
 from bcos_train.model.transform import InferenceTransform
 from bcos_train.model.vit_parts import Attention, Encoder, Patches, PositionalEmbedding, conv_stem
 from bcos_train.nn import (
@@ -272,7 +272,7 @@ def _check_sizes(
         )
 
 
-#: Size -> D, blocks of the SimpleViT (ViT-C: one fewer), heads, and the stem of the ViT-C.
+#: By size: D, blocks of the SimpleViT (ViT-C: one fewer), heads, and the stem of the ViT-C.
 _SIZES = {
     "ti": (192, 12, 3, (24, 48, 96, 192)),
     "s": (384, 12, 6, (48, 96, 192, 384)),
@@ -280,10 +280,12 @@ _SIZES = {
     "l": (1024, 14, 16, (64, 128, 128, 256, 256, 512)),
 }
 
-for _prefix, _build in (("", BcosSimpleViT), ("standard_", StandardSimpleViT)):
+_NETWORKS: dict[str, Builder] = {"": BcosSimpleViT, "standard_": StandardSimpleViT}
+
+for _prefix, _network in _NETWORKS.items():
     for _size, (_dim, _depth, _heads, _) in _SIZES.items():
-        _options: dict[str, Any] = {"dim": _dim, "depth": _depth, "heads": _heads, "mlp_dim": 4 * _dim}
-        register_model(f"{_prefix}simple_vit_{_size}_patch16_224", partial(_build, **_options))
+        _options = {"dim": _dim, "depth": _depth, "heads": _heads, "mlp_dim": 4 * _dim}
+        register_model(f"{_prefix}simple_vit_{_size}_patch16_224", partial(_network, **_options))
     for _size, (_dim, _depth, _heads, _stem) in _SIZES.items():
         _options = {"dim": _dim, "depth": _depth - 1, "heads": _heads, "mlp_dim": 4 * _dim}
-        register_model(f"{_prefix}vitc_{_size}_patch1_14", partial(_build, patch_size=1, stem=_stem, **_options))
+        register_model(f"{_prefix}vitc_{_size}_patch1_14", partial(_network, patch_size=1, stem=_stem, **_options))
