@@ -43,6 +43,6 @@ def test_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ove
     monkeypatch.delenv("CXX", raising=False)
     what = override.split(".")[1].split("=")[0]
     with pytest.raises(
-        UserError, match=rf"{what}=.* needs a C\+\+ compiler, and there is no \w+\+\+; the variable CXX"
+        UserError, match=rf"{what}=.* needs a C\+\+ compiler, but there is no \w+\+\+; set CXX"
     ):
         train(compose(tmp_path / "runs", *TINY, override))

@@ -1,5 +1,3 @@
-"""Where what is compiled is kept."""
-
 import importlib.util
 import sysconfig
 from pathlib import Path
@@ -11,13 +9,13 @@ from bcos_train.utils.compiling import missing_for_compiling, prepare_to_compile
 
 
 @pytest.mark.parametrize("given", [None, "default", "elsewhere"])
-def test_cache_outlives_temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str | None) -> None:
-    """Unless the user has chosen a folder; torch's default, which its import may have set, is none that was chosen."""
+def test_cache_is_persistent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str | None) -> None:
+    """Unless the user has set a folder; torch's default, which importing it may have set, doesn't count."""
     compiler = tmp_path / "compiler"
     compiler.touch(mode=0o755)
     monkeypatch.setenv("CXX", str(compiler))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # so that what was there comes back
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # so that monkeypatch restores it
     if given is None:
         monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     else:
@@ -32,9 +30,7 @@ def test_cache_outlives_temporary_files(tmp_path: Path, monkeypatch: pytest.Monk
 def test_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("CXX", "c++-of-my-own")
-    with pytest.raises(
-        ValueError, match=r"this needs a C\+\+ compiler, and there is no c\+\+-of-my-own; the variable CXX"
-    ):
+    with pytest.raises(ValueError, match=r"this needs a C\+\+ compiler, but there is no c\+\+-of-my-own; set CXX"):
         prepare_to_compile("this")
 
 
@@ -49,7 +45,7 @@ def test_cuda_needs_more(
     compiler.touch(mode=0o755)
     monkeypatch.setenv("CXX", str(compiler))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if triton else None)
-    # Either of the places where they may be.
+    # The headers may be in either folder.
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": str(tmp_path / "empty")})
     monkeypatch.setattr(sysconfig, "get_config_var", lambda name: str(tmp_path))
     if headers:

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
 from bcos_train.config.errors import UserError
-from bcos_train.utils.atomic import replacing
+from bcos_train.utils.atomic import atomic_write
 
 __all__ = ["join", "load", "overlay", "save", "to_container"]
 
@@ -61,7 +61,7 @@ def overlay(base: Mapping[str, object], config: Mapping[str, object], keys: Iter
 
 def save(config: Mapping[str, object], path: str | os.PathLike[str]) -> None:
     """Write a resolved config as YAML; the file appears complete or not at all."""
-    with replacing(Path(path)) as temporary:
+    with atomic_write(Path(path)) as temporary:
         temporary.write_text(OmegaConf.to_yaml(OmegaConf.create(to_container(config))), encoding="utf-8")
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bcos_train.utils.atomic import replacing
+from bcos_train.utils.atomic import atomic_write
 
 __all__ = ["ScoreStore", "fingerprint", "replace_file", "write_json"]
 
@@ -61,7 +61,7 @@ class ScoreStore:
 
 def replace_file(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Write an npz file atomically."""
-    with replacing(path) as temporary, temporary.open("wb") as file:
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
         np.savez(file, **dict(arrays))  # type: ignore[arg-type]
 
 
@@ -72,7 +72,7 @@ def write_json(path: Path, content: object) -> None:
         path: The file.
         content: JSON-able value.
     """
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 

@@ -15,7 +15,7 @@ import torch
 from bcos_train.model import create_model
 from bcos_train.report.zoo_table import N_VAL, Row, model_cost, published_row, to_csv, to_json, to_markdown
 from bcos_train.runs.layout import CHECKPOINT_SUFFIX, EVALUATION, RUN_CONFIG, SUMMARY, WEIGHTS_SUFFIX
-from bcos_train.utils.atomic import replacing
+from bcos_train.utils.atomic import atomic_write
 from bcos_train.utils.suggestions import join_words
 from bcos_train.weights.download import WeightsError, download_official
 from bcos_train.weights.files import file_sha256, read_json, save_weights
@@ -316,7 +316,7 @@ def write_table(rows: Sequence[Row], settings: Settings, folder: Path) -> None:
 
 def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 

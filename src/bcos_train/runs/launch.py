@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
-from bcos_train.utils.atomic import replacing
+from bcos_train.utils.atomic import atomic_write
 
 #: Environment variable with the file in which rank 0 reports its pid and, at the end, its exit code to the process that
 #: restarted the command.
@@ -104,5 +104,5 @@ def report_exit_code(code: int) -> int:
 
 
 def _write(text: str) -> None:
-    with replacing(Path(os.environ[REPORT])) as temporary:
+    with atomic_write(Path(os.environ[REPORT])) as temporary:
         temporary.write_text(text)

@@ -1,18 +1,18 @@
-"""Files that appear complete or not at all."""
+"""Write files atomically."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["replacing"]
+__all__ = ["atomic_write"]
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A file beside `path` to write to. At the end of the block it takes the place of `path`, old or new, at once.
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary path in the folder of ``path``; at the end of the block the file there replaces ``path``.
 
-    What has been written is on the disk by then. After an exception, or if the machine dies, `path` is as it was.
+    The content is on disk before it replaces ``path``. After an exception or a crash, ``path`` is unchanged.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from bcos_train.runs import checkpoint as checkpoints
 from bcos_train.runs.checkpoint import digest_path, file_sha256
 from bcos_train.runs.layout import CHECKPOINT_SUFFIX, EMA_WEIGHTS, WEIGHTS, WEIGHTS_SUFFIX
-from bcos_train.utils.atomic import replacing
+from bcos_train.utils.atomic import atomic_write
 
 __all__ = ["file_sha256", "read_file", "read_json", "read_weights", "save_weights"]
 
@@ -29,7 +29,7 @@ def save_weights(model: nn.Module, path: Path) -> None:
 
     # Weights in channels_last are stored in the memory order that every reader expects.
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_bytes(save(state))  # safetensors' own writer creates files that only their owner can read
 
 

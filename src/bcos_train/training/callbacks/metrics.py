@@ -15,7 +15,7 @@ from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities import rank_zero_only
 
 from bcos_train.runs.layout import METRICS, read_metrics
-from bcos_train.utils.atomic import replacing
+from bcos_train.utils.atomic import atomic_write
 
 
 def log_now(module: pl.LightningModule, metrics: Mapping[str, float]) -> None:
@@ -89,7 +89,7 @@ class CsvLogger(Logger):
 
     def _rewrite(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(self.path) as temporary, temporary.open("w", newline="") as file:
+        with atomic_write(self.path) as temporary, temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, self._columns, lineterminator="\n")
             writer.writeheader()
             writer.writerows(self._rows)
