@@ -18,7 +18,7 @@ from bcos_train.report.zoo_table import (
     Row,
     model_cost,
     published_row,
-    readme_line,
+    readme_cells,
     select_rows,
     to_csv,
     to_json,
@@ -206,13 +206,13 @@ def test_readme_has_all_rows() -> None:
     table = cells(text[text.index(BEGIN) : text.index(END)])
     assert list(table)[2:] == list(RECORDS)
     for name, line in list(table.items())[2:]:
-        expected = readme_line(published_row(name, RECORDS[name].params, float(line[2])))
+        expected = readme_cells(published_row(name, RECORDS[name].params, float(line[2])))
         assert line == expected, "run: python scripts/model_zoo.py --readme"
 
 
 @pytest.mark.parametrize("name", SMALL)
 def test_readme_is_current(name: str) -> None:
-    line = f"| {' | '.join(readme_line(published_row(name, *model_cost(name))))} |"
+    line = f"| {' | '.join(readme_cells(published_row(name, *model_cost(name))))} |"
     assert line in README.read_text(encoding="utf-8")
 
 

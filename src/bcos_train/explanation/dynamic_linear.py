@@ -1,11 +1,11 @@
 """Dynamic linear weights W(x) and contribution maps.
 
-A B-cos network is affine in its input once the dynamic scalings are frozen: logit_k(x) = W_k(x) x + c_k(x), where W(x)
-is the product of all its layers' dynamic weights and c(x) gathers what does not come from the input (the logit bias,
-biases of norm layers). In explanation mode the gradient of a logit is W(x) exactly. Source: Böhle et al., "B-cos
+For fixed dynamic scales, a B-cos network is affine in its input: logit_k(x) = W_k(x) x + c_k(x), where W(x) is the
+product of all layers' dynamic weights, and c(x) collects all terms that don't depend on the input (the logit bias,
+biases of norm layers). In explanation mode the gradient of a logit is exactly W(x). Source: Böhle et al., "B-cos
 Networks: Alignment is All We Need for Interpretability" (CVPR 2022), eq. 11-13.
 
-Axes: N images, C encoded colour channels (6), H, W pixels, K classes.
+Axes: N images, C encoded color channels (6), H, W pixels, K classes.
 """
 
 import warnings
@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,15 +37,15 @@ __all__ = ["Explanation", "constant_term", "dynamic_linear_weights", "explain"]
 
 @dataclass(frozen=True)
 class Explanation:
-    """What the network computed for a batch, and why. Floating-point fields have the dtype of the input.
+    """Logits of a batch and their explanation. Floating-point fields have the dtype of the input.
 
     Attributes:
         logits: (N, K).
-        prediction: (N,) int64, the class of the largest logit.
-        target: (N,) int64, the class that is explained.
+        prediction: (N,) int64, the class with the largest logit.
+        target: (N,) int64, the explained class.
         weights: (N, C, H, W), W(x) of the target's logit.
-        contribution_map: (N, H, W), sum over channels of x * W(x), in units of the logit. Its sum over a map is the
-            logit less its constant term (:func:`constant_term`).
+        contribution_map: (N, H, W), sum over channels of x * W(x), in units of the logit. The sum of a map is the logit
+            minus its constant term (:func:`constant_term`).
     """
 
     logits: Tensor
@@ -59,30 +58,30 @@ class Explanation:
 def explain(
     model: nn.Module, x: Tensor, target: Tensor | int | None = None, *, create_graph: bool = False
 ) -> Explanation:
-    """Explain one class per image of a batch, with one forward and one backward pass for all of them.
+    """Explain one class per image, with one forward and one backward pass for the batch.
 
-    Nothing outside is touched: not ``x`` (neither its ``requires_grad`` nor its ``grad``), not the gradients of the
-    parameters, not the state of the model. On CUDA no factor is rounded to TF32. Works within ``torch.no_grad``,
-    ``torch.inference_mode`` and autocast. A model wrapped in DDP is unwrapped: no communication takes place.
+    There are no side effects on ``x`` (neither ``requires_grad`` nor ``grad``), the gradients of the parameters, or the
+    state of the model. TF32 is disabled on CUDA. Works within ``torch.no_grad``, ``torch.inference_mode`` and autocast.
+    A model wrapped in DDP is unwrapped, so there is no communication.
 
     Args:
-        model: maps (N, C, H, W) to logits (N, K), each image on its own (batch norms in evaluation mode).
+        model: Maps (N, C, H, W) to logits (N, K), independently for each image (batch norms in evaluation mode).
         x: (N, C, H, W), floating point; for B-cos networks in [0, 1] and encoded as [r, g, b, 1-r, 1-g, 1-b].
-        target: the classes to explain, in 0 ... K-1: (N,) integers, one for all, or None for each image's prediction.
-        create_graph: as for :func:`dynamic_linear_weights`. Without it the results are detached.
+        target: Classes to explain, in 0 ... K-1: (N,) integers, one for all, or None for each image's prediction.
+        create_graph: As for :func:`dynamic_linear_weights`. Without it the results are detached.
 
     Raises:
         ValueError: ``x`` is not a floating-point (N, C, H, W); the model does not return (N, K); ``target`` has another
             shape, is not an integer or is out of range.
 
     Warns:
-        UserWarning: the model is in training mode, where batch norms scale by the statistics of the batch, so W(x)
-            depends on the other images. Running statistics stay as they were in any case.
+        UserWarning: The model is in training mode, where batch norms use the statistics of the batch, so W(x) depends
+            on the other images. Running statistics are unchanged in any case.
     """
     if model.training and not create_graph:
         warnings.warn(
-            "explain() on a model in training mode: W(x) is that of the batch statistics and of this draw of the "
-            "dropout. Call model.eval() first for the explanations of inference.",
+            "explain() on a model in training mode: W(x) depends on batch statistics and dropout. Call model.eval() "
+            "first to explain the model's predictions at inference.",
             stacklevel=2,
         )
     weights, classes, logits = dynamic_linear_weights(model, x, target, create_graph=create_graph)
@@ -101,23 +100,23 @@ def dynamic_linear_weights(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute W(x) of one class per image: the gradient of its logit in explanation mode.
 
-    The core of :func:`explain`, for losses and methods that need the weights alone; the same rules hold.
+    The core of :func:`explain`, for losses and methods that only need the weights. It has no side effects either.
 
     Args:
         model, x, target: As for :func:`explain`.
-        create_graph: Keep the graph from the parameters to the results, for losses on explanations. The dynamic scales
-            are constants in that graph.
+        create_graph: Create the graph from the parameters to the results, for losses on explanations. The dynamic
+            scales are constants in this graph.
 
     Returns:
         The weights (N, C, H, W), the explained classes (N,) int64, and the logits (N, K); detached without
         ``create_graph``.
 
     Raises:
-        ValueError: As :func:`explain`.
+        ValueError: As for :func:`explain`.
     """
     _check_input(x)
     network = _unwrap(model)
-    # With a graph, gradients reach the parameters through W(x): cached weights have none.
+    # With a graph, gradients must reach the parameters through W(x); cached weights are detached from them.
     weight_mode = live_weights() if create_graph else cached_weights(network)
     with (
         torch.inference_mode(False),
@@ -136,28 +135,27 @@ def dynamic_linear_weights(
 
 
 def constant_term(model: nn.Module, x: Tensor, target: Tensor | int | None = None) -> Tensor:
-    """The part of the target's logit that does not come from the input: c(x) in logit(x) = W(x) x + c(x).
+    """Compute the part of the target's logit that does not depend on the input: c(x) in logit(x) = W(x) x + c(x).
 
-    Found without looking at the logit's value, so that completeness can be checked against it: what a module answers
-    to a zero input (a bias, the shift of a centered batch norm, a positional embedding, the logit bias) is its own
-    constant, and the gradient of the logit at the module's output says how much of it arrives. This is the
-    bias part of FullGrad (Srinivas & Fleuret, NeurIPS 2019, arXiv 1905.00780) on the frozen network. Constants that
-    no module adds by itself (a parameter added in a parent's ``forward``) are not seen.
+    The computation does not use the value of the logit, so completeness can be checked against it. A module's constant
+    is its output for a zero input (a bias, the shift of a centered batch norm, a positional embedding, the logit bias),
+    and the gradient of the logit with respect to the module's output is its weight. This is the bias term of FullGrad
+    (Srinivas & Fleuret, NeurIPS 2019, arXiv 1905.00780) for the network in explanation mode. Constants outside of leaf
+    modules (a parameter added in a parent's ``forward``) are not included.
 
-    Costs little more than one forward and backward pass for the whole batch: meant for checks and metrics, not for the
-    training step. A module whose output has no axis for the images (an embedding that the parent adds) takes one more
-    backward pass for each image.
+    The cost is little more than one forward and backward pass for the batch. A module whose output has no batch axis
+    (an embedding that its parent adds) needs another backward pass for each image.
 
     Args:
-        model: as for :func:`explain`, in evaluation mode. Modules keep the images along the first axis.
+        model: As for :func:`explain`, in evaluation mode. The first axis of all modules' outputs is the batch axis.
         x: (N, C, H, W).
-        target: as for :func:`explain`.
+        target: As for :func:`explain`.
 
     Returns:
         (N,), dtype of ``x``, in units of the logit.
 
     Raises:
-        ValueError: as :func:`explain`; the model is in training mode.
+        ValueError: As for :func:`explain`, or the model is in training mode.
     """
     _check_input(x)
     network = _unwrap(model)
@@ -179,8 +177,8 @@ def constant_term(model: nn.Module, x: Tensor, target: Tensor | int | None = Non
         indices = logits.detach().argmax(1) if target is None else _as_indices(target, logits)
         selected = logits.gather(1, indices[:, None])[:, 0]
         terms = x.new_zeros(n_images)
-        shared = [constant for constant in constants if not constant.by_image]
-        for constant, grad in _gradients(selected.sum(), [c for c in constants if c.by_image]):
+        shared = [constant for constant in constants if not constant.has_batch_axis]
+        for constant, grad in _gradients(selected.sum(), [c for c in constants if c.has_batch_axis]):
             terms += (grad * constant.value).flatten(1).sum(1, dtype=x.dtype)
         for n in range(n_images) if shared else ():
             for constant, grad in _gradients(selected[n], shared):
@@ -190,18 +188,21 @@ def constant_term(model: nn.Module, x: Tensor, target: Tensor | int | None = Non
 
 @dataclass(frozen=True)
 class _Constant:
-    """The output of a module in the graph, and its output for a zero input.
+    """Constant of a module.
 
-    ``by_image``: the first axis of the output is that of the images.
+    Attributes:
+        point: The module's output in the graph.
+        value: The module's output for a zero input.
+        has_batch_axis: True if the first axis of the output is the batch axis.
     """
 
     point: Tensor
     value: Tensor
-    by_image: bool
+    has_batch_axis: bool
 
 
 def _gradients(output: Tensor, constants: list[_Constant]) -> list[tuple[_Constant, Tensor]]:
-    """The gradients of a scalar at those points from which it comes."""
+    """Return the gradients of a scalar with respect to the points that it depends on."""
     if not constants or not output.requires_grad:
         return []
     points = [constant.point for constant in constants]
@@ -209,7 +210,7 @@ def _gradients(output: Tensor, constants: list[_Constant]) -> list[tuple[_Consta
     return [(constant, grad) for constant, grad in zip(constants, grads, strict=True) if grad is not None]
 
 
-#: Types of modules that return zeros for zeros as long as they have no bias. Subclasses may do otherwise.
+#: Types of modules that map zeros to zeros if they have no bias; this need not hold for subclasses.
 _LINEAR = {
     nn.AdaptiveAvgPool2d,
     nn.AvgPool2d,
@@ -229,33 +230,33 @@ _LINEAR = {
 
 
 def _is_zero_at_zero(module: nn.Module) -> bool:
-    """True if the output for a zero input is known to be zero, so that it doesn't have to be computed."""
+    """True if the output for a zero input is known to be zero, and need not be computed."""
     return type(module) in _LINEAR and getattr(module, "bias", None) is None and "forward" not in vars(module)
 
 
 def _record_constant(
-    constants: list[_Constant], n_images: int, module: nn.Module, args: tuple[Any, ...], output: Any
+    constants: list[_Constant], n_images: int, module: nn.Module, args: tuple[object, ...], output: object
 ) -> Tensor | None:
-    """A forward hook that notes what a module adds by itself."""
+    """Forward hook that records the constant of a module."""
     inputs = [arg for arg in args if isinstance(arg, Tensor)]
-    # Only modules on the way from the image: a softmax over detached queries is a dynamic weight, not a constant.
+    # Only modules with a gradient path from the image: a softmax of detached queries is a dynamic weight.
     on_path = any(arg.requires_grad for arg in inputs)
     if not on_path or not isinstance(output, Tensor) or not output.is_floating_point():
         return None
-    by_image = output.requires_grad and all(t.ndim > 0 and len(t) == n_images for t in (output, *inputs))
-    # All images have the same constant, unless one of the inputs that are kept differs between them.
-    rows = 1 if by_image and all(arg.requires_grad for arg in inputs) else None
+    has_batch_axis = output.requires_grad and all(t.ndim > 0 and len(t) == n_images for t in (output, *inputs))
+    # If all inputs become zeros, the constant is the same for all images.
+    rows = 1 if has_batch_axis and all(arg.requires_grad for arg in inputs) else None
     zeros = [torch.zeros_like(arg[:rows]) if isinstance(arg, Tensor) and arg.requires_grad else arg for arg in args]
     with torch.no_grad():
         value = module.forward(*zeros)
     point = output if output.requires_grad else output.detach().requires_grad_()
-    constants.append(_Constant(point, value, by_image))
-    # A copy goes on, so that `out += identity` further down does not turn `point` into the sum.
+    constants.append(_Constant(point, value, has_batch_axis))
+    # A copy, so that a later in-place operation such as `out += identity` does not modify `point`.
     return point.clone()
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
-    """DDP would wait for gradients of parameters that an explanation never computes."""
+    """Unwrap DDP, which would wait for the gradients of parameters."""
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
@@ -264,7 +265,7 @@ def _check_input(x: Tensor) -> None:
         raise ValueError(f"x must be a floating-point tensor (N, C, H, W) with N >= 1, got {x.dtype} {tuple(x.shape)}")
 
 
-def _checked_logits(output: Any, n_images: int) -> Tensor:
+def _checked_logits(output: object, n_images: int) -> Tensor:
     if not isinstance(output, Tensor):
         raise ValueError(f"the model must return a tensor of logits (N, K), got {type(output).__name__}")
     if output.ndim != 2 or len(output) != n_images:
@@ -272,9 +273,9 @@ def _checked_logits(output: Any, n_images: int) -> Tensor:
     return output
 
 
-def _as_indices(target: Tensor | int, logits: Tensor, n_images: int | None = None) -> Tensor:
-    """The target as (N,) int64 on the device of the logits, checked against their number of classes."""
-    n_images = len(logits) if n_images is None else n_images
+def _as_indices(target: Tensor | int, logits: Tensor) -> Tensor:
+    """Convert the target to (N,) int64 on the device of the logits, and check its range."""
+    n_images = len(logits)
     indices = torch.as_tensor(target, device=logits.device)
     if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
         raise ValueError(f"target must be integer class indices, got {indices.dtype}")
@@ -283,10 +284,10 @@ def _as_indices(target: Tensor | int, logits: Tensor, n_images: int | None = Non
     if indices.shape != (n_images,):
         raise ValueError(f"target must be an int or of shape ({n_images},), got shape {tuple(indices.shape)}")
     allowed = range(logits.shape[1])
-    wrong = [i for i in indices.tolist() if i not in allowed]
-    if wrong:
-        raise ValueError(f"target {wrong[0]} is out of range, allowed are 0 to {allowed.stop - 1}")
-    # A copy, for autograd cannot save a tensor made in inference mode.
+    invalid = [i for i in indices.tolist() if i not in allowed]
+    if invalid:
+        raise ValueError(f"target {invalid[0]} is out of range, allowed are 0 to {allowed.stop - 1}")
+    # A copy, because autograd cannot save inference tensors.
     return indices.long().clone()
 
 
@@ -294,7 +295,7 @@ def _as_indices(target: Tensor | int, logits: Tensor, n_images: int | None = Non
 def _frozen_buffers(model: nn.Module) -> Iterator[None]:
     """Let batch norms in training mode update copies of their running statistics.
 
-    The copies are swapped in rather than the values copied back: autograd has saved the buffers that it met.
+    The buffers are replaced, not restored by copying: autograd detects in-place changes of the tensors that it saved.
     """
     swapped: list[tuple[nn.Module, str, Tensor]] = []
     try:

@@ -3,7 +3,7 @@
 Axes: N images, C = 6 encoded channels [r, g, b, 1-r, 1-g, 1-b], H W pixels.
 """
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -142,7 +142,7 @@ def plot_contribution_map(
 
 def official_dict(
     explanation: Explanation, x: Tensor, *, smooth: int | None = 15, alpha_percentile: float = 99.5
-) -> dict[str, Any]:
+) -> dict[str, int | Tensor | np.ndarray]:
     """Convert one image's explanation to the dictionary that the official ``model.explain`` returns.
 
     Args:

@@ -1,9 +1,8 @@
-"""Explanation mode: the network frozen into the linear map that it applied to its input."""
+"""Explanation mode: gradients are those of the dynamic linear map W(x)."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ContextDecorator, ExitStack, contextmanager
 from types import TracebackType
-from typing import Any
 
 from torch import nn
 
@@ -19,7 +18,7 @@ def is_explainable(model: nn.Module) -> bool:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; each module's own mode afterwards."""
+    """Set evaluation mode within the block, and restore each module's mode afterwards."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -29,18 +28,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _is_active(module: Any) -> bool:
-    """The state of one module; modules that keep none (a centered batch norm has nothing to detach) count as off."""
+def _is_active(module: nn.Module) -> bool:
+    """True if a module is in explanation mode; modules without a state (centered batch norms) count as off."""
     return bool(getattr(module, "is_in_explanation_mode", getattr(module, "detach", False)))
 
 
 class explanation_mode(ContextDecorator):
-    """Within the block, gradients treat the dynamic weights of ``model`` as constants, so d logit / d x is W(x).
+    """Treat the dynamic weights of ``model`` as constants in gradients within the block, so d logit / d x is W(x).
 
-    Every module with a ``set_explanation_mode`` method takes part; they are looked up anew at each entry, so modules
-    that were swapped in later are seen, and a model wrapped in DDP or compiled in place works as it is. On exit each
-    module gets back the state it had on entry, also after an exception: blocks nest, and one instance can be entered
-    again while it is active. Serves as a decorator too::
+    Every module with a ``set_explanation_mode`` method takes part. Modules are looked up at each entry, so later
+    replacements are included, and models wrapped in DDP or compiled in place need no unwrapping. On exit, also after an
+    exception, each module's previous state is restored: blocks can be nested, and one instance can be entered again
+    while it is active. Also usable as a decorator::
 
         with explanation_mode(model):
             ...
@@ -49,11 +48,11 @@ class explanation_mode(ContextDecorator):
         def contributions(x): ...
 
     Args:
-        model: any module; one without detachable parts is left as it is.
+        model: Any module; modules without detachable parts are unchanged.
 
     Raises:
-        whatever a module raises in ``set_explanation_mode(True)`` (a centered batch norm in training mode does); the
-        modules that had been switched on before it are then restored.
+        Exception: As raised by a module's ``set_explanation_mode(True)``, such as that of a centered batch norm in
+            training mode; modules that were already switched on are then restored.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -61,18 +60,18 @@ class explanation_mode(ContextDecorator):
         self._exits: list[ExitStack] = []
 
     def __enter__(self) -> nn.Module:
-        found: list[tuple[Any, bool]] = [
-            (module, _is_active(module))
+        switches: list[tuple[Callable[[bool], object], bool]] = [
+            (switch, _is_active(module))
             for module in self.model.modules()
-            if callable(getattr(module, "set_explanation_mode", None))
+            if callable(switch := getattr(module, "set_explanation_mode", None))
         ]
         with ExitStack() as stack:
-            # An ExitStack runs backwards; parents come first in `found` and are to be restored first, because a
-            # parent may pass the call on to its children.
-            for module, active in reversed(found):
-                stack.callback(module.set_explanation_mode, active)
-            for module, _ in found:
-                module.set_explanation_mode(True)
+            # A parent may forward the call to its children, so parents, which come first in `switches`, must be
+            # restored first. An ExitStack runs in reverse order.
+            for switch, was_active in reversed(switches):
+                stack.callback(switch, was_active)
+            for switch, _ in switches:
+                switch(True)
             self._exits.append(stack.pop_all())
         return self.model
 

@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -216,20 +216,20 @@ def _title_sample(
         return _short(class_names[index]) + ("" if shares is None else f" ({_percent(float(shares[index]))})")
 
     right = prediction == label
-    style: dict[str, Any] = {"fontsize": 8, "pad": 3.5}
     axes[0].set_title(
         f"{'✓' if right else '✗'} {named(prediction)}",
         loc="left",
         color=RIGHT if right else WRONG,
         weight="bold",
-        **style,
+        fontsize=8,
+        pad=3.5,
     )
     if target != prediction:
         # There is room for one name: the explained class matters most.
         note = f"{'label, explained' if target == label else 'explained'}: {named(target)}"
     else:
         note = "" if right else f"label {named(label)}"
-    axes[2].set_title(note, loc="right", color=MUTED, **style)
+    axes[2].set_title(note, loc="right", color=MUTED, fontsize=8, pad=3.5)
 
 
 def _draw_header(figure: Figure, layout: _Layout, run_name: str, epoch: int | None, accuracy: float | None) -> None:

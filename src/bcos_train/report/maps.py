@@ -56,7 +56,7 @@ def map_table(columns: Sequence[str], rows: Sequence[Row], title: str) -> Figure
     """Draw pictures and signed maps, each map with its own symmetric scale.
 
     Red is evidence for the class, blue against it. Maps of different methods have different units, so each is scaled by
-    its own 99.5th percentile. The figure belongs to no pyplot state.
+    its own 99.5th percentile. The figure is independent of pyplot.
 
     Args:
         columns: Column titles.

@@ -7,7 +7,6 @@ import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -113,7 +112,7 @@ def select_rows(patterns: Iterable[str]) -> list[str]:
 def model_cost(name: str) -> tuple[int, float]:
     """Count the parameters and the GMACs (:data:`GMACS`) of a model, built on the meta device."""
     with torch.device("meta"), torch.no_grad():
-        model: Any = create_model(name).eval()
+        model = create_model(name).eval()
         with FlopCounterMode(display=False) as counter:
             model(torch.empty(1, getattr(model, "in_chans", 3), SIDE, SIDE))
     return sum(p.numel() for p in model.parameters()), counter.get_total_flops() / 2e9
@@ -156,14 +155,14 @@ def to_csv(rows: Sequence[Row]) -> str:
     """Render all figures as CSV, unrounded; missing ones are empty."""
     metrics = _metric_names(rows)
     file = io.StringIO()
-    plain = [{**_flat(row), **{name: row.explanation.get(name) for name in metrics}} for row in rows]
-    writer = csv.DictWriter(file, fieldnames=list(plain[0]) if plain else [], lineterminator="\n")
+    records = [{**_flat(row), **{name: row.explanation.get(name) for name in metrics}} for row in rows]
+    writer = csv.DictWriter(file, fieldnames=list(records[0]) if records else [], lineterminator="\n")
     writer.writeheader()
-    writer.writerows(plain)
+    writer.writerows(records)
     return file.getvalue()
 
 
-def to_json(rows: Sequence[Row], settings: Mapping[str, Any]) -> str:
+def to_json(rows: Sequence[Row], settings: Mapping[str, object]) -> str:
     """Render all figures and the settings that they were measured with as JSON."""
     content = {
         "settings": dict(settings),
@@ -184,14 +183,13 @@ def update_readme(text: str, rows: Sequence[Row]) -> str:
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(END) < text.index(BEGIN):
         raise ValueError(f"the README has no place for the table: a line {BEGIN} and, after it, a line {END}")
     head = ["model", "parameters", "GMACs", "top-1 [%]", "top-5 [%]", "command"]
-    lines = [readme_line(row) for row in rows]
-    table = _table(head, lines)
+    table = _table(head, [readme_cells(row) for row in rows])
     notes = ["Accuracies are the published ones.", GMACS, *_misprint_note(rows)]
     before, after = text[: text.index(BEGIN)], text[text.index(END) :]
     return f"{before}{BEGIN}\n\n{table}\n\n{' '.join(notes)}\n\n{after}"
 
 
-def readme_line(row: Row) -> list[str]:
+def readme_cells(row: Row) -> list[str]:
     """Return the cells of a row of the README's table."""
     accuracies = [f"{row.top1_published:.3f}", f"{row.top5_published:.3f}"]
     return [
@@ -235,8 +233,8 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     for row in measured:
         groups.setdefault((row.images, row.weights), []).append(row.name)
     for (images, weights), names in groups.items():
-        of_whom = "" if len(names) == len(rows) else f" ({join_words(names, last='and')})"
-        notes.append(f"Measured on {images:,} images with weights: {weights}{of_whom}.")
+        which = "" if len(names) == len(rows) else f" ({join_words(names, last='and')})"
+        notes.append(f"Measured on {images:,} images with weights: {weights}{which}.")
     if any(not row.comparable for row in measured):
         notes.append(
             f"Not comparable: published accuracies are those of trained weights on all {N_VAL:,} validation images."
@@ -256,7 +254,7 @@ def _metric_names(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(name for row in rows for name in row.explanation))
 
 
-def _flat(row: Row) -> dict[str, Any]:
+def _flat(row: Row) -> dict[str, object]:
     """Return all fields but the explanation metrics, with derived values."""
     content = asdict(row)
     del content["explanation"]

@@ -3,7 +3,7 @@
 Axes: N images, A attention heads, T tokens, H W pixels.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,26 +18,32 @@ __all__ = ["AttentionRollout"]
 
 
 class _AttentionRecorder(TorchFunctionMode):
-    """Record the self-attention matrices (N, A, T, T) that are computed in the block.
+    """Record the self-attention matrices (N, A, T, T) that are computed within the block.
 
-    It intercepts the two PyTorch functions that compute them, so models need no changes: fused attention, and softmax
-    over the last of four axes whose last two have the same length.
+    It intercepts the PyTorch functions that compute them, so models need no changes: fused attention, and softmax over
+    the last of four axes whose last two have the same length.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.matrices: list[Tensor] = []
 
-    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: Collection[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> object:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        matrix = None
+        matrix: object = None
         if func is F.scaled_dot_product_attention:
             matrix = _fused_attention_matrix(*args, **kwargs)
         elif func in (torch.softmax, Tensor.softmax, F.softmax):
             axis = kwargs.get("dim", args[1] if len(args) > 1 else None)
             matrix = result if axis in (-1, 3) else None
-        if matrix is not None and matrix.ndim == 4 and matrix.shape[-1] == matrix.shape[-2]:
+        if isinstance(matrix, Tensor) and matrix.ndim == 4 and matrix.shape[-1] == matrix.shape[-2]:
             self.matrices.append(matrix)
         return result
 
