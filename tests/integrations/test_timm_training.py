@@ -167,7 +167,7 @@ HINT = "; ResNets with bottleneck blocks, such as bcos_resnet50, allow a smaller
         (
             "bcos_resnet50",
             {"output_stride": 16, "replace_stride_with_dilation": [False, False, True]},
-            "output_stride and replace_stride_with_dilation set the same thing: give one of them",
+            "output_stride and replace_stride_with_dilation have the same effect: set only one of them",
         ),
         (
             "bcos_resnet50",

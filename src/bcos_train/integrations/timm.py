@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import torch
 from timm.models import (
@@ -87,9 +87,9 @@ def _create(
     name: str,
     pretrained: bool = False,
     *,
-    pretrained_cfg: Any = None,
-    pretrained_cfg_overlay: dict[str, Any] | None = None,
-    pretrained_model_args: Mapping[str, Any] | None = None,
+    pretrained_cfg: str | dict[str, object] | None = None,
+    pretrained_cfg_overlay: dict[str, object] | None = None,
+    pretrained_model_args: dict[str, object] | None = None,
     cache_dir: str | Path | None = None,
     features_only: bool = False,
     out_indices: int | Sequence[int] | None = None,
@@ -146,44 +146,42 @@ def _create(
         raise ValueError(
             f"cache_dir={cache_dir}: official weights are cached under the environment variable TORCH_HOME"
         )
-    passed_on: dict[str, Any] = (
-        {} if pretrained_model_args is None else {"pretrained_model_args": pretrained_model_args}
-    )
+    if pretrained_model_args is not None:  # older versions of timm don't have this parameter
+        options["pretrained_model_args"] = pretrained_model_args
     model = build_model_with_cfg(
         partial(_build, name, weights, pooling),
         timm_id,
         pretrained=loaded_by_timm,
         pretrained_cfg=cfg,
         cache_dir=cache_dir,
-        **passed_on,
         **options,
     )
     return _feature_net(model, out_indices, feature_cls) if features_only else model
 
 
-def _resolve_weights(timm_id: str, name: str, cfg: Mapping[str, Any]) -> tuple[str | None, bool]:
+def _resolve_weights(timm_id: str, name: str, cfg: Mapping[str, object]) -> tuple[str | None, bool]:
     """Return ``weights`` for ``create_model``, and True if timm is to load the weights instead."""
     if cfg.get("source") in ("hf-hub", "local-dir") or cfg.get("state_dict") or cfg.get("hf_hub_id"):
-        return None, True  # the user's own weights, as written by timm.models.push_to_hf_hub
+        return None, True  # the user's weights, as written by timm.models.push_to_hf_hub
     if cfg.get("file"):
         return str(cfg["file"]), False
     official = RECORDS[name].url if name in RECORDS else None
     if cfg.get("url") != official:
         raise ValueError(
             f"{timm_id}: weights are not loaded from {cfg.get('url')}, because they can't be verified; "
-            "download the file and give pretrained_cfg_overlay={'file': <path>}"
+            "download the file and set pretrained_cfg_overlay={'file': <path>}"
         )
     return "official", False
 
 
-def _dilation(name: str, output_stride: int, options: Mapping[str, Any]) -> dict[str, Any]:
+def _dilation(name: str, output_stride: int, options: Mapping[str, Any]) -> dict[str, list[bool]]:
     """Return the options for which the last feature map has this stride."""
     timm_id, cfg = timm_name(name), _default_cfg(name)
     chosen = {key: parameter.default for key, parameter in model_signature(name).parameters.items()} | dict(options)
     if "pool_size" not in cfg:
         raise ValueError(f"output_stride={output_stride}: {timm_id} has tokens, not feature maps with a stride")
     if chosen.get("replace_stride_with_dilation") is not None:
-        raise ValueError("output_stride and replace_stride_with_dilation set the same thing: give one of them")
+        raise ValueError("output_stride and replace_stride_with_dilation have the same effect: set only one of them")
     stride, stages, hint = cfg["input_size"][-1] // cfg["pool_size"][-1], 1, ""
     if chosen.get("block") is Bottleneck:
         stages = len(chosen["layers"])
@@ -239,7 +237,15 @@ def _feature_net(model: nn.Module, out_indices: int | Sequence[int] | None, feat
     return net
 
 
-def _trunk(model: BcosConvNet) -> tuple[nn.Module, list[dict[str, Any]]]:
+class FeatureInfo(TypedDict):
+    """timm's description of a feature map: number of channels, stride, and name of the module that returns it."""
+
+    num_chs: int
+    reduction: int
+    module: str
+
+
+def _trunk(model: BcosConvNet) -> tuple[nn.Module, list[FeatureInfo]]:
     """Return the modules before the classifier, by name and in order, and timm's ``feature_info``.
 
     Channels and reductions are measured on an image of 64 x 64 pixels.
@@ -249,22 +255,22 @@ def _trunk(model: BcosConvNet) -> tuple[nn.Module, list[dict[str, Any]]]:
     size = 64
     x = torch.zeros(1, model.in_chans, size, size, device=reference.device, dtype=reference.dtype)
     parts: OrderedDict[str, nn.Module] = OrderedDict()
-    info: list[dict[str, Any]] = []
-    before: nn.Module | None = None
+    info: list[FeatureInfo] = []
+    previous: nn.Module | None = None
     with torch.no_grad(), evaluating(model):
         for module in model.get_feature_extractor().children():
             x = module(x)
             name = names[id(module)]
             top = name.partition(".")[0]
             parts[top] = model.get_submodule(top)
-            here = {"num_chs": x.shape[1], "reduction": size // x.shape[-1], "module": name}
+            feature = FeatureInfo(num_chs=x.shape[1], reduction=size // x.shape[-1], module=name)
             # Stages that dilation keeps at one resolution have a feature map each, as in timm's ResNet.
-            is_dilated = isinstance(module, CheckpointedBlocks) and isinstance(before, CheckpointedBlocks)
-            if info and info[-1]["reduction"] == here["reduction"] and not is_dilated:
-                info[-1] = here
+            is_dilated = isinstance(module, CheckpointedBlocks) and isinstance(previous, CheckpointedBlocks)
+            if info and info[-1]["reduction"] == feature["reduction"] and not is_dilated:
+                info[-1] = feature
             else:
-                info.append(here)
-            before = module
+                info.append(feature)
+            previous = module
     return nn.Sequential(parts), info
 
 
