@@ -41,7 +41,7 @@ def parser() -> Parser:
     )
     add("--hash", action="store_true", help="append ten digits of the SHA-256 to the file's name")
     add("--force", action="store_true", help="overwrite existing files")
-    add("--license", metavar="ID", help="license of the weights, such as apache-2.0 (default: as the source says)")
+    add("--license", metavar="ID", help="license of the weights, such as apache-2.0 (default: that of the source)")
     add("--classes", metavar="FILE", type=Path, help="class names, one per line, in the order of the outputs")
     return result
 

@@ -136,7 +136,7 @@ def test_timm_model(tmp_path: Path) -> None:
     [
         ("resnet20", {}, "resnet20 has no official weights; near it, resnet"),
         ("resnet5", {}, "resnet5: no such file, folder or model; did you mean resnet50?"),
-        ("{tmp}/w.pth", {}, 'w.pth doesn\'t say which model it belongs to: give model="NAME"'),
+        ("{tmp}/w.pth", {}, 'w.pth doesn\'t specify its model: set model="NAME"'),
         ("{tmp}/w.pth", {"model": "resnet2O"}, "unknown model 'resnet2O'; did you mean resnet20?"),
         ("{tmp}/w.pth", {"model": "resnet32"}, "w.pth doesn't fit the model: "),
         ("{tmp}/w.pth", {"model": "resnet20", "options": {"maxout": 2}}, "no option 'maxout'; did you mean max_out?"),
@@ -198,8 +198,8 @@ def test_explanation(target: Any, resnet20: LoadedClassifier) -> None:
     [
         ("nowhere.png", "nowhere.png: no such file"),
         (__file__, "test_loading.py: not an image ("),
-        ([picture(20, 18), picture(18, 20)], "images of one size are needed, and the preprocessing of resnet20 gives"),
-        ([], "images of one size are needed, and the preprocessing of resnet20 gives none"),
+        ([picture(20, 18), picture(18, 20)], "images must have the same size after the preprocessing of resnet20, got"),
+        ([], "images must have the same size after the preprocessing of resnet20, got none"),
         ([3], "an image is a PIL image or a path, got int"),
         (torch.rand(2, 3, 8, 8), "must be uint8 (N, 3, H, W) or float (N, 6, H, W), N >= 1, got torch.float32 (2, "),
         (torch.zeros(3, 8, 8, dtype=torch.uint8), "got torch.uint8 (3, 8, 8)"),

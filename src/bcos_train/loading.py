@@ -64,7 +64,7 @@ class LoadedClassifier:
     """A classifier in evaluation mode, with its preprocessing and class names.
 
     Wherever images are taken, they are a PIL image, the path of an image file, a list of these, a uint8 tensor
-    (N, 3, H, W) of RGB images (used in their own size), or a float tensor (N, C, H, W): the model's input.
+    (N, 3, H, W) of RGB images (used at their original size), or a float tensor (N, C, H, W): the model's input.
 
     Attributes:
         model: (N, C, H, W) -> logits (N, K). It is switched to evaluation mode.
@@ -72,7 +72,7 @@ class LoadedClassifier:
         class_names: K names; ``class 0``, ``class 1``, … by default.
         dataset: Name of the training data set, if known.
         origin: Where the weights come from, in a few words.
-        activation: ``"sigmoid"`` or ``"softmax"``: converts logits to probabilities; ``None``: the model's own
+        activation: ``"sigmoid"`` or ``"softmax"``: converts logits to probabilities; ``None``: the model's
             ``to_probabilities``.
         encoding: uint8 RGB (N, 3, H, W) -> the model's input (N, C, H, W), on the model's device; ``None``: the
             encoding of the model's inference transform.
@@ -163,7 +163,7 @@ class LoadedClassifier:
         crops = [self.preprocess(image) for image in batch]
         if len({crop.shape for crop in crops}) != 1:
             sizes = ", ".join("x".join(map(str, crop.shape[1:])) for crop in crops) or "none"
-            raise ValueError(f"images of one size are needed, and the preprocessing of {self.name} gives {sizes}")
+            raise ValueError(f"images must have the same size after the preprocessing of {self.name}, got {sizes}")
         return self.encode(torch.stack(crops))
 
     @torch.no_grad()
@@ -227,7 +227,7 @@ def load(
         checkpoint: For a run folder: ``"best"``, ``"last"``, or the path of a checkpoint; ``None``: the run's final
             weights.
         use_ema: True for the averaged weights, False for the plain ones; ``None``: averaged if there are any.
-        class_names: In the order of the outputs; ``None``: as the source says.
+        class_names: In the order of the outputs; ``None``: those of the source.
         device: Device of the model.
         progress: Show a download progress bar.
 
@@ -238,7 +238,7 @@ def load(
         source = _find_checkpoint(Path(source).expanduser(), checkpoint)
     weights = read_weights_source(source, use_ema, progress=progress).for_model(model, options or {})
     if weights.model_name is None:
-        raise ValueError(f'{weights.label} doesn\'t say which model it belongs to: give model="NAME"')
+        raise ValueError(f'{weights.label} doesn\'t specify its model: set model="NAME"')
     check_options(weights.model_name, weights.options)
     _check_preprocessing(weights)
     network = build_from_source(weights).to(device)

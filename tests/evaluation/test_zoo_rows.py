@@ -266,7 +266,7 @@ def test_no_own_weights(tmp_path: Path) -> None:
     run = tmp_path / "imagenet" / "resnet18" / "default-1"
     run.mkdir(parents=True)
     (run / "config.yaml").touch()
-    with pytest.raises(MissingWeights, match="1 runs have not ended"):
+    with pytest.raises(MissingWeights, match="1 runs have not finished"):
         find_own_weights("resnet18", tmp_path)
 
 

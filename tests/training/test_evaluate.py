@@ -231,8 +231,8 @@ def test_weights_of_another_model(tmp_path: Path, plain_run: Path) -> None:
 def test_weights_of_the_model_with_other_options(part: str, tmp_path: Path, plain_run: Path) -> None:
     """They have the same shapes: nothing but the run's config tells that this is another function."""
     path = plain_run / part
-    told = f"weights={path} were trained with b=2, the model has b=1.5: give b=2 (on the command line model.b=2)"
-    told += "; if the difference is intended, give a bare weights file, as scripts/export_weights.py writes it (.pth)"
+    told = f"weights={path} were trained with b=2, the model has b=1.5: set b=2 (on the command line model.b=2)"
+    told += "; if the difference is intended, use a bare weights file, as written by scripts/export_weights.py (.pth)"
     assert mistake(tmp_path, "model.b=1.5", weights=path) == told
     config = compose(tmp_path / "runs", *TINY, "model.b=1.5")
     config["model"]["weights"] = str(path)

@@ -117,7 +117,7 @@ def test_official_row(release: Release, monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert (again.source.is_official, again.source.license) == (True, "apache-2.0")
     assert done.source.model_name == again.source.model_name == "resnet18"
     (tmp_path / row.file).write_bytes(as_file({**state, "fc.linear.weight": state["fc.linear.weight"] + 1}))
-    with pytest.raises(ValueError, match="doesn't say which model it belongs to: give --model NAME"):
+    with pytest.raises(ValueError, match="doesn't specify its model: set --model NAME"):
         export(str(tmp_path / row.file), tmp_path / "other.pth")
 
 

@@ -74,8 +74,8 @@ def test_other_options_than_the_trained_ones(part: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="were trained") as caught:
         create_model("resnet20", weights=path, b=2)
     assert str(caught.value) == (
-        f"weights={path} were trained with b=1.5, the model has b=2: give b=1.5 (on the command line model.b=1.5); "
-        "if the difference is intended, give a bare weights file, as scripts/export_weights.py writes it (.pth)"
+        f"weights={path} were trained with b=1.5, the model has b=2: set b=1.5 (on the command line model.b=1.5); "
+        "if the difference is intended, use a bare weights file, as written by scripts/export_weights.py (.pth)"
     )
 
 
@@ -93,7 +93,7 @@ def test_a_bare_file_of_them_takes_any_option(part: str, suffix: str, tmp_path: 
 def test_an_option_that_is_not_written_down_had_its_default(tmp_path: Path) -> None:
     path = write_described_run(tmp_path / "run")
     assert create_model("resnet20", weights=path, b=2).fc.b == 2
-    with pytest.raises(ValueError, match=r"were trained with b=2, the model has b=1\.5: give b=2 "):
+    with pytest.raises(ValueError, match=r"were trained with b=2, the model has b=1\.5: set b=2 "):
         create_model("resnet20", weights=path, b=1.5)
 
 
@@ -122,7 +122,7 @@ def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_run_that_has_not_ended(tmp_path: Path) -> None:
     path = write_described_run(tmp_path / "run")
     (path / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"the run has not ended.*such as .*checkpoints/last\.ckpt"):
+    with pytest.raises(ValueError, match=r"the run has not finished.*such as .*checkpoints/last\.ckpt"):
         create_model("resnet20", weights=path)
 
 

@@ -72,12 +72,12 @@ def measure(
 ) -> Results:
     """Measure the requested metrics of the requested methods.
 
-    The model is evaluated in evaluation mode and gets its own mode back.
+    The model runs in evaluation mode; its mode is restored.
 
     Args:
         subject: Model and images.
         options: Methods, metrics and their settings.
-        store: Keeps scores between calls; scores found there are not measured again. ``None``: keep nothing.
+        store: Stores scores between calls; stored scores are not measured again. ``None``: store nothing.
         on_step: Progress callback.
     """
     store = ScoreStore(None, {}) if store is None else store

@@ -68,7 +68,7 @@ class GridPointingOptions:
         threshold: Use images that are classified correctly with more than this confidence; 0: all such images.
         rescale: Shrink the cells by n, so that a grid is as large as an image.
         stride: Explain the grid through a sliding window of an image's size with this stride in pixels, for models
-            that take one size only; ``None``: explain the grid at once.
+            with a fixed input size; ``None``: explain the grid as a whole.
         seed: Seeds the draw of each grid's classes.
 
     Raises:

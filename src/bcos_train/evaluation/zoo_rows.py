@@ -1,4 +1,4 @@
-"""Evaluate the rows of the Model Zoo table one after another, saving each result as soon as it is there."""
+"""Evaluate the rows of the Model Zoo table one after another, saving each result immediately."""
 
 import json
 import subprocess
@@ -248,7 +248,7 @@ def find_own_weights(name: str, folder: Path) -> RowWeights:
     finished = [run for run in runs if (run / SUMMARY).is_file()]
     if not finished:
         missing = f"no file {name}{join_words(SUFFIXES)}, no exported folder {name} and no run"
-        raise MissingWeights(f"{folder}: {f'{len(runs)} runs have not ended' if runs else missing}")
+        raise MissingWeights(f"{folder}: {f'{len(runs)} runs have not finished' if runs else missing}")
     run = max(finished, key=lambda run: (run / SUMMARY).stat().st_mtime)
     return RowWeights(str(run), ("run", str(run.resolve())), f"{run.resolve()} {file_sha256(run / SUMMARY)}")
 

@@ -60,7 +60,7 @@ def load_official(name: str, progress: bool = True) -> dict[str, Tensor]:
 def download_official(record: ZooRecord, progress: bool = True) -> Path:
     """Return the verified file of a record, downloading it if necessary.
 
-    Several processes at once download it only once.
+    Concurrent processes download it only once.
 
     Args:
         record: The record.

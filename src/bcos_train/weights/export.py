@@ -80,13 +80,13 @@ def export(
         source: As for :func:`bcos_train.weights.read_weights_source`.
         target: ``*.pth``: a state dict as in the official release. ``*.safetensors``: the same in that format. Any
             other name: a folder with ``model.safetensors``, ``config.json`` and a model card, ``README.md``.
-        model: Model name, ``timm:<name>`` for one of timm's; ``None``: as the source says.
+        model: Model name, ``timm:<name>`` for one of timm's; ``None``: that of the source.
         options: Model options that the source doesn't specify. The number of classes is read off the weights.
         use_ema: True for the averaged weights, False for the plain ones; ``None``: averaged if there are any.
         with_hash: Append the first ten digits of the file's SHA-256 to its name, as in the official release.
         force: Overwrite existing files; in a folder, the three files.
-        license: License of the weights, as the Hugging Face Hub calls it; ``None``: as the source says, else none.
-        class_names: In the order of the outputs; ``None``: as the source says, or the data set's if known.
+        license: License of the weights, as an identifier of the Hugging Face Hub; ``None``: that of the source, if any.
+        class_names: In the order of the outputs; ``None``: those of the source or of a known data set.
 
     Raises:
         ValueError: The source can't be read, its weights don't fit the model, the target exists or can't be written, or
@@ -95,7 +95,7 @@ def export(
     is_file = _check_target(target, with_hash)
     if license is not None and not re.fullmatch(r"[\w.+-]+", license):
         raise ValueError(
-            f"license {license!r}: give it as the Hugging Face Hub calls it, such as apache-2.0, mit or other"
+            f"license {license!r}: must be an identifier of the Hugging Face Hub, such as apache-2.0, mit or other"
         )
     if not with_hash:
         _check_free(target, force)
@@ -132,7 +132,7 @@ def _checked(source: WeightsSource) -> tuple[WeightsSource, nn.Module]:
         ValueError: The model is unknown, or the weights don't fit it.
     """
     if source.model_name is None:
-        raise ValueError(f"{source.origin} doesn't say which model it belongs to: give --model NAME")
+        raise ValueError(f"{source.origin} doesn't specify its model: set --model NAME")
     check_options(source.model_name, source.options)
     name, source = source.model_name, with_num_classes(source)
     # Shapes suffice, and the largest models take gigabytes.
@@ -197,14 +197,14 @@ def _check_free(target: Path, force: bool) -> None:
         if is_described and target.name in (WEIGHTS, EMA_WEIGHTS):
             raise ValueError(f"{target} belongs to its run or exported folder: choose another place")
         if target.exists() and not force:
-            raise ValueError(f"{target} exists: give another name, or --force to overwrite it")
+            raise ValueError(f"{target} exists: choose another name, or use --force to overwrite it")
         return
     if target.exists() and not target.is_dir():
         raise ValueError(f"{target} is a file; a target is a .pth or .safetensors file or a folder")
     if any((target / name).exists() for name in (RUN_CONFIG, EMA_WEIGHTS)):
         raise ValueError(f"{target} is a run folder, and nothing is exported into those: choose another place")
     if target.exists() and any(target.iterdir()) and not force:
-        raise ValueError(f"{target} exists and isn't empty: give another name, or --force to overwrite its files")
+        raise ValueError(f"{target} exists and isn't empty: choose another name, or use --force to overwrite its files")
 
 
 def _pth(state: Mapping[str, Tensor]) -> bytes:

@@ -13,7 +13,7 @@ __all__ = ["TIMM", "build_model", "check_options", "known_options", "model_of_co
 
 #: Prefix of the names of timm's models.
 TIMM = "timm:"
-#: Options that may differ between training and use: the same weights still give the same function.
+#: Options that may differ between training and use: they don't change the function that the weights define.
 _FREE_OPTIONS = (
     "num_classes",
     "stochastic_depth_prob",
@@ -103,8 +103,8 @@ def option_differences(
     before, now = (", ".join(f"{key}={values[key]}" for key in keys) for values in (trained, current))
     command = " ".join(f"model.{key}={'null' if trained[key] is None else trained[key]}" for key in keys)
     # A .pth file written by scripts/export_weights.py carries no options.
-    intended = "if the difference is intended, give a bare weights file, as scripts/export_weights.py writes it (.pth)"
-    return f"were trained with {before}, the model has {now}: give {before} (on the command line {command}); {intended}"
+    intended = "if the difference is intended, use a bare weights file, as written by scripts/export_weights.py (.pth)"
+    return f"were trained with {before}, the model has {now}: set {before} (on the command line {command}); {intended}"
 
 
 def _as_list(value: object) -> object:

@@ -83,7 +83,7 @@ class WeightsSource:
         dataset: Name of the training data set.
         metrics: Validation results of exactly these weights: ``acc1`` and ``acc5`` in percent, ``loss``, ….
         n_images: Number of images behind the metrics; ``None``: the whole validation set.
-        license: License of the weights, as the Hugging Face Hub calls it.
+        license: License of the weights, as an identifier of the Hugging Face Hub.
         is_official: True for weights of the official release.
         from_official: True if training started from official weights.
     """
@@ -247,7 +247,7 @@ def _read_run(path: Path, label: str, folder: Path, config: Mapping[str, Any], u
         if not (path / WEIGHTS).is_file():
             last = path / CHECKPOINTS / LAST
             raise ValueError(
-                f"{path}: the run has not ended, so there is no {WEIGHTS}; give one of its checkpoints, such as {last}"
+                f"{path}: the run has not finished, so there is no {WEIGHTS}; use a checkpoint, such as {last}"
             )
         state, is_ema = read_weights(path, use_ema)
     elif is_final:

@@ -60,7 +60,7 @@ def count_classes(model: nn.Module, state: Mapping[str, Tensor]) -> int:
 
 
 def _keys_of_other_classes(model: nn.Module, expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
-    """Classifier keys whose tensors differ in ``state`` by the length of their first axis alone."""
+    """Return the classifier keys whose tensors differ from ``state`` only in the length of their first axis."""
     get_classifier = getattr(model, "get_classifier", None)
     classifier = get_classifier() if get_classifier else None
     prefix = next((f"{name}." for name, module in model.named_modules() if module is classifier), None)
