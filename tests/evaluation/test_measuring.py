@@ -1,4 +1,4 @@
-"""Methods times metrics: the right numbers, the same images for all, and going on after an interruption."""
+"""Measurements: values, the same images for all methods, and resuming after an interruption."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -72,7 +72,7 @@ def test_image_metrics_are_those_of_the_metric_functions() -> None:
     assert results.alignment == pytest.approx(cosine_alignment(model, x), rel=1e-4)
 
 
-def test_completeness_is_of_methods_whose_maps_add_up() -> None:
+def test_completeness_needs_maps_that_sum_to_the_logit() -> None:
     methods = ["bcos", "bcos_relative", "gradient", "int_grad"]
     results = measure(make_subject(), make_options(methods=methods, metrics=["completeness"]))
     scores, reasons = results.scores["completeness"], results.reasons["completeness"]
@@ -100,7 +100,7 @@ def test_all_methods_see_the_same_grids(monkeypatch: pytest.MonkeyPatch) -> None
     torch.testing.assert_close(results.scores["grid_pointing"]["rise"], torch.full((5, 4), 0.25))
 
 
-def test_smaller_cells_make_a_grid_of_an_images_size() -> None:
+def test_rescaled_grids_have_the_size_of_an_image() -> None:
     subject = make_subject()
     options = make_options(grid={"rescale": True}).grid_pointing
     x = grid_input(subject, torch.arange(8).view(2, 4), options)
@@ -126,7 +126,7 @@ def test_models_of_one_size(grid: dict[str, Any]) -> None:
     assert scores["grid_pointing"]["bcos"].shape == (5, 4)
 
 
-def test_method_that_cannot_explain_says_why_and_others_go_on() -> None:
+def test_method_that_cannot_explain_has_a_reason() -> None:
     results = measure(make_subject(), make_options(methods=["guided_backprop", "bcos", "deep_lift"]))
     for metric in ("grid_pointing", "sparsity"):
         assert list(results.scores[metric]) == ["bcos"]
@@ -143,7 +143,7 @@ def test_no_grids() -> None:
     assert len(results.scores["sparsity"]["bcos"]) == 7
 
 
-def test_nothing_of_the_model_changes() -> None:
+def test_model_is_unchanged() -> None:
     model = TinyNet()
     subject = make_subject(model)
     model.train()
@@ -163,7 +163,7 @@ def test_nothing_of_the_model_changes() -> None:
 
 
 class Counting:
-    """A method that counts the images it is given, and may be interrupted."""
+    """A method that counts its images, and may be interrupted."""
 
     def __init__(self, stop_after: int | None = None) -> None:
         self.calls, self.stop_after = 0, stop_after
@@ -191,10 +191,10 @@ def run_counted(
 
 @pytest.mark.parametrize("stop_after", [0, 1, 3, 5, 9])
 @pytest.mark.parametrize("batch_size", [4, 12], ids=lambda n: f"then batches of {n}")
-def test_going_on_after_an_interruption(
+def test_resuming_after_an_interruption(
     stop_after: int, batch_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """5 grids one by one, then 7 images in fours; what was done isn't done again, and the scores are the same."""
+    """5 grids one by one, then 7 images in fours: nothing is measured twice, and the scores are the same."""
     subject = make_subject()
     _, whole = run_counted(monkeypatch, tmp_path / "whole", subject)
     assert run_counted.calls == 12  # type: ignore[attr-defined]
@@ -218,7 +218,7 @@ def test_going_on_after_an_interruption(
         pytest.param({"grid": {"seed": 1}}, 5, id="other grids"),
     ],
 )
-def test_what_is_measured_anew(
+def test_what_is_measured_again(
     changes: dict[str, Any], calls: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     subject = make_subject()
@@ -227,7 +227,7 @@ def test_what_is_measured_anew(
     assert run_counted.calls == calls  # type: ignore[attr-defined]
 
 
-def test_other_images_and_damaged_files_are_measured_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_images_and_damaged_files_are_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     subject = make_subject()
     run_counted(monkeypatch, tmp_path, subject)
     (tmp_path / "grid_pointing" / "bcos.npz").write_bytes(b"PK\x03\x04 broken")
@@ -236,7 +236,7 @@ def test_other_images_and_damaged_files_are_measured_anew(tmp_path: Path, monkey
     assert not list(tmp_path.rglob("*.tmp"))
 
 
-def test_progress_never_goes_back() -> None:
+def test_progress_is_monotonic() -> None:
     steps: list[tuple[int, int]] = []
     measure(make_subject(), make_options(), on_step=lambda what, done, total: steps.append((done, total)))
     assert {total for _, total in steps} == {3 * (5 + 7)}

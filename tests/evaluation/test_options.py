@@ -1,4 +1,4 @@
-"""The config group `explanation`: its choices, its keys on the command line, and what is wrong with them."""
+"""Config group ``explanation``: choices, command-line keys, and error messages."""
 
 import re
 from pathlib import Path
@@ -38,7 +38,7 @@ def test_names_are_those_of_the_methods_and_metrics() -> None:
 @pytest.mark.parametrize(
     ("dataset", "n", "smooth", "block"), [("digits", 3, 1, 4), ("cifar10", 3, 1, 4), ("imagenet", 2, 15, 16)]
 )
-def test_data_sets_choose_what_depends_on_the_size(
+def test_data_sets_set_what_depends_on_the_image_size(
     dataset: str, n: int, smooth: int, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DATA_ROOT", "x")
@@ -84,7 +84,7 @@ def test_keys_on_the_command_line() -> None:
         ("explanation.n_image=3", "explanation.n_image=3: .*did you mean n_images\\?"),
     ],
 )
-def test_wrong_names_are_told_before_anything_is_built(override: str, message: str) -> None:
+def test_wrong_names_are_reported_before_anything_is_built(override: str, message: str) -> None:
     (problem,) = check(compose(override), root=EvaluateConfig)
     assert re.search(message, str(problem))
 

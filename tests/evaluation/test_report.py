@@ -1,4 +1,4 @@
-"""What an evaluation of explanations leaves behind."""
+"""Output of an evaluation of explanations."""
 
 import json
 from pathlib import Path
@@ -35,7 +35,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_json_holds_what_was_measured(output: Path) -> None:
+def test_json_contains_the_measurements(output: Path) -> None:
     content = json.loads((output / "explanations.json").read_text())
     options = make_options(methods=METHODS, metrics=["grid_pointing", "completeness", "alignment"])
     scores = measure(make_subject(), options).scores["grid_pointing"]
@@ -66,7 +66,7 @@ def test_figures_show_something(name: str, output: Path) -> None:
     assert image[..., :3].std() > 0.05
 
 
-def test_second_time_measures_nothing(
+def test_second_evaluation_measures_nothing(
     output: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(model: Any, method: Any, *_: Any) -> None:

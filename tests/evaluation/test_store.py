@@ -1,4 +1,4 @@
-"""Files of results: complete or not there, and plain JSON whatever the numbers are."""
+"""Result files: complete or missing, and valid JSON for all numbers."""
 
 import json
 import math
@@ -19,7 +19,7 @@ def strictly(text: str) -> Any:
     return json.loads(text, parse_constant=refuse)
 
 
-def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+def test_round_trip(tmp_path: Path) -> None:
     content = {"a": [1, 2.5, "three", None, True], "b": {"c": 1e-300, "d": []}}
     write_json(tmp_path / "a.json", content)
     assert strictly((tmp_path / "a.json").read_text()) == content
@@ -33,7 +33,7 @@ def test_numbers_that_are_not_finite_become_null(tmp_path: Path) -> None:
     assert strictly((tmp_path / "a.json").read_text()) == expected
 
 
-def test_a_failure_leaves_the_file_as_it_was(tmp_path: Path) -> None:
+def test_a_failure_leaves_the_file_unchanged(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {"n": 1})
     with pytest.raises(TypeError):
         write_json(tmp_path / "a.json", {"n": object()})

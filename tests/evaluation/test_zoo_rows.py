@@ -1,4 +1,4 @@
-"""Measuring the rows: what is kept, what is skipped, and what is said about it."""
+"""Evaluating rows of the Model Zoo: stored results, skipped rows and messages."""
 
 import json
 import time
@@ -34,7 +34,7 @@ NAMES = ["resnet18", "resnet34", "simple_vit_ti_patch16_224"]
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counts come from the records, and official files are said to be there."""
+    """Take counts from the records, and pretend that official files exist."""
     monkeypatch.setattr(zoo_rows, "model_cost", lambda name: (RECORDS[name].params, 1.0))
     monkeypatch.setattr(zoo_rows, "download_official", lambda row: Path(row.file))
 
@@ -46,7 +46,7 @@ def data(tmp_path: Path) -> Path:
 
 
 class Evaluation:
-    """Stands for an evaluation, and remembers what was asked of it."""
+    """Fake evaluation that records its calls."""
 
     def __init__(self, count: int = N_VAL, fail: str = "", stop: str = "") -> None:
         self.count, self.fail, self.stop = count, fail, stop
@@ -117,7 +117,7 @@ def test_only_listed(data: Path, tmp_path: Path) -> None:
     assert {row.status for row in evaluate_rows(NAMES, Settings(data=data), tmp_path, None)} == {"not evaluated"}
 
 
-def test_official_weights_that_cannot_be_had(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unavailable_official_weights(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(row: Any) -> Path:
         if row.name == "resnet34":
             raise WeightsError("no connection")
@@ -132,7 +132,7 @@ def test_official_weights_that_cannot_be_had(data: Path, tmp_path: Path, monkeyp
     assert zoo_rows.is_complete([*rows.values()], "a folder")
 
 
-def test_a_row_that_fails_stops_no_other(data: Path, tmp_path: Path) -> None:
+def test_a_failed_row_does_not_stop_the_others(data: Path, tmp_path: Path) -> None:
     rows = by_name(evaluate_rows(NAMES, Settings(data=data), tmp_path, Evaluation(fail="resnet34")))
     assert (rows["resnet34"].status, rows["resnet34"].reason) == ("failed", "out of memory")
     assert rows["simple_vit_ti_patch16_224"].status == "measured"
@@ -146,7 +146,7 @@ def test_a_row_that_fails_stops_no_other(data: Path, tmp_path: Path) -> None:
 # ---- going on
 
 
-def test_interruption_loses_the_current_row_alone(data: Path, tmp_path: Path) -> None:
+def test_interruption_only_loses_the_current_row(data: Path, tmp_path: Path) -> None:
     settings = Settings(data=data)
     with pytest.raises(KeyboardInterrupt):
         evaluate_rows(NAMES, settings, tmp_path, Evaluation(stop=NAMES[2]))
@@ -162,7 +162,7 @@ def test_interruption_loses_the_current_row_alone(data: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     "change", [{"limit": 10}, {"batch_size": 3}, {"device": "cpu"}, {"weights": "random"}], ids=str
 )
-def test_other_settings_are_measured_anew(change: dict[str, Any], data: Path, tmp_path: Path) -> None:
+def test_other_settings_are_measured_again(change: dict[str, Any], data: Path, tmp_path: Path) -> None:
     settings = Settings(data=data)
     evaluate_rows(NAMES[:1], settings, tmp_path, Evaluation())
     again = Evaluation()
@@ -170,7 +170,7 @@ def test_other_settings_are_measured_anew(change: dict[str, Any], data: Path, tm
     assert again.names == NAMES[:1]
 
 
-def test_other_data_are_measured_anew(data: Path, tmp_path: Path) -> None:
+def test_other_data_are_measured_again(data: Path, tmp_path: Path) -> None:
     (tmp_path / "other" / "val").mkdir(parents=True)
     evaluate_rows(NAMES[:1], Settings(data=data), tmp_path, Evaluation())
     again = Evaluation()
@@ -178,7 +178,7 @@ def test_other_data_are_measured_anew(data: Path, tmp_path: Path) -> None:
     assert again.names == NAMES[:1]
 
 
-def test_other_weights_under_the_same_name_are_measured_anew(data: Path, tmp_path: Path) -> None:
+def test_other_weights_with_the_same_name_are_measured_again(data: Path, tmp_path: Path) -> None:
     own = tmp_path / "own"
     own.mkdir()
     settings = Settings(data=data, weights=str(own))
@@ -190,7 +190,7 @@ def test_other_weights_under_the_same_name_are_measured_anew(data: Path, tmp_pat
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"settings": {}, "row": 3}'])
-def test_damaged_result_is_measured_anew(text: str, data: Path, tmp_path: Path) -> None:
+def test_damaged_result_is_measured_again(text: str, data: Path, tmp_path: Path) -> None:
     (tmp_path / "rows" / "resnet18").mkdir(parents=True)
     (tmp_path / "rows" / "resnet18" / "row.json").write_text(text)
     evaluate = Evaluation()
@@ -199,7 +199,7 @@ def test_damaged_result_is_measured_anew(text: str, data: Path, tmp_path: Path) 
 
 
 def test_progress_counts_the_rows(data: Path, tmp_path: Path) -> None:
-    """Their sizes, then from those on that were measured before."""
+    """First the cost of each row, then the evaluations, where earlier results count as done."""
     evaluate_rows(NAMES[:1], Settings(data=data), tmp_path, Evaluation())
     steps: list[tuple[str, int, int]] = []
     evaluate_rows(NAMES, Settings(data=data), tmp_path, Evaluation(), lambda *step: steps.append(step))
@@ -247,7 +247,7 @@ def test_own_exported_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["imagenet/resnet18", "resnet18"])
-def test_own_run_is_the_latest_that_has_ended(place: str, tmp_path: Path) -> None:
+def test_own_run_is_the_latest_finished_one(place: str, tmp_path: Path) -> None:
     for name in ("old", "new", "unfinished"):
         run = tmp_path / place / name
         run.mkdir(parents=True)
@@ -293,7 +293,7 @@ def door(folder: Path, code: str) -> Path:
 SOURCE = RowWeights("own", ("weights", "/weights/it's, {here}.pth"), "")
 
 
-def test_evaluation_in_its_own_process(data: Path, tmp_path: Path) -> None:
+def test_evaluation_in_a_separate_process(data: Path, tmp_path: Path) -> None:
     place = tmp_path / "rows" / "resnet18"
     content = evaluate_row(door(tmp_path, ""), "resnet18", SOURCE, Settings(data=data), place)
     assert content["model"] == "resnet18"
@@ -312,8 +312,8 @@ def test_evaluation_that_is_stopped(code: str, data: Path, tmp_path: Path) -> No
         evaluate_row(door(tmp_path, code), "resnet18", SOURCE, Settings(data=data), tmp_path / "row")
 
 
-def test_settings_mean_what_they_say_to_hydra(data: Path, tmp_path: Path) -> None:
-    """With signs in the paths that mean something to it."""
+def test_settings_are_quoted_for_hydra(data: Path, tmp_path: Path) -> None:
+    """With special characters of Hydra in the paths."""
     odd = tmp_path / "a, b=[c] {d}'s: e"
     (odd / "val").mkdir(parents=True)
     settings = Settings(data=odd, limit=7, batch_size=3, device="cpu")

@@ -22,7 +22,7 @@ SIDE, N_IMAGES, N_CLASSES = 8, 40, 5
 
 
 class TinyNet(nn.Module):
-    """Two B-cos convolutions; has its features and its head apart, and no ReLU."""
+    """Two B-cos convolutions with separate features and head, and no ReLU."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ def make_subject(model: nn.Module | None = None, images: Sequence[int] = (3, 1, 
 
 
 def make_options(**changes: Any) -> ExplanationOptions:
-    """``grid`` holds changes of the grid pointing game."""
+    """Make options; ``grid`` changes those of the grid pointing game."""
     grid = {"n": 2, "n_grids": 5, "smooth": 3, "threshold": 0.2, "rescale": False, "stride": None, "seed": 0}
     grid |= changes.pop("grid", {})
     values = {

@@ -70,7 +70,7 @@ def test_batch_equals_single_images():
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_contributions_and_constant_add_up_to_the_logit(norm: str):
+def test_contributions_and_constant_sum_to_the_logit(norm: str):
     model, x = small_model(norm), encoded(3)
     for target in (None, 1, torch.tensor([4, 0, 3])):
         result = explain(model, x, target)
@@ -192,7 +192,7 @@ def test_no_tf32():
     assert torch.backends.cudnn.allow_tf32 == before
 
 
-def test_constant_term_is_found_without_the_logit():
+def test_constant_term_does_not_use_the_logit():
     """So a network that is no dynamic linear map (an activation that is not frozen) does not add up."""
     model, x = small_model("bnu-linear"), encoded(2)
     model.insert(1, nn.GELU())
@@ -226,7 +226,7 @@ def test_equals_the_official_explain(idx: int | None):
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
-def test_caller_keeps_tensors_gradients_and_state(requires_grad: bool):
+def test_no_side_effects_on_tensors_gradients_and_state(requires_grad: bool):
     model, x = small_model(), encoded(2).requires_grad_(requires_grad)
     x.grad = torch.ones_like(x) if requires_grad else None
     for parameter in model.parameters():
@@ -247,7 +247,7 @@ def test_caller_keeps_tensors_gradients_and_state(requires_grad: bool):
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_works_where_the_caller_has_switched_autograd_off(context: type):
+def test_works_with_autograd_disabled(context: type):
     model = small_model()
     for target in (None, [3, 1]):
         labels = None if target is None else torch.tensor(target)

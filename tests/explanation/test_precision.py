@@ -1,4 +1,4 @@
-"""TF32 is off where explanations are computed, and as before afterwards."""
+"""TF32 is disabled while explanations are computed, and restored afterwards."""
 
 import multiprocessing
 import warnings
@@ -79,7 +79,7 @@ def check_after(setting: str) -> None:
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_off_inside_and_as_before_afterwards(setting: str) -> None:
+def test_off_inside_and_restored_afterwards(setting: str) -> None:
     process = multiprocessing.get_context("fork").Process(target=check_after, args=(setting,))
     process.start()
     process.join()

@@ -1,4 +1,4 @@
-"""The models through timm's eyes."""
+"""The models in timm's registry."""
 
 import re
 from typing import Any
@@ -59,7 +59,7 @@ def test_rows_of_the_zoo_count_as_pretrained() -> None:
     assert not timm.is_model_pretrained("bcos_resnet20")
 
 
-def test_what_is_known_of_a_row() -> None:
+def test_registry_entry_of_a_row() -> None:
     cfg = on_meta("bcos_resnet50").default_cfg
     url = "https://github.com/B-cos/B-cos-v2/releases/download/v0.0.1-weights/resnet_50-ead259efe4.pth"
     expected = {"url": url, "architecture": "bcos_resnet50", "license": "apache-2.0", "paper_ids": "arXiv:2306.10898"}
@@ -93,7 +93,7 @@ def test_defaults_are_those_of_the_model(own_name: str) -> None:
 @pytest.mark.parametrize(
     "own_name", ["bcos_resnet18", "bcos_convnext_atto", "bcos_resnet20", "standard_vitc_ti_patch1_14"]
 )
-def test_timms_transform_gives_the_colours(own_name: str) -> None:
+def test_timms_transform_returns_the_colors(own_name: str) -> None:
     model = on_meta(own_name)
     size = (32, 32) if own_name == "bcos_resnet20" else (360, 301)
     pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
@@ -172,7 +172,7 @@ def test_explanations() -> None:
 # ---- what timm hands on
 
 
-def test_what_reaches_the_entry_function(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arguments_of_the_entry_function(monkeypatch: pytest.MonkeyPatch) -> None:
     """timm keeps its own settings to itself, and drops those that are None."""
     seen: dict[str, Any] = {}
 
@@ -268,7 +268,7 @@ def test_feature_maps_of_networks_for_small_images(own_name: str, channels: list
 
 @pytest.mark.parametrize("feature_cls", ["list", "dict", "hook"])
 @pytest.mark.parametrize("own_name", ["bcos_resnet18", "bcos_densenet52", "bcos_convnext_atto"])
-def test_feature_maps_are_the_models(own_name: str, feature_cls: str) -> None:
+def test_feature_maps_equal_those_of_the_model(own_name: str, feature_cls: str) -> None:
     torch.manual_seed(2)
     model = timm.create_model(own_name).eval()
     torch.manual_seed(2)
@@ -293,7 +293,7 @@ def test_some_of_the_feature_maps(out_indices: Any, channels: list[int]) -> None
     assert net.feature_info.channels() == channels == [x.shape[1] for x in net(image(1, 6, 64, 64))]
 
 
-def test_features_are_built_without_a_trace() -> None:
+def test_building_features_leaves_no_trace() -> None:
     """Measuring the channels leaves mode and running statistics alone."""
     torch.manual_seed(0)
     net = timm.create_model("bcos_resnet18", features_only=True)
@@ -316,7 +316,7 @@ def test_explanation_mode_reaches_the_features() -> None:
     torch.testing.assert_close((weights * x).sum(), out)
 
 
-def test_configuration_given_back() -> None:
+def test_configuration_is_returned() -> None:
     """As timm's own scripts do, which resolve the configuration first."""
     cfg = on_meta("bcos_resnet18").pretrained_cfg
     assert on_meta("bcos_resnet18", pretrained_cfg=cfg).pretrained_cfg == cfg

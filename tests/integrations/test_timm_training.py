@@ -1,4 +1,4 @@
-"""What timm's users do with a model once they have it: other heads, learning rates by layer, strides, less memory."""
+"""Fine-tuning with timm: other heads, learning rates by layer, strides, gradient checkpointing."""
 
 import re
 from collections.abc import Iterator
@@ -79,7 +79,7 @@ def shared(names: list[str]) -> set[str]:
     return {".".join(name.split(".")[:3]) for name in names}
 
 
-def test_what_is_between_blocks_goes_with_one_of_them() -> None:
+def test_layers_between_blocks_belong_to_a_block_group() -> None:
     dense = groups(on_meta("bcos_densenet121"))
     assert shared(dense[6]) == {"features.denseblock1.denselayer6", "features.transition1.norm"} | {
         "features.transition1.conv"
@@ -177,7 +177,7 @@ HINT = "; ResNets with bottleneck blocks, such as bcos_resnet50, allow a smaller
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
 )
-def test_strides_that_cannot_be(own_name: str, options: dict[str, Any], message: str) -> None:
+def test_impossible_strides(own_name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         on_meta(own_name, **options)
 
@@ -200,7 +200,7 @@ def blocks_of(model: Any) -> Iterator[CheckpointedBlocks]:
 
 
 @pytest.mark.parametrize("own_name", [name for name in ALL if name != "bcos_plain_cnn9"])
-def test_grad_checkpointing_is_there(own_name: str) -> None:
+def test_grad_checkpointing(own_name: str) -> None:
     model = on_meta(own_name)
     model.set_grad_checkpointing()
     assert {blocks.grad_checkpointing for blocks in blocks_of(model)} == {True}

@@ -1,4 +1,4 @@
-"""Weights of the models that timm builds: verified official ones, and the user's own."""
+"""Weights of models built by timm: verified official ones, and the user's."""
 
 import re
 from pathlib import Path
@@ -84,7 +84,7 @@ def test_weights_of_a_file(official: dict[str, Tensor], tmp_path: Path) -> None:
     assert same(loaded, model.state_dict()) == list(model.state_dict())
 
 
-def test_folder_that_timm_has_written(tmp_path: Path) -> None:
+def test_folder_written_by_timm(tmp_path: Path) -> None:
     model = timm.create_model("bcos_resnet20", num_classes=4, norm_layer="bnu")
     save_for_hf(model, tmp_path, model_args={"norm_layer": "bnu"})
     loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)

@@ -60,7 +60,7 @@ def test_lists_exactly_the_official_names(outcome: dict[str, object]) -> None:
     assert outcome["names"] == sorted(RECORDS) == sorted(list_models(pretrained=True))
 
 
-def test_takes_the_package_beside_it(outcome: dict[str, object]) -> None:
+def test_imports_the_package_beside_hubconf(outcome: dict[str, object]) -> None:
     assert outcome["package"] == str(ROOT / "src" / "bcos_train" / "__init__.py")
 
 

@@ -1,4 +1,4 @@
-"""The names under which timm knows our models, and models and images to try them with."""
+"""Names of our models in timm, and test models and images."""
 
 from typing import Any
 

@@ -95,7 +95,7 @@ def test_equals_one_block_at_a_time(case, order: str, insert: bool, block: int) 
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 7, 100])
-def test_the_batch_size_changes_nothing_but_the_batches(case, batch_size: int) -> None:
+def test_results_do_not_depend_on_the_batch_size(case, batch_size: int) -> None:
     model, x, attributions, target = case
     expected = perturbation_curve(model, x, attributions, target, block=5)
     model.batch_sizes.clear()

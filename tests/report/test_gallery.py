@@ -64,7 +64,7 @@ def test_all_text_and_pictures_lie_on_the_page_without_overlap(n: int, size: tup
         assert not any(picture.overlaps(other) for other in [*pictures[i + 1 :], *texts, bar])
 
 
-def test_titles_tell_right_from_wrong_and_name_the_label():
+def test_titles_mark_right_and_wrong_and_name_the_label():
     x, explanation = batch(4)
     probabilities = torch.tensor([[0.9] * 4, [0.001] * 4, [0.999] * 4, [0.25, 0.5, 0.125, 0.0625]])
     figure = gallery(x, explanation, torch.tensor([0, 1, 0, 1]), NAMES, probabilities=probabilities)
@@ -115,7 +115,7 @@ def test_pictures_show_the_image_the_explanation_on_white_and_the_map():
     assert limits == {figure.axes[-1].get_xlim()}  # one scale, that of the colour bar
 
 
-def test_explanation_is_blank_where_all_speaks_against_the_class():
+def test_explanation_is_blank_where_all_evidence_is_negative():
     x, explanation = batch(1)
     weights = -torch.rand_like(x)
     weights[0, :, 10, 20] = 1

@@ -1,4 +1,4 @@
-"""Checkpoint files: exact, verified, and whole whenever the machine dies."""
+"""Checkpoint files: round trips, verification, and crashes at any step."""
 
 import errno
 import hashlib
@@ -33,7 +33,7 @@ def content(n: int) -> dict[str, Any]:
 
 
 def valid(folder: Path) -> dict[str, int]:
-    """Name -> ``n`` of the checkpoints that pass the check, each with the tensor that belongs to it."""
+    """Return ``n`` of each valid checkpoint by name, after checking its tensor."""
     found = {}
     for path in folder.glob("*.ckpt"):
         try:
@@ -46,7 +46,7 @@ def valid(folder: Path) -> dict[str, int]:
 
 
 def in_child(task: Callable[[], None]) -> int:
-    """Run ``task`` in a process of its own; its exit code."""
+    """Run ``task`` in a child process and return its exit code."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -171,7 +171,7 @@ def test_loading_runs_no_code(tmp_path: Path) -> None:
 
 
 @damages
-def test_damaged_last_is_passed_over(damage: Callable[[Path], None], message: str, tmp_path: Path) -> None:
+def test_damaged_last_is_skipped(damage: Callable[[Path], None], message: str, tmp_path: Path) -> None:
     for n in (1, 2):
         files.save(content(n), tmp_path / LAST)
     damage(tmp_path / LAST)
@@ -181,7 +181,7 @@ def test_damaged_last_is_passed_over(damage: Callable[[Path], None], message: st
     assert message in complaints[0]
 
 
-def test_last_is_the_newest_whatever_its_time(tmp_path: Path) -> None:
+def test_last_is_newest_regardless_of_its_time(tmp_path: Path) -> None:
     for n in (1, 2):
         files.save(content(n), tmp_path / LAST)
     files.copy(tmp_path / PREVIOUS, tmp_path / "epoch-0001-x.ckpt")
@@ -202,7 +202,7 @@ def test_best_ones_are_a_last_resort(tmp_path: Path) -> None:
     assert len(complaints) == 2
 
 
-def test_what_is_no_checkpoint_is_ignored(tmp_path: Path) -> None:
+def test_other_files_are_ignored(tmp_path: Path) -> None:
     assert files.newest_valid(tmp_path / "missing") == (None, [])
     (tmp_path / f".{LAST}.123.tmp").write_bytes(b"half")
     (tmp_path / "best.json").write_text("[]")

@@ -1,4 +1,4 @@
-"""A run's folder: its name, what is found in it, and its lock."""
+"""Run folder: name, resume state and lock."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def base_hash() -> str:
     return run_hash(compose(Path("runs"), *TINY))
 
 
-WITHOUT_EFFECT = (
+NOT_HASHED = (
     "num_workers=3",
     "trainer.devices=2",
     "trainer.num_nodes=2",
@@ -46,7 +46,7 @@ WITHOUT_EFFECT = (
     "name=other",
     "resume=false",
 )
-WITH_EFFECT = (
+HASHED = (
     "optimizer.lr=0.01",
     "optimizer=sgd",
     "seed=1",
@@ -70,18 +70,18 @@ WITH_EFFECT = (
 )
 
 
-@pytest.mark.parametrize("override", WITHOUT_EFFECT)
+@pytest.mark.parametrize("override", NOT_HASHED)
 def test_hash_ignores_what_changes_no_result(override: str, base_hash: str) -> None:
     assert run_hash(compose(Path("elsewhere"), *TINY, override)) == base_hash
 
 
 def test_hash_depends_on_what_changes_results(base_hash: str) -> None:
-    hashes = {override: run_hash(compose(Path("runs"), *TINY, override)) for override in WITH_EFFECT}
-    assert len({*hashes.values(), base_hash}) == len(WITH_EFFECT) + 1, hashes
+    hashes = {override: run_hash(compose(Path("runs"), *TINY, override)) for override in HASHED}
+    assert len({*hashes.values(), base_hash}) == len(HASHED) + 1, hashes
 
 
 @pytest.mark.parametrize(("dataset", "counts"), [("imagefolder", True), ("cifar10", False), ("imagenet", False)])
-def test_folder_counts_where_it_says_what_is_in_it(dataset: str, counts: bool, tmp_path: Path) -> None:
+def test_root_is_hashed_where_it_defines_the_data(dataset: str, counts: bool, tmp_path: Path) -> None:
     def named(root: str) -> str:
         return run_hash(compose(tmp_path, f"dataset={dataset}", f"dataset.root={root}"))
 
@@ -102,7 +102,7 @@ def test_hash_does_not_change_the_config(tmp_path: Path) -> None:
 # ---- the run folder
 
 
-def test_new_folders_are_counted(tmp_path: Path) -> None:
+def test_new_folders_are_numbered(tmp_path: Path) -> None:
     base = tmp_path / "name-1234"
     assert find_run_folder(base, resume=True).path == base
     assert find_run_folder(base, resume=False).path == base
@@ -114,7 +114,7 @@ def test_new_folders_are_counted(tmp_path: Path) -> None:
     assert (folder.resume_from, folder.finished, folder.warnings) == (None, False, ())
 
 
-def test_what_is_found_in_a_folder(tmp_path: Path) -> None:
+def test_resume_state(tmp_path: Path) -> None:
     files.save({"n": 1}, tmp_path / "checkpoints" / LAST)
     files.save({"n": 2}, tmp_path / "checkpoints" / LAST)
     folder = find_run_folder(tmp_path, resume=True)
@@ -164,7 +164,7 @@ def test_killed_process_leaves_no_lock(tmp_path: Path) -> None:
         pass
 
 
-def test_second_run_is_the_users_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_second_run_is_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = compose(tmp_path, *SMALL)
     signal_at(monkeypatch, 0)
     assert train(config) == 143
@@ -175,7 +175,7 @@ def test_second_run_is_the_users_mistake(tmp_path: Path, monkeypatch: pytest.Mon
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != ".lock"}
 
 
-def test_folder_that_cannot_be_made(tmp_path: Path) -> None:
+def test_folder_that_cannot_be_created(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"can't write to .*file/digits.*: Not a directory"):
         train(compose(tmp_path / "file", *SMALL))

@@ -1,4 +1,4 @@
-"""Asked to stop at any moment, a run saves at the end of a batch, leaves with the right code, and goes on exactly."""
+"""Graceful stop: a run saves at the end of a batch, exits with the right code, and resumes exactly."""
 
 import os
 import signal
@@ -32,13 +32,13 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def handlers_are_left_as_they_were() -> Any:
+def handlers_are_restored() -> Any:
     before = [signal.getsignal(signum) for signum in SIGNALS]
     yield
     assert [signal.getsignal(signum) for signum in SIGNALS] == before
 
 
-def goes_on(runs: Path, uninterrupted: Path) -> None:
+def assert_resumes(runs: Path, uninterrupted: Path) -> None:
     assert train(compose(runs, *SMALL)) == 0
     folder = run_folder(runs)
     ours, theirs = final_state(folder), final_state(uninterrupted)
@@ -78,7 +78,7 @@ def in_validation(patch: pytest.MonkeyPatch) -> None:
 
 
 def in_setup(patch: pytest.MonkeyPatch) -> None:
-    """Between Lightning's taking over of the handlers and the first batch."""
+    """After Lightning has installed its handlers, before the first batch."""
     original = DataModule.train_dataloader
     patch.setattr(DataModule, "train_dataloader", lambda self: (send(), original(self))[1])
 
@@ -107,10 +107,10 @@ def test_moments(moment: Callable[[pytest.MonkeyPatch], None], steps: int, unint
         moment(patch)
         assert train(compose(tmp_path, *SMALL)) == 143
     assert steps_saved(tmp_path) == steps
-    goes_on(tmp_path, uninterrupted)
+    assert_resumes(tmp_path, uninterrupted)
 
 
-def test_second_ctrl_c_leaves_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_second_ctrl_c_stops_immediately(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
     def training_step(self: Classifier, batch: Any, batch_idx: int) -> Any:
@@ -126,7 +126,7 @@ def test_second_ctrl_c_leaves_at_once(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_second_other_signal_waits_for_the_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Slurm sends what it was told to send before the time limit, and SIGTERM later."""
+    """Slurm sends the requested signal before the time limit, and SIGTERM later."""
     original = Classifier.training_step
 
     def training_step(self: Classifier, *args: Any) -> Any:
@@ -139,8 +139,8 @@ def test_second_other_signal_waits_for_the_batch(tmp_path: Path, monkeypatch: py
     assert steps_saved(tmp_path) == 1
 
 
-def test_interrupt_before_a_stop_was_asked_for_is_no_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A KeyboardInterrupt that isn't ours isn't swallowed."""
+def test_keyboard_interrupt_without_a_stop_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other KeyboardInterrupts are not swallowed."""
 
     def training_step(self: Classifier, *args: Any) -> Any:
         raise KeyboardInterrupt
@@ -150,7 +150,7 @@ def test_interrupt_before_a_stop_was_asked_for_is_no_stop(tmp_path: Path, monkey
         train(compose(tmp_path, *SMALL))
 
 
-def test_flag_alone() -> None:
+def test_stop_flag() -> None:
     stop = StopFlag()
     with stop.handling_signals():
         assert stop.signum is None
@@ -163,7 +163,7 @@ def test_flag_alone() -> None:
 
 
 def test_closed_stderr_is_no_reason_to_fail(tmp_path: Path) -> None:
-    """As when the terminal that a run was started from has gone."""
+    """As after the run's terminal was closed."""
     stop = StopFlag()
     kept = os.dup(2)
     reader, writer = os.pipe()

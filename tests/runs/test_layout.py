@@ -1,4 +1,4 @@
-"""What is read from a run folder."""
+"""Reading a run folder."""
 
 from pathlib import Path
 

@@ -42,7 +42,5 @@ def test_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ove
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))
     monkeypatch.delenv("CXX", raising=False)
     what = override.split(".")[1].split("=")[0]
-    with pytest.raises(
-        UserError, match=rf"{what}=.* needs a C\+\+ compiler, but there is no \w+\+\+; set CXX"
-    ):
+    with pytest.raises(UserError, match=rf"{what}=.* needs a C\+\+ compiler, but there is no \w+\+\+; set CXX"):
         train(compose(tmp_path / "runs", *TINY, override))

@@ -1,4 +1,4 @@
-"""What the tests of exporting share."""
+"""Helpers for the tests of exporting."""
 
 from collections.abc import Mapping
 from pathlib import Path

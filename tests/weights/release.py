@@ -1,4 +1,4 @@
-"""A release on the loopback interface that can misbehave."""
+"""A release on the loopback interface that can be faulty."""
 
 import hashlib
 import io

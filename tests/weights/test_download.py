@@ -1,4 +1,4 @@
-"""Fetching official weights from a server that misbehaves, from a mirror, and by several processes."""
+"""Downloading official weights: from a faulty server, from a mirror, and by several processes."""
 
 import errno
 import multiprocessing
@@ -73,7 +73,7 @@ def test_cache_need_not_be_writable(row: ZooRecord, monkeypatch: pytest.MonkeyPa
     assert download_official(row) == path
 
 
-def test_no_right_to_write(row: ZooRecord, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_permission_denied(row: ZooRecord, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     deny(monkeypatch)
     assert f"can't write the weights to {checkpoints(tmp_path)}: Permission denied; TORCH_HOME=<folder>" in refused(row)
 
@@ -130,7 +130,7 @@ HALF = len(CONTENT) // 2
         pytest.param(["no length"], [0], id="length unknown"),
     ],
 )
-def test_goes_on_after(
+def test_resumes_after(
     faults: list[Fault],
     begins: list[int] | None,
     release: Release,
@@ -166,7 +166,7 @@ def test_gives_up_after_three_more_attempts(faults: list[Fault], release: Releas
     assert release.requests[-1][1] == (len(CONTENT) - HALF // 8 if faults[0] == "cut" else 0)
 
 
-def test_part_of_another_file_is_thrown_away(release: Release, row: ZooRecord, tmp_path: Path) -> None:
+def test_part_of_another_file_is_discarded(release: Release, row: ZooRecord, tmp_path: Path) -> None:
     part = checkpoints(tmp_path) / f".{row.file}.part"
     part.parent.mkdir(parents=True)
     part.write_bytes(b"x" * 1000)
@@ -201,7 +201,7 @@ def test_no_such_file(status: int, text: str, release: Release, row: ZooRecord, 
     assert files(tmp_path) == {}
 
 
-def test_nobody_listens(row: ZooRecord, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_connection_refused(row: ZooRecord, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as unused:
         port = unused.getsockname()[1]
     monkeypatch.setattr("bcos_train.weights.records.RELEASE", f"http://127.0.0.1:{port}")
@@ -210,7 +210,7 @@ def test_nobody_listens(row: ZooRecord, tmp_path: Path, monkeypatch: pytest.Monk
     assert files(tmp_path) == {}
 
 
-def test_no_such_host(row: ZooRecord, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_host(row: ZooRecord, monkeypatch: pytest.MonkeyPatch) -> None:
     def lookup(*args: Any, **kwargs: Any) -> None:
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
@@ -218,7 +218,7 @@ def test_no_such_host(row: ZooRecord, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "no connection for http://127.0.0.1" in refused(row)
 
 
-def test_folder_that_is_none(row: ZooRecord, tmp_path: Path) -> None:
+def test_path_that_is_no_folder(row: ZooRecord, tmp_path: Path) -> None:
     (tmp_path / "home").write_text("a file where the folder should be")
     message = refused(row)
     assert f"can't write the weights to {checkpoints(tmp_path)}: Not a directory; TORCH_HOME=<folder>" in message
@@ -257,7 +257,7 @@ def test_mirror_without_the_file(mirror: Path, release: Release, row: ZooRecord)
     assert release.requests == []
 
 
-def test_mirror_that_is_missing(mirror: Path, row: ZooRecord) -> None:
+def test_missing_mirror(mirror: Path, row: ZooRecord) -> None:
     mirror.rmdir()
     assert refused(row).startswith(f"BCOS_WEIGHTS={mirror}: no such folder; name one with {row.file}, or unset it")
 
@@ -269,7 +269,7 @@ def test_mirror_with_another_file(mirror: Path, release: Release, row: ZooRecord
     assert (mirror / row.file).exists()
 
 
-def test_empty_mirror_is_none(row: ZooRecord, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_empty_mirror_is_ignored(row: ZooRecord, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BCOS_WEIGHTS", "")
     assert download_official(row, progress=False) == checkpoints(tmp_path) / row.file
 
@@ -312,7 +312,9 @@ def test_official_weights_are_those_of_the_file(
     assert len(release.requests) == 1
 
 
-def test_changing_the_model_leaves_the_file(release: Release, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changing_the_model_leaves_the_file_unchanged(
+    release: Release, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     content = as_file(state_of("resnet18"))
     row = publish(monkeypatch, "resnet18", content)
     release.files[row.file] = content

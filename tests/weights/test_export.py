@@ -1,4 +1,4 @@
-"""Weights go from every form to every other without a changed bit, and folders say what they hold."""
+"""Weights convert between all formats bit for bit, and folders describe their content."""
 
 import hashlib
 import json
@@ -132,7 +132,7 @@ def test_hash_in_the_name(trained_run: Path, tmp_path: Path) -> None:
     assert all(value.is_contiguous() and value.device.type == "cpu" for value in content.values())
 
 
-def test_views_and_channels_last_are_written_plainly(tmp_path: Path) -> None:
+def test_views_and_channels_last_are_written_contiguously(tmp_path: Path) -> None:
     state = state_of("resnet20")
     strange = {k: v.to(memory_format=torch.channels_last) if v.ndim == 4 else v for k, v in state.items()}
     key = next(k for k, v in state.items() if v.ndim == 1)
@@ -223,7 +223,7 @@ def test_results_are_those_of_the_same_weights(trained_run: Path, tmp_path: Path
     assert export(str(folder), tmp_path / "d.pth").source.metrics["acc1"] != 12.5
 
 
-def test_another_function_of_the_same_weights_has_no_results(trained_run: Path, tmp_path: Path) -> None:
+def test_changed_options_drop_the_results(trained_run: Path, tmp_path: Path) -> None:
     same = export(str(trained_run), tmp_path / "a", options={"b": 1.5, "stochastic_depth_prob": 0.0}).source
     assert same.metrics
     other = export(str(trained_run), tmp_path / "b", options={"b": 2}).source
@@ -233,7 +233,7 @@ def test_another_function_of_the_same_weights_has_no_results(trained_run: Path, 
     assert "metrics" not in config or config["metrics"] == {}
 
 
-def test_an_exported_folder_keeps_what_it_says(trained_run: Path, tmp_path: Path) -> None:
+def test_an_exported_folder_keeps_its_description(trained_run: Path, tmp_path: Path) -> None:
     names = [f"class {i}" for i in range(10)]
     export(str(trained_run), tmp_path / "1", license="mit", class_names=names)
     export(str(tmp_path / "1"), tmp_path / "2")
@@ -262,7 +262,7 @@ def test_class_names_of_cifar10() -> None:
     assert list(run_source._CIFAR10_CLASSES) == Cifar10("anywhere").class_names
 
 
-def test_safetensors_say_that_they_are_torchs(trained_run: Path, tmp_path: Path) -> None:
+def test_safetensors_metadata_names_torch(trained_run: Path, tmp_path: Path) -> None:
     export(str(trained_run), tmp_path / "out")
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}

@@ -1,4 +1,4 @@
-"""Every mistake in exporting is one line, and leaves nothing behind."""
+"""Every mistake in exporting is one line, and leaves no files."""
 
 import argparse
 import shutil
@@ -125,7 +125,7 @@ def test_nothing_is_overwritten_without_force(target: str, trained_run: Path, tm
 
 
 @pytest.mark.parametrize("target", ["", "model.safetensors"], ids=["the run folder", "its weights"])
-def test_a_run_folder_is_never_written_into(target: str, trained_run: Path, tmp_path: Path) -> None:
+def test_nothing_is_written_into_a_run_folder(target: str, trained_run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(trained_run, folder)
     with pytest.raises(ValueError, match="choose another place"):
@@ -141,7 +141,7 @@ def test_onto_itself(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("target", ["w.pth", "w.safetensors", "folder"])
-def test_a_file_that_comes_back_changed(
+def test_a_file_that_differs_after_reading_it_back(
     target: str, trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def changed(*args: Any) -> tuple[State, bool]:

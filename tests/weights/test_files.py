@@ -86,7 +86,7 @@ def test_average(kind: str, use_ema: bool | None, tmp_path: Path) -> None:
     assert_same(state, average if is_ema else plain)
 
 
-def test_folder_without_what_is_asked_for(tmp_path: Path) -> None:
+def test_folder_without_the_requested_weights(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds no model\.safetensors"):
         read_weights(tmp_path)
     save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
@@ -94,7 +94,7 @@ def test_folder_without_what_is_asked_for(tmp_path: Path) -> None:
         read_weights(tmp_path, use_ema=True)
 
 
-def test_safetensors_is_needed_for_its_files_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_safetensors_is_only_needed_for_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = {"a": torch.zeros(1)}
     save_file(state, tmp_path / "w.safetensors")
     torch.save(state, tmp_path / "w.pth")
@@ -125,7 +125,7 @@ def test_reading_runs_no_code(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("old", [False, True], ids=["zip", "before torch 1.6"])
-def test_a_file_that_was_cut_off(old: bool, tmp_path: Path) -> None:
+def test_a_truncated_file(old: bool, tmp_path: Path) -> None:
     torch.save(random_state("resnet20"), tmp_path / "w.pth", _use_new_zipfile_serialization=not old)
     content = (tmp_path / "w.pth").read_bytes()
     (tmp_path / "w.pth").write_bytes(content[: len(content) // 2])
@@ -214,7 +214,7 @@ def test_every_official_model_takes_a_new_classifier(name: str) -> None:
         load_weights(model, state, "file")
 
 
-def test_another_number_of_classes_must_be_asked_for(tmp_path: Path) -> None:
+def test_another_number_of_classes_must_be_requested(tmp_path: Path) -> None:
     torch.save(random_state("resnet20", num_classes=7), tmp_path / "w.pth")
     with pytest.raises(ValueError, match=r"fc\.linear\.weight has .*: another number of classes$"):
         create_model("resnet20", weights=tmp_path / "w.pth")

@@ -1,4 +1,4 @@
-"""Training and evaluating with official weights, from the configs on."""
+"""Training and evaluating with official weights, starting from configs."""
 
 import json
 from pathlib import Path
@@ -92,7 +92,7 @@ def test_fine_tuning(release: Release, tmp_path: Path, monkeypatch: pytest.Monke
     assert len(release.requests) == 1
 
 
-def test_no_run_folder_without_the_weights(release: Release, tmp_path: Path) -> None:
+def test_missing_weights_create_no_run_folder(release: Release, tmp_path: Path) -> None:
     config = compose(tmp_path / "runs", "model=resnet18", "model.pretrained=true", *SMALL, *QUIET)
     with pytest.raises(UserError, match=r"^model: http://127.*the server answered 404 Not Found; BCOS_WEIGHTS"):
         train(config)

@@ -1,4 +1,4 @@
-"""Weights come with the options that they were trained with, whichever file of a run or an export is named."""
+"""Weights keep the options that they were trained with, for every file of a run or an export."""
 
 import hashlib
 import json
@@ -34,7 +34,7 @@ def described(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_folder_says_which_options_its_weights_are_for(described: Path) -> None:
+def test_a_folder_describes_the_options_of_its_weights(described: Path) -> None:
     model = create_model("resnet20", weights=described)
     assert (model.fc.b, model.logit_layer.logit_bias, model.num_classes) == (1.5, 0.5, 3)
     assert create_model("resnet20", weights=described, b=1.5).fc.b == 1.5
@@ -60,11 +60,11 @@ PARTS = ("", "model.safetensors", "model_ema.safetensors", "checkpoints/last.ckp
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_so_does_a_run_folder_for_all_that_is_in_it(part: str, tmp_path: Path) -> None:
+def test_a_run_folder_describes_all_its_weights(part: str, tmp_path: Path) -> None:
     assert create_model("resnet20", weights=write_described_run(tmp_path / "run", b=1.5) / part).fc.b == 1.5
 
 
-def test_so_does_an_exported_folder_for_its_file(described: Path) -> None:
+def test_an_exported_folder_describes_its_file(described: Path) -> None:
     assert create_model("resnet20", weights=described / "model.safetensors").fc.b == 1.5
 
 
@@ -81,7 +81,7 @@ def test_other_options_than_the_trained_ones(part: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 @pytest.mark.parametrize("part", PARTS)
-def test_a_bare_file_of_them_takes_any_option(part: str, suffix: str, tmp_path: Path) -> None:
+def test_a_bare_file_takes_any_option(part: str, suffix: str, tmp_path: Path) -> None:
     """The way out that the message above names."""
     bare = tmp_path / f"bare{suffix}"
     export(str(write_described_run(tmp_path / "run", b=1.5) / part), bare)
@@ -90,7 +90,7 @@ def test_a_bare_file_of_them_takes_any_option(part: str, suffix: str, tmp_path: 
     assert_same(dict(model.state_dict()), random_state("resnet20", b=1.5))
 
 
-def test_an_option_that_is_not_written_down_had_its_default(tmp_path: Path) -> None:
+def test_a_missing_option_has_its_default(tmp_path: Path) -> None:
     path = write_described_run(tmp_path / "run")
     assert create_model("resnet20", weights=path, b=2).fc.b == 2
     with pytest.raises(ValueError, match=r"were trained with b=2, the model has b=1\.5: set b=2 "):
@@ -102,7 +102,7 @@ def test_options_of_training_are_free(tmp_path: Path) -> None:
     create_model("resnet20", weights=path, stochastic_depth_prob=0.0, num_classes=3)
 
 
-def test_classes_that_a_run_does_not_write_down_are_counted(tmp_path: Path) -> None:
+def test_number_of_classes_is_counted_if_a_run_does_not_specify_it(tmp_path: Path) -> None:
     path = write_described_run(tmp_path / "run", num_classes=3)
     state = load_file(path / "model.safetensors")
     assert_same(dict(seeded("resnet20", weights=path).state_dict()), state)
@@ -119,7 +119,7 @@ def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert create_model("resnet20", weights="~/run").fc.b == 1.5
 
 
-def test_a_run_that_has_not_ended(tmp_path: Path) -> None:
+def test_an_unfinished_run(tmp_path: Path) -> None:
     path = write_described_run(tmp_path / "run")
     (path / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"the run has not finished.*such as .*checkpoints/last\.ckpt"):
@@ -132,18 +132,18 @@ def test_a_folder_of_another_model(described: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"library_name": "bcos-train"}'])
-def test_a_garbled_description(described: Path, text: str) -> None:
+def test_a_damaged_description(described: Path, text: str) -> None:
     (described / "config.json").write_text(text)
     with pytest.raises(ValueError, match=r"config\.json(: not a| is not the config of an exported folder|: Expecting)"):
         create_model("resnet20", weights=described)
 
 
-def test_a_config_of_something_else_says_nothing(described: Path) -> None:
+def test_a_config_of_another_program_is_ignored(described: Path) -> None:
     (described / "config.json").write_text('{"architecture": "resnet20"}')
     assert create_model("resnet20", weights=described, num_classes=3).fc.b == 2
 
 
-def test_neither_does_a_config_of_another_program_beside_a_file(tmp_path: Path) -> None:
+def test_a_config_of_another_program_beside_a_file_is_ignored(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("architecture: resnet20\n")
     torch.save(random_state("resnet20"), tmp_path / "w.pth")
     assert create_model("resnet20", weights=tmp_path / "w.pth").fc.b == 2

@@ -97,7 +97,7 @@ def measure(
         total = sum(group.n_units * len(methods) for group in groups)
         done = 0
         for group in groups:
-            _run(group, methods, options, store, results, partial(_shifted, on_step, done, total))
+            _run(group, methods, options, store, results, partial(_report_step, on_step, done, total))
             done += group.n_units * len(methods)
         if "alignment" in options.metrics:
             results.alignment = _alignment(subject, options.batch_size)
@@ -105,8 +105,9 @@ def measure(
     return results
 
 
-def _shifted(on_step: OnStep, before: int, total: int, what: str, done: int) -> None:
-    on_step(what, before + done, total)
+def _report_step(on_step: OnStep, done_before: int, total: int, method: str, done: int) -> None:
+    """Report the progress of a group as that of all groups."""
+    on_step(method, done_before + done, total)
 
 
 def _run(

@@ -106,8 +106,10 @@ class RowWeights:
     identity: str
 
 
-#: Evaluates a row with these weights and returns the content of ``evaluation.json``; raises EvaluationFailed.
-Evaluate = Callable[[str, RowWeights, Settings, Path], Mapping[str, Any]]
+#: Content of ``evaluation.json``.
+EvaluationResult = Mapping[str, Any]
+#: Evaluates a row with these weights; raises EvaluationFailed.
+Evaluate = Callable[[str, RowWeights, Settings, Path], EvaluationResult]
 
 
 def evaluate_rows(
@@ -167,7 +169,7 @@ def _measure_row(row: Row, settings: Settings, folder: Path, evaluate: Evaluate)
     return row
 
 
-def _with_results(row: Row, result: Mapping[str, Any], weights: RowWeights, settings: Settings) -> Row:
+def _with_results(row: Row, result: EvaluationResult, weights: RowWeights, settings: Settings) -> Row:
     """Add the content of an ``evaluation.json``."""
     count, seconds = int(result["count"]), float(result["seconds"])
     return replace(
@@ -253,7 +255,7 @@ def find_own_weights(name: str, folder: Path) -> RowWeights:
     return RowWeights(str(run), ("run", str(run.resolve())), f"{run.resolve()} {file_sha256(run / SUMMARY)}")
 
 
-def evaluate_row(script: Path, name: str, weights: RowWeights, settings: Settings, output: Path) -> Mapping[str, Any]:
+def evaluate_row(script: Path, name: str, weights: RowWeights, settings: Settings, output: Path) -> EvaluationResult:
     """Run ``evaluate.py`` in a separate process, with its output in a log file.
 
     Args:

@@ -45,7 +45,7 @@ class ZooRecord:
     n_state_dict_entries: int
 
     #: License of the official repository. Its authors add that the networks are trained on ImageNet, whose terms of
-    #: access allow non-commercial use of the data only: each user has to check whether that concerns them.
+    #: access allow non-commercial use of the data only; users have to check whether this applies to them.
     license: ClassVar[str] = "Apache-2.0"
     paper: ClassVar[str] = "arXiv:2306.10898"
     #: Evaluation preset: side of the center crop in pixels, and interpolation.
@@ -72,11 +72,6 @@ class ZooRecord:
     def is_bcos(self) -> bool:
         """True for B-cos networks; the others are baselines with standard layers on standardized RGB."""
         return not self.name.startswith("standard_")
-
-    @property
-    def is_count_misprinted(self) -> bool:
-        """True if the published number of parameters is not the exact one, rounded."""
-        return self.params_published_m != round(self.params / 1e6, 2)
 
 
 def find_record(name: str) -> ZooRecord:

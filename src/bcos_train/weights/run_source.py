@@ -9,7 +9,7 @@ from bcos_train.runs.layout import CHECKPOINTS, EVALUATION, LAST, RUN_CONFIG, SU
 from bcos_train.weights.files import read_json
 from bcos_train.weights.model_options import TIMM, model_of_config
 
-__all__ = ["activation_of", "class_names_of", "dataset_of", "read_metrics", "read_run_config", "starts_from_official"]
+__all__ = ["activation_of", "class_names_of", "dataset_of", "read_results", "read_run_config", "starts_from_official"]
 
 _CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _DIGITS = tuple("0123456789")
@@ -63,7 +63,7 @@ def starts_from_official(model: Mapping[str, object]) -> bool:
     return not name.startswith(TIMM) and (model.get("pretrained") is True or model.get("weights") == OFFICIAL)
 
 
-def read_metrics(
+def read_results(
     folder: Path, checkpoint: str, is_ema: bool, limit_val: int | None
 ) -> tuple[dict[str, float], int | None]:
     """Read the validation results of exactly these weights.

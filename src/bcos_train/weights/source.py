@@ -261,7 +261,7 @@ def _read_run(path: Path, label: str, folder: Path, config: Mapping[str, Any], u
     origin = f"run {folder.resolve().name}, {LAST if is_final else path.name}"
     name, options = model_of_config(config["model"])
     dataset = run_source.dataset_of(config)
-    metrics, n_images = run_source.read_metrics(folder, checkpoint, is_ema, config.get("limit_val"))
+    metrics, n_images = run_source.read_results(folder, checkpoint, is_ema, config.get("limit_val"))
     return WeightsSource(
         state=state,
         is_ema=is_ema,

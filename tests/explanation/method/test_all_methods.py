@@ -57,7 +57,7 @@ def random_states() -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize(("method", "name"), POSSIBLE)
-def test_leaves_everything_as_it_was(method: str, name: str) -> None:
+def test_no_side_effects(method: str, name: str) -> None:
     model, (x, targets) = make_model(name), make_input(name)
     x.requires_grad_()
     next(model.parameters()).requires_grad_(False)
@@ -82,7 +82,7 @@ class Broken(RuntimeError):
 
 
 @pytest.mark.parametrize(("method", "name"), POSSIBLE)
-def test_leaves_everything_as_it_was_after_an_exception(method: str, name: str) -> None:
+def test_no_side_effects_after_an_exception(method: str, name: str) -> None:
     """The model fails at its last layer; for DeepLIFT after captum has set its hooks."""
     model, inputs = make_model(name), make_input(name)
     last = [module for module in model.modules() if not list(module.children())][-1]
@@ -114,7 +114,7 @@ def test_same_within_no_grad_and_inference_mode(method: str, name: str) -> None:
 
 
 @pytest.mark.parametrize(("method", "name"), POSSIBLE)
-def test_images_and_targets_do_not_see_each_other(method: str, name: str) -> None:
+def test_images_and_targets_are_independent(method: str, name: str) -> None:
     model, (x, targets) = make_model(name), make_input(name)
     expected = quick(method)(model, x, targets)
     alone = [
@@ -235,7 +235,7 @@ def test_wrong_options(name: str, options: dict[str, Any], message: str) -> None
 
 
 @pytest.mark.parametrize("method", ["smooth_grad", "rise", "lime"])
-def test_the_seed_decides(method: str) -> None:
+def test_results_depend_on_the_seed(method: str) -> None:
     model, inputs = make_model("small_conv_net"), make_input("small_conv_net")
     first, again, other = (make_method(method, **QUICK[method], seed=seed)(model, *inputs) for seed in (0, 0, 1))
     assert torch.equal(first, again)

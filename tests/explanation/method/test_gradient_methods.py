@@ -78,7 +78,7 @@ def test_bcos_equals_the_official_package() -> None:
             assert_same(maps[n, t], result["contribution_map"][0], 1e-8)
 
 
-def test_bcos_relative_speaks_for_a_class_more_than_for_the_others() -> None:
+def test_bcos_relative_explains_the_difference_from_the_mean() -> None:
     model, (x, targets) = make_model("bcos_resnet20"), make_input("bcos_resnet20")
     every = torch.arange(10).expand(len(x), -1)
     maps = make_method("bcos")(model, x, every)
@@ -108,7 +108,7 @@ def test_integrated_gradients_tends_to_the_integral() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_integrated_gradients_adds_up_to_the_difference_of_logits(name: str) -> None:
+def test_integrated_gradients_sums_to_the_difference_of_logits(name: str) -> None:
     model, (x, targets) = make_model(name), make_input(name, n_images=1)
     sums = make_method("int_grad", n_steps=50, batch_size=64)(model, x, targets).sum((2, 3))
     model.eval()
@@ -189,7 +189,7 @@ def test_deep_lift_of_a_module_that_is_used_twice() -> None:
 
 
 @pytest.mark.parametrize("name", ["small_resnet", "small_conv_net", "standard_resnet18"])
-def test_deep_lift_adds_up_to_the_difference_of_logits(name: str) -> None:
+def test_deep_lift_sums_to_the_difference_of_logits(name: str) -> None:
     model, (x, targets) = make_model(name), make_input(name)
     sums = make_method("deep_lift")(model, x, targets).sum((2, 3))
     model.eval()

@@ -3,7 +3,6 @@
 import inspect
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 from bcos_train.explanation.method.attention_rollout import AttentionRollout
 from bcos_train.explanation.method.averaged import IntegratedGradients, SmoothGrad
@@ -61,7 +60,7 @@ def list_methods() -> list[str]:
     return list(METHODS)
 
 
-def make_method(name: str, **options: Any) -> Method:
+def make_method(name: str, **options: object) -> Method:
     """Create an explanation method by name, with the options of its class.
 
     Raises:
