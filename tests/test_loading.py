@@ -74,7 +74,7 @@ def test_preprocessing_of_a_run(trained_run: Path, tmp_path: Path) -> None:  # n
     assert load(tmp_path / "run").preprocess(picture()).shape == (3, 48, 48)
     config["augmentation"]["eval"] = {"_target_": "somewhere.else"}
     (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(config))
-    with pytest.raises(ValueError, match="the run's evaluation transform is none of bcos_train's"):
+    with pytest.raises(ValueError, match="the run's evaluation transform is not one of bcos_train"):
         load(tmp_path / "run")
 
 

@@ -1,4 +1,4 @@
-"""Load a trained classifier from anywhere: the one loader of the scripts, the evaluation and notebooks.
+"""Load a trained classifier from a run, an export, a weights file or the official release.
 
 Axes: N images, C input channels (6 for B-cos networks), H, W pixels, K classes.
 """
@@ -39,8 +39,8 @@ class Prediction:
 
     Attributes:
         logits: (N, K).
-        probabilities: (N, K) in [0, 1]. Sigmoids need not sum to 1: they are those of models trained with binary
-            cross-entropy, as B-cos models usually are; cross-entropy has the softmax.
+        probabilities: (N, K) in [0, 1]: softmax for models trained with cross-entropy; for binary cross-entropy, as for
+            most B-cos models, sigmoids, which need not sum to 1.
         class_names: K names.
     """
 
@@ -63,7 +63,7 @@ class Prediction:
 class LoadedClassifier:
     """A classifier in evaluation mode, with its preprocessing and class names.
 
-    Wherever images are taken, they are a PIL image, the path of an image file, a list of these, a uint8 tensor
+    All methods that take images accept a PIL image, the path of an image file, a list of these, a uint8 tensor
     (N, 3, H, W) of RGB images (used at their original size), or a float tensor (N, C, H, W): the model's input.
 
     Attributes:
@@ -71,7 +71,7 @@ class LoadedClassifier:
         name: Model name.
         class_names: K names; ``class 0``, ``class 1``, … by default.
         dataset: Name of the training data set, if known.
-        origin: Where the weights come from, in a few words.
+        origin: Source of the weights, in a few words.
         activation: ``"sigmoid"`` or ``"softmax"``: converts logits to probabilities; ``None``: the model's
             ``to_probabilities``.
         encoding: uint8 RGB (N, 3, H, W) -> the model's input (N, C, H, W), on the model's device; ``None``: the
@@ -256,12 +256,12 @@ def _find_checkpoint(folder: Path, which: str) -> Path:
 
 
 def _check_preprocessing(weights: WeightsSource) -> None:
-    """Raise a ValueError for a run with a transform that can't be rebuilt: the model's default would be wrong."""
+    """Raise a ValueError if a run's transform can't be rebuilt: the model's default transform would be wrong."""
     is_run = weights.folder is not None and (weights.folder / RUN_CONFIG).is_file()
     if is_run and weights.preprocessing is None:
         raise ValueError(
-            f"{weights.label}: the run's evaluation transform is none of bcos_train's (augmentation.eval and encoding "
-            f"in its {RUN_CONFIG}); build the model by bcos_train.create_model(…, weights=…) and preprocess as it does"
+            f"{weights.label}: the run's evaluation transform is not one of bcos_train (augmentation.eval and encoding "
+            f"in its {RUN_CONFIG}); use bcos_train.create_model(…, weights=…) and apply that transform yourself"
         )
 
 

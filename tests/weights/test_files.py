@@ -264,5 +264,7 @@ def test_models_without_official_weights() -> None:
 
 
 def test_pretrained_and_a_file(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"^pretrained=True means the official weights: give it or weights=w\.pth"):
+    with pytest.raises(
+        ValueError, match=r"^pretrained=True loads the official weights: set either that or weights=w\.pth"
+    ):
         create_model("resnet20", pretrained=True, weights="w.pth")

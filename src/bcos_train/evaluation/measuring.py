@@ -132,8 +132,10 @@ def _run(
     reasons: dict[tuple[str, str], str] = {}
 
     def n_done(key: tuple[str, str]) -> int:
+        if key in reasons:
+            return group.n_units
         stored = scores[key]
-        return group.n_units if key in reasons else 0 if stored is None else len(stored)
+        return 0 if stored is None else len(stored)
 
     for start, stop in _batches(lambda: {n_done(key) for key in scores}, group.n_units, group.batch_size):
         compute = group.load_batch(start, stop)

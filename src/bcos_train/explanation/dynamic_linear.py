@@ -127,7 +127,7 @@ def dynamic_linear_weights(
         _frozen_buffers(network),
     ):
         leaf = x.detach().clone().requires_grad_()
-        logits = _checked_logits(network(leaf), len(x))
+        logits = _check_logits(network(leaf), len(x))
         classes = logits.detach().argmax(1) if target is None else _as_indices(target, logits)
         selected = logits.gather(1, classes[:, None]).sum()
         (weights,) = torch.autograd.grad(selected, leaf, create_graph=create_graph)
@@ -170,7 +170,7 @@ def constant_term(model: nn.Module, x: Tensor, target: Tensor | int | None = Non
     with torch.inference_mode(False), torch.enable_grad(), without_tf32(), explanation_mode(network):
         handles = [module.register_forward_hook(partial(_record_constant, constants, n_images)) for module in leaves]
         try:
-            logits = _checked_logits(network(x.detach().clone().requires_grad_()), n_images)
+            logits = _check_logits(network(x.detach().clone().requires_grad_()), n_images)
         finally:
             for handle in handles:
                 handle.remove()
@@ -265,7 +265,7 @@ def _check_input(x: Tensor) -> None:
         raise ValueError(f"x must be a floating-point tensor (N, C, H, W) with N >= 1, got {x.dtype} {tuple(x.shape)}")
 
 
-def _checked_logits(output: object, n_images: int) -> Tensor:
+def _check_logits(output: object, n_images: int) -> Tensor:
     if not isinstance(output, Tensor):
         raise ValueError(f"the model must return a tensor of logits (N, K), got {type(output).__name__}")
     if output.ndim != 2 or len(output) != n_images:

@@ -90,8 +90,8 @@ def gallery(
 
     Correct predictions have a green title with a tick; wrong ones have a red title with a cross, and the label at the
     right. If the explained class is not the prediction, it is named there instead. All contribution maps share one
-    scale, that of the strongest (its 99.5th percentile), so a pale map holds little evidence. The figure belongs to no
-    pyplot state and needs no display.
+    scale, that of the strongest (its 99.5th percentile), so a pale map holds little evidence. The figure is
+    independent of pyplot and needs no display.
 
     Args:
         images: (N, 6, H, W) in [0, 1], as explained.

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
@@ -206,9 +206,7 @@ def _length(response: HTTPResponse, begin: int) -> int | None:
 
 
 def _copy(response: HTTPResponse, file: BinaryIO, url: str, begin: int, total: int | None, progress: bool) -> None:
-    # torch.hub's progress bar: tqdm if it is installed.
-    tqdm: Any = torch.hub.tqdm
-    with tqdm(
+    with torch.hub.tqdm(  # torch.hub substitutes a simple bar if tqdm is not installed
         total=total,
         initial=begin,
         disable=not progress,

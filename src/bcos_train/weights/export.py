@@ -99,22 +99,22 @@ def export(
         )
     if not with_hash:
         _check_free(target, force)
-    weights, network = _checked(read_weights_source(source, use_ema).for_model(model, options or {}))
+    weights, network = _validate(read_weights_source(source, use_ema).for_model(model, options or {}))
     weights = replace(weights, license=license or weights.license, class_names=_class_names(weights, class_names))
     if is_file:
-        content = _pth(weights.state) if target.suffix == ".pth" else _safetensors(weights.state)
+        content = _pth_bytes(weights.state) if target.suffix == ".pth" else _safetensors_bytes(weights.state)
         digest = hashlib.sha256(content).hexdigest()
         if with_hash:
             target = target.with_name(f"{target.stem}-{digest[:10]}{target.suffix}")
         _check_free(target, force)
         files = {target.name: content}
     else:
-        content = _safetensors(weights.state)
+        content = _safetensors_bytes(weights.state)
         digest = hashlib.sha256(content).hexdigest()
-        files = {WEIGHTS: content, **_description(weights, network, digest)}
-    with _staged(target, files) as stage:
+        files = {WEIGHTS: content, **_description_files(weights, network, digest)}
+    with _stage_files(target, files) as stage:
         written = stage / target.name if is_file else stage
-        _compare(written, weights.state)
+        _verify_written(written, weights.state)
         _publish(stage, target, is_file, list(files))
     return Exported(target, weights, digest)
 
@@ -122,7 +122,7 @@ def export(
 # ---- check of the source
 
 
-def _checked(source: WeightsSource) -> tuple[WeightsSource, nn.Module]:
+def _validate(source: WeightsSource) -> tuple[WeightsSource, nn.Module]:
     """Check that the weights fit their model.
 
     Returns:
@@ -140,7 +140,7 @@ def _checked(source: WeightsSource) -> tuple[WeightsSource, nn.Module]:
         network = build_model(name, source.options)
     shapes = {key: torch.empty_like(value, device="meta") for key, value in source.state.items()}
     load_weights(network, shapes, source.origin)
-    state = {key: _copied(source.state[key]) for key in network.state_dict()}
+    state = {key: _contiguous_copy(source.state[key]) for key in network.state_dict()}
     for key, value in state.items():
         if not torch.isfinite(value).all():
             raise ValueError(f"{source.origin}: {key} holds values that are not finite")
@@ -157,7 +157,7 @@ def _with_defaults(options: Mapping[str, object], known: Mapping[str, object]) -
     }
 
 
-def _copied(value: Tensor) -> Tensor:
+def _contiguous_copy(value: Tensor) -> Tensor:
     """Copy to the CPU, contiguous and with its own storage: ``torch.save`` would write a view's whole storage."""
     return value.detach().to("cpu").clone(memory_format=torch.contiguous_format)
 
@@ -207,13 +207,13 @@ def _check_free(target: Path, force: bool) -> None:
         raise ValueError(f"{target} exists and isn't empty: choose another name, or use --force to overwrite its files")
 
 
-def _pth(state: Mapping[str, Tensor]) -> bytes:
+def _pth_bytes(state: Mapping[str, Tensor]) -> bytes:
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
     return buffer.getvalue()
 
 
-def _safetensors(state: Mapping[str, Tensor]) -> bytes:
+def _safetensors_bytes(state: Mapping[str, Tensor]) -> bytes:
     try:
         from safetensors.torch import save
     except ModuleNotFoundError as error:
@@ -221,7 +221,7 @@ def _safetensors(state: Mapping[str, Tensor]) -> bytes:
     return save(dict(state), metadata={"format": "pt"})
 
 
-def _description(source: WeightsSource, network: nn.Module, digest: str) -> dict[str, bytes]:
+def _description_files(source: WeightsSource, network: nn.Module, digest: str) -> dict[str, bytes]:
     """Return the contents of ``config.json`` and the model card by file name."""
     preprocessing = source.preprocessing or Preprocessing.from_transform(getattr(network, "transform", None))
     in_chans = int(getattr(network, "in_chans", 3))
@@ -232,7 +232,7 @@ def _description(source: WeightsSource, network: nn.Module, digest: str) -> dict
 
 
 @contextlib.contextmanager
-def _staged(target: Path, files: Mapping[str, bytes]) -> Iterator[Path]:
+def _stage_files(target: Path, files: Mapping[str, bytes]) -> Iterator[Path]:
     """Write the files to a temporary folder beside the target.
 
     The folder is removed at the end; after a failure, so are the parent folders that were created for it.
@@ -258,7 +258,7 @@ def _staged(target: Path, files: Mapping[str, bytes]) -> Iterator[Path]:
                 folder.rmdir()
 
 
-def _compare(path: Path, state: Mapping[str, Tensor]) -> None:
+def _verify_written(path: Path, state: Mapping[str, Tensor]) -> None:
     """Raise a ValueError unless reading the weights back returns the same tensors."""
     written, _ = read_weights(path, use_ema=False)
     differing = [
