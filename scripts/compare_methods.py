@@ -72,14 +72,14 @@ class Subject:
 
 
 def subject_of_run(folder: Path, checkpoint: str) -> Subject:
-    """Load what a run trained, with its evaluation transform and data set."""
+    """Load the model of a run with its evaluation transform and data set."""
     from bcos_train.config import instantiate
     from bcos_train.config import load as load_config
 
     config = load_config(folder / RUN_CONFIG)
     classifier = load(folder, checkpoint=checkpoint)
     dataset: Any = instantiate(config["dataset"], path="dataset")
-    # A model may have more classes than its data set.
+    # A model may have more outputs than its data set has classes.
     names = (*dataset.class_names, *classifier.class_names[dataset.num_classes :])
     classifier = replace(classifier, class_names=names[: len(classifier.class_names)])
     return Subject(f"{config['model']['name']} on {dataset.name}", classifier, lambda n: val_images(dataset, n))
@@ -146,7 +146,7 @@ def select_classes(logits: Tensor, labels: Sequence[int | None], which: str) -> 
 def compute_maps(
     name: str, method: Method, model: nn.Module, x: Tensor, targets: Tensor, batch_size: int, smooth: int
 ) -> Sequence[Tensor]:
-    """Return a signed map (H, W) per image; none, after printing the reason, if the method doesn't fit the model."""
+    """Return a signed map (H, W) per image; if the method can't explain the model, print the reason and return none."""
     print(f"{name} …", file=sys.stderr)
     parts = []
     try:
@@ -226,11 +226,11 @@ def draw(arguments: argparse.Namespace) -> None:
                 columns[name] = maps
     if not columns:
         raise ValueError(f"none of the methods can explain {subject.title}")
-    names, shares = classifier.class_names, classifier.to_probabilities(logits)
+    names, probabilities = classifier.class_names, classifier.to_probabilities(logits)
     rows = []
     for i, picture in enumerate(pictures):
         k = int(targets[i])
-        note = f"{short(names[k])}, {float(shares[i, k]):.0%}"
+        note = f"{short(names[k])}, {float(probabilities[i, k]):.0%}"
         panels = [Panel(picture.permute(1, 2, 0).float() / 255, note), *(Panel(maps[i]) for maps in columns.values())]
         label = labels[i]
         rows.append(Row("" if label is None else f"label {short(names[label])}", panels))

@@ -14,7 +14,6 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from bcos_train.utils.command_line import MISTAKE, Parser
 from bcos_train.weights.export import export
@@ -33,7 +32,7 @@ def parser() -> Parser:
         default=[],
         help="model options that the source doesn't specify",
     )
-    add("--model", metavar="NAME", help="model name, if the source doesn't say it; timm:<name> for one of timm's")
+    add("--model", metavar="NAME", help="model name, if the source doesn't name it; timm:<name> for timm models")
     add(
         "--ema",
         action=argparse.BooleanOptionalAction,
@@ -46,16 +45,17 @@ def parser() -> Parser:
     return result
 
 
-def model_option(text: str) -> tuple[str, Any]:
+def model_option(text: str) -> tuple[str, object]:
     import yaml
 
     key, is_pair, value = text.partition("=")
     if not is_pair or not key:
         raise ValueError(f"{text}: model options are given as KEY=VALUE")
-    for read, mistake in ((json.loads, ValueError), (yaml.safe_load, yaml.YAMLError)):  # YAML reads 1e-3 as text
+    # JSON first, since YAML reads 1e-3 as text.
+    for parse, error in ((json.loads, ValueError), (yaml.safe_load, yaml.YAMLError)):
         try:
-            return key, read(value)
-        except mistake:
+            return key, parse(value)
+        except error:
             continue
     return key, value
 
@@ -67,11 +67,11 @@ def read_lines(path: Path) -> list[str]:
         raise ValueError(f"can't read --classes {path}: {error}") from error
 
 
-def model_options(texts: Sequence[str]) -> dict[str, Any]:
-    options: dict[str, Any] = {}
+def model_options(texts: Sequence[str]) -> dict[str, object]:
+    options: dict[str, object] = {}
     for key, value in map(model_option, texts):
         if key in options:
-            raise ValueError(f"{key} is given twice: {options[key]} and {value}")
+            raise ValueError(f"{key} is set twice: {options[key]} and {value}")
         options[key] = value
     return options
 

@@ -1,9 +1,9 @@
 """The Model Zoo table: evaluate its rows, list them, or train them.
 
 python scripts/model_zoo.py                                       # official weights on IMAGENET_PATH
-python scripts/model_zoo.py --models 'resnet*' --weights runs     # your own, of the runs in a folder or of files
+python scripts/model_zoo.py --models 'resnet*' --weights runs     # your weights: a folder of runs or of files
 python scripts/model_zoo.py --no-eval                             # parameters and GMACs only
-python scripts/model_zoo.py --train print                         # how to train each row; submit: to Slurm
+python scripts/model_zoo.py --train print                         # training commands; submit: Slurm jobs
 """
 
 import argparse
@@ -19,7 +19,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from bcos_train.evaluation.zoo_rows import Settings, evaluate_row, evaluate_rows, is_complete, summarize_failures
 from bcos_train.report.zoo_table import model_cost, published_row, select_rows, train_command, update_readme
@@ -117,7 +116,7 @@ class SlurmOptions:
     Args:
         gpus: GPUs, on one machine.
         cpus_per_gpu: Cores per GPU.
-        hours: Time limit. Submitted again by the same command, a job that reached it resumes.
+        hours: Time limit. A job that reached it resumes when it is submitted again.
         memory_gb: Memory; ``None``: the cluster's default.
         partition, account: ``None``: the cluster's default.
 
@@ -140,7 +139,7 @@ class SlurmOptions:
             if number is not None and number <= 0:
                 raise ValueError(f"{option} {number:g}: more than 0")
 
-    def parameters(self, name: str) -> dict[str, Any]:
+    def parameters(self, name: str) -> dict[str, object]:
         """Return the arguments of ``submitit.AutoExecutor.update_parameters``."""
         parameters = {
             "name": name,
@@ -172,7 +171,7 @@ def job_command(name: str, root: Path, gpus: int, settings: Sequence[str]) -> li
 def submit(
     names: Sequence[str], options: SlurmOptions, root: Path, log_folder: Path, settings: Sequence[str]
 ) -> Iterator[tuple[str, str]]:
-    """Submit a job for each row, to run in the current folder, and yield each row with its job number.
+    """Submit a job for each row, which runs in the current folder, and yield model names and job numbers.
 
     Args:
         names: Model names.
@@ -182,10 +181,10 @@ def submit(
         settings: Further settings of ``train.py``.
 
     Raises:
-        ValueError: There is no Slurm here, or it rejects the job.
+        ValueError: Slurm is not available, or it rejects the job.
     """
     if shutil.which("sbatch") is None:
-        raise ValueError("--train submit: no Slurm here (there is no sbatch); --train print shows the commands")
+        raise ValueError("--train submit: Slurm not found (no sbatch); --train print shows the commands")
     try:
         import submitit
         from submitit.core.utils import FailedJobError
@@ -201,16 +200,16 @@ def submit(
             raise ValueError(f"--train submit: {name}: {' '.join(str(error).split())}") from error
 
 
-def check_settings(settings: Sequence[str], names: Sequence[str], taken: Mapping[str, str]) -> None:
-    """Compose the config of each row with these settings.
+def check_settings(settings: Sequence[str], names: Sequence[str], reserved: Mapping[str, str]) -> None:
+    """Compose and validate the config of each row with these settings.
 
     Args:
         settings: Values of ``--set``.
         names: Rows.
-        taken: Keys that an option of this script sets, with that option.
+        reserved: Keys that an option of this script sets -> that option.
 
     Raises:
-        ValueError: A line for each mistake, with the rows that it concerns unless it concerns all.
+        ValueError: One line per problem, with the affected rows unless all are affected.
     """
     if not settings:
         return
@@ -222,36 +221,36 @@ def check_settings(settings: Sequence[str], names: Sequence[str], taken: Mapping
 
     composer = Composer(ROOT / "configs")
     top_level = inspect.signature(TrainConfig).parameters
-    written, found = read_overrides(settings, composer, top_level, lambda: composer.compose("train"))
-    for text in written:
+    rewritten, problems = read_overrides(settings, composer, top_level, lambda: composer.compose("train"))
+    for text in rewritten:
         override, value = composer.parse(text), text.partition("=")[2]
-        if option := ({"model": "--models"} | dict(taken)).get(override.key_or_group):
-            found.append(Problem(override.key_or_group, f"{option} sets that", value))
+        if option := ({"model": "--models"} | dict(reserved)).get(override.key_or_group):
+            problems.append(Problem(override.key_or_group, f"set by {option}", value))
         elif override.is_sweep_override():
-            found.append(Problem(override.key_or_group, "one value; give the command once for each", value))
-    found += check_choices(written.values(), composer, may_sweep=True)
-    rows: dict[str, list[str]] = {str(problem): list(names) for problem in found}
-    for name in names if not found else ():
+            problems.append(Problem(override.key_or_group, "only one value; run the command once for each", value))
+    problems += check_choices(rewritten.values(), composer, may_sweep=True)
+    rows: dict[str, list[str]] = {str(problem): list(names) for problem in problems}
+    for name in names if not problems else ():
         try:
-            config = composer.compose("train", [*train_command(name)[1:], *written.values()])
-            problems_here = list(map(str, check(config, root=TrainConfig)))
+            config = composer.compose("train", [*train_command(name)[1:], *rewritten.values()])
+            messages = list(map(str, check(config, root=TrainConfig)))
         except UserError as error:
-            problems_here = str(error).splitlines()
-        for text in problems_here:
-            if len(names) > 1:  # the message names the model: replaced, so that these rows share one line
+            messages = str(error).splitlines()
+        for text in messages:
+            if len(names) > 1:  # without the model's name, these rows share one line
                 text = text.replace(f"model={name};", "the models of these rows;")
             rows.setdefault(text, []).append(name)
     if rows:
-        of = {
-            text: "" if len(those) == len(names) else f" ({join_words(those, 'and', 3)})"
-            for text, those in rows.items()
-        }
-        raise ValueError("\n".join(f"--set {text}{of[text]}" for text in rows))
+        lines = []
+        for text, affected in rows.items():
+            suffix = "" if len(affected) == len(names) else f" ({join_words(affected, 'and', 3)})"
+            lines.append(f"--set {text}{suffix}")
+        raise ValueError("\n".join(lines))
 
 
 @contextmanager
 def progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Show the row in progress and the remaining time at the pace so far."""
+    """Show the row in progress and the estimated remaining time."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
     from rich.text import Text
@@ -259,7 +258,7 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
     started: dict[int, float] = {}  # index of a row -> its start time
 
     class Remaining(ProgressColumn):
-        """Remaining time; rich's own estimate forgets everything older than 30 s and ignores the first row."""
+        """Remaining time; rich's own estimate only uses the last 30 s and ignores the first row."""
 
         def render(self, task: Task) -> Text:
             done = int(task.completed)

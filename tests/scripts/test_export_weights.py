@@ -45,7 +45,7 @@ def test_hash(script: ModuleType, source: str, tmp_path: Path, capsys: pytest.Ca
         (["", "{out}"], "SOURCE is empty"),
         (["{w}", ""], "TARGET is empty"),
         (["{w}", "{out}", "--ema=1"], "--ema/--no-ema takes no value, got '1'"),
-        (["{w}", "{out}", "--model", "resnet20", "b=1", "b=2"], "b is given twice: 1 and 2"),
+        (["{w}", "{out}", "--model", "resnet20", "b=1", "b=2"], "b is set twice: 1 and 2"),
         (["{w}", "{out}", "--modle", "resnet20"], "no such option; did you mean --model?"),
         (["{w}", "{out}", "resnet20"], "resnet20: model options are given as KEY=VALUE"),
         (["{w}", "{out}", "--model", "resnet2"], "unknown model 'resnet2'"),

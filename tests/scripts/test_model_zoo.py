@@ -185,7 +185,7 @@ def test_nothing_is_left(script: ModuleType, capsys: pytest.CaptureFixture[str])
         (["--train", "submit", "--gpus", "0"], "--gpus 0: at least 1"),
         (["--train", "submit", "--time", "0"], "--time 0: more than 0"),
         (["--set", "seed=2"], "--set seed=2: needs --train print or --train submit"),
-        (["--train", "submit"], "--train submit: no Slurm here (there is no sbatch); --train print shows the commands"),
+        (["--train", "submit"], "--train submit: Slurm not found (no sbatch); --train print shows the commands"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -233,8 +233,8 @@ def test_settings_are_checked_before_anything_is_printed_or_submitted(
         *("--set foo", "--set seeed", "--set oops", "--set seed=1,2", "--set model=resnet34", "--set recipe=lang")
     ]
     assert lines[1] == "--set seeed: unknown key or config group; did you mean seed?"
-    assert lines[3] == "--set seed=1,2: one value; give the command once for each"
-    assert lines[4] == "--set model=resnet34: --models sets that"
+    assert lines[3] == "--set seed=1,2: only one value; run the command once for each"
+    assert lines[4] == "--set model=resnet34: set by --models"
     assert lines[5].startswith("--set recipe=lang: no such choice; did you mean long?")
     given = ["seed=many", "model.inplanes=32", "optimizer.lrr=1"]  # inplanes: of ResNets alone
     lines = mistakes(script, capsys, "--models", "resnet18", ROW, "--train", mode, "--set", *given)
@@ -258,7 +258,7 @@ def test_the_gpus_of_a_job_are_set_once(
 ) -> None:
     monkeypatch.setattr(script, "submit", None)
     given = ("--models", "resnet18", "--set", "trainer.devices=2", "--train")
-    assert mistakes(script, capsys, *given, "submit") == ["--set trainer.devices=2: --gpus sets that"]
+    assert mistakes(script, capsys, *given, "submit") == ["--set trainer.devices=2: set by --gpus"]
     assert script.main([*given, "print"]) == 0
 
 
