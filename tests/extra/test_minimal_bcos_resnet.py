@@ -93,7 +93,7 @@ def test_a_training_step() -> None:
             assert torch.allclose(value, expected[key], rtol=1e-4), key
 
 
-def test_explaining_leaves_no_trace() -> None:
+def test_explaining_has_no_side_effects() -> None:
     model, x = twins("resnet18", num_classes=5)[0], batch(64)
     before = x.clone()
     first = minimal.explain(model, x)["dynamic_linear_weights"].clone()
@@ -112,7 +112,7 @@ def test_explaining_leaves_no_trace() -> None:
 @pytest.mark.parametrize(
     ("shape", "training"), [((2, 6, 64, 64), False), ((1, 3, 64, 64), False), ((1, 6, 64, 64), True)]
 )
-def test_what_cannot_be_explained(shape: tuple[int, ...], training: bool) -> None:
+def test_invalid_inputs(shape: tuple[int, ...], training: bool) -> None:
     with pytest.raises(ValueError, match=r"needs x \(1, 6, H, W\) and model\.eval\(\), got \("):
         minimal.explain(minimal.bcos_resnet("resnet18", 3).train(training), torch.rand(shape))
 
@@ -120,7 +120,7 @@ def test_what_cannot_be_explained(shape: tuple[int, ...], training: bool) -> Non
 # The file.
 
 
-def test_needs_torch_alone() -> None:
+def test_imports_only_torch() -> None:
     """At the top; Pillow is imported by the functions that read and write image files."""
     imported = [node for node in ast.parse(PATH.read_text()).body if isinstance(node, (ast.Import, ast.ImportFrom))]
     names = {alias.name for node in imported if isinstance(node, ast.Import) for alias in node.names}
@@ -132,7 +132,7 @@ def test_length() -> None:
     assert len(PATH.read_text().splitlines()) < 250
 
 
-def test_demo_without_anything_else(tmp_path: Path) -> None:
+def test_demo_without_arguments(tmp_path: Path) -> None:
     """Run where nothing but torch can be imported of what is installed here."""
     code = f"""
 import runpy, sys

@@ -57,7 +57,7 @@ def test_new_classifier_has_the_weights_of_the_family(tiny: Any) -> None:
     assert 0.5 < new.std() / old.std() < 2
 
 
-def test_new_classifier_leaves_the_rest(tiny: Any) -> None:
+def test_new_classifier_changes_nothing_else(tiny: Any) -> None:
     before = {key: value.clone() for key, value in tiny.state_dict().items()}
     keys = list(before)
     tiny.reset_classifier(3)
@@ -88,7 +88,7 @@ def test_convolution_may_come_in_a_sequence() -> None:
     assert isinstance(model.fc[1], nn.Identity)
 
 
-def test_inputs_are_left_alone(tiny: Any) -> None:
+def test_inputs_are_unchanged(tiny: Any) -> None:
     x = batch()
     before = x.clone()
     tiny.train()(x)
@@ -121,7 +121,7 @@ def test_channels_last(tiny: Any) -> None:
 # Options of the families.
 
 
-def test_vgg_without_norm_keeps_the_place_of_the_norms() -> None:
+def test_vgg_without_norm_keeps_the_indices() -> None:
     with torch.device("meta"):
         plain, normed, pooled = create_model("vgg11"), create_model("vgg11_bnu"), create_model("vgg11", no_pool=True)
     convs = [[key for key in m.state_dict() if key.endswith("linear.weight")] for m in (plain, normed)]

@@ -117,7 +117,7 @@ def test_parts_make_the_whole(model: Any) -> None:
     assert all(id(module) in inside for module in model.get_classifier().modules())
 
 
-def test_image_counts_alone(model: Any) -> None:
+def test_images_are_independent(model: Any) -> None:
     """The result for an image doesn't depend on the rest of the batch."""
     x = batch(model, n=3)
     with torch.no_grad():
@@ -198,7 +198,7 @@ LEAST_SIZES: dict[str, tuple[str, dict[str, Any], int]] = {
 
 
 @pytest.mark.parametrize(("name", "options", "least"), LEAST_SIZES.values(), ids=LEAST_SIZES)
-def test_least_size(name: str, options: dict[str, Any], least: int) -> None:
+def test_minimum_size(name: str, options: dict[str, Any], least: int) -> None:
     """Exactly the images with a feature map that is not empty are accepted."""
     with torch.device("meta"):
         model: Any = create_model(name, **options).eval()
@@ -216,7 +216,7 @@ def test_least_size(name: str, options: dict[str, Any], least: int) -> None:
 
 @pytest.mark.parametrize("shape", [(1, 5, 64, 64), (6, 64, 64)], ids=str)
 @pytest.mark.parametrize("name", ["resnet18", "densenet52", "convnext_atto", "vgg11_bnu", "plain_cnn9"])
-def test_only_images_of_the_right_shape_are_taken(name: str, shape: tuple[int, ...]) -> None:
+def test_images_of_other_shapes_are_rejected(name: str, shape: tuple[int, ...]) -> None:
     with torch.device("meta"):
         model = create_model(name)
     with pytest.raises(ValueError, match=r"the model takes \(N, 6, H, W\), got \(" + ", ".join(map(str, shape))):

@@ -106,7 +106,7 @@ def kept_bytes(model: Any) -> int:
     return sum(storage.nbytes() for address, storage in kept.items() if address not in own)
 
 
-def test_less_is_kept(twins: tuple[Any, Any]) -> None:
+def test_stores_fewer_activations(twins: tuple[Any, Any]) -> None:
     plain, again = twins
     before = kept_bytes(plain)
     assert kept_bytes(again) < 0.7 * before
@@ -123,7 +123,7 @@ def count_calls(model: nn.Module) -> list[nn.Module]:
     return calls
 
 
-def test_only_training_computes_again(twins: tuple[Any, Any]) -> None:
+def test_recomputes_only_in_training(twins: tuple[Any, Any]) -> None:
     _, model = twins
     calls = count_calls(model)
     n = sum(len(blocks) for blocks in model.modules() if isinstance(blocks, CheckpointedBlocks))
@@ -172,7 +172,7 @@ def test_explanation_mode_in_training() -> None:
         assert got is None or torch.equal(got, expected)
 
 
-def test_an_error_while_computing_again_leaves_the_statistics() -> None:
+def test_an_error_while_recomputing_leaves_the_statistics() -> None:
     model: Any = create_model("resnet20", grad_checkpointing=True, **RESNET)
     logits = model(images(16))
     kept = {key: (buffer, buffer.clone()) for key, buffer in model.named_buffers()}

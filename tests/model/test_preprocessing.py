@@ -18,7 +18,7 @@ def image() -> Image.Image:
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50_long", "resnet20", "standard_resnet18"])
-def test_the_transform_comes_back(name: str) -> None:
+def test_round_trip(name: str) -> None:
     transform: Any = create_model(name).transform
     found = Preprocessing.from_transform(transform)
     assert found is not None
@@ -41,7 +41,7 @@ def test_the_transform_comes_back(name: str) -> None:
     ],
     ids=["own size", "square", "crop"],
 )
-def test_of_a_config(node: dict[str, Any], size: tuple[int, int], sentence: str) -> None:
+def test_from_config(node: dict[str, Any], size: tuple[int, int], sentence: str) -> None:
     found = Preprocessing.from_config({"eval": node}, BCOS)
     assert found is not None
     x = Preprocessing.from_json(found.to_json()).transform()(image())
@@ -55,13 +55,13 @@ def test_of_a_config(node: dict[str, Any], size: tuple[int, int], sentence: str)
     [None, {}, {"eval": {"_target_": "torch.load"}}, {"eval": {"_target_": "bcos_train.augmentation.plain", "f": 1}}],
     ids=["none", "empty", "another target", "unknown key"],
 )
-def test_what_cannot_be_told(augmentation: Any) -> None:
+def test_unsupported_transforms(augmentation: Any) -> None:
     assert Preprocessing.from_config(augmentation, BCOS) is None
 
 
 @pytest.mark.parametrize(
     "values", [{"size": 3}, {"resize_size": 3, "interpolation": "cubic"}, {"mean": [1], "std": [0]}, []], ids=str
 )
-def test_json_that_makes_none(values: Any) -> None:
+def test_invalid_json(values: Any) -> None:
     with pytest.raises(ValueError, match="invalid preprocessing"):
         Preprocessing.from_json(values)

@@ -46,7 +46,7 @@ def test_defaults(name: str) -> None:
 @pytest.mark.parametrize(
     "depth", [18, 34, 50, pytest.param(101, marks=pytest.mark.slow), pytest.param(152, marks=pytest.mark.slow)]
 )
-def test_standard_resnets_are_those_of_torchvision(depth: int) -> None:
+def test_standard_resnets_are_torchvision_networks(depth: int) -> None:
     torch.manual_seed(0)
     ours = create_model(f"standard_resnet{depth}", num_classes=7).state_dict()
     torch.manual_seed(0)
@@ -64,7 +64,7 @@ def test_unknown_model_names_the_nearest(name: str, nearest: str) -> None:
         create_model(name)
 
 
-def test_unknown_model_near_to_none() -> None:
+def test_unknown_model_without_a_suggestion() -> None:
     with pytest.raises(ValueError, match=r"unknown model 'xyz'; see bcos_train.list_models\(\)"):
         create_model("xyz")
 

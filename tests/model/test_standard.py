@@ -129,7 +129,7 @@ def test_pooling() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_least_size(name: str) -> None:
+def test_minimum_size(name: str) -> None:
     """Exactly the images with a feature map that is not empty are accepted."""
     with torch.device("meta"):
         model: Any = create_model(f"standard_{name}").eval()
@@ -185,7 +185,7 @@ def test_options(name: str, option: str) -> None:
         create_model(f"standard_{name}", **{option[:-1]: 1})
 
 
-def test_options_arrive() -> None:
+def test_options_are_passed_on() -> None:
     last_norm: Any = create_model("standard_resnet18", zero_init_residual=True)
     assert not last_norm.layer4[-1].bn2.weight.any()
     with torch.device("meta"):

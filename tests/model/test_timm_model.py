@@ -27,7 +27,7 @@ def image() -> Image.Image:
 
 
 @pytest.mark.parametrize("name", ["resnet18", "test_vit", "test_convnext", "test_efficientnet"])
-def test_is_timms(name: str, image: Image.Image) -> None:
+def test_equals_timm(name: str, image: Image.Image) -> None:
     torch.manual_seed(0)
     model: Any = timm_model(name, num_classes=7).eval()
     torch.manual_seed(0)

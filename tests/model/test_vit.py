@@ -121,7 +121,7 @@ def slow_attention(module: Attention, x_TD: Tensor, is_matrix_constant: bool) ->
 
 
 @pytest.mark.parametrize("is_explaining", [False, True], ids=["training", "explanation mode"])
-def test_attention_is_its_definition(is_explaining: bool) -> None:
+def test_attention_equals_its_definition(is_explaining: bool) -> None:
     """Output and gradients of either path equal the definition's, with a constant matrix in explanation mode alone."""
     module = attention()
     x = torch.randn(3, 5, 8, dtype=torch.float64).requires_grad_()
@@ -153,7 +153,7 @@ def test_explanation_mode_leaves_the_output(kind: str, dtype: torch.dtype) -> No
 
 
 @pytest.mark.parametrize("kind", BCOS_KINDS)
-def test_explanation_mode_restores_what_it_found(kind: str) -> None:
+def test_explanation_mode_restores_its_previous_state(kind: str) -> None:
     model = small(kind)
     assert is_constant(model) == [False, False]
     with model.explanation_mode():
@@ -195,7 +195,7 @@ def test_every_parameter_gets_a_gradient(kind: str) -> None:
 # Positional embedding and patches.
 
 
-def test_positional_embedding_is_its_definition() -> None:
+def test_positional_embedding_equals_its_definition() -> None:
     height, width, dim = 3, 4, 16
     for i, row in enumerate(PositionalEmbedding().embedding(height, width, dim)):
         y, x = divmod(i, width)
@@ -222,7 +222,7 @@ def test_patches_are_read_row_by_row() -> None:
 
 @pytest.mark.parametrize("kind", ["simple_vit", "standard_simple_vit"])
 @pytest.mark.parametrize("size", [(224, 223), (15, 16), (8, 8), (0, 16)], ids=str)
-def test_sizes_that_no_patches_fit(kind: str, size: tuple[int, int]) -> None:
+def test_sizes_must_be_multiples_of_the_patch_size(kind: str, size: tuple[int, int]) -> None:
     model = create_model(KINDS[kind][0], **SMALL)
     x = torch.rand(1, model.in_chans, *size)
     for call in (model, model.get_feature_extractor()):
@@ -308,7 +308,7 @@ def test_the_network_and_its_logit_layer_by_index(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["standard_simple_vit", "standard_vitc"])
-def test_standard_networks_promise_no_explanation(kind: str) -> None:
+def test_standard_networks_have_no_explain(kind: str) -> None:
     model = small(kind)
     assert not isinstance(model, BcosModel)
     assert not hasattr(model, "explain")
@@ -316,7 +316,7 @@ def test_standard_networks_promise_no_explanation(kind: str) -> None:
     assert torch.allclose(probabilities.sum(1), torch.ones(2, dtype=torch.float64))
 
 
-def test_bcos_probabilities_are_of_each_class_by_itself() -> None:
+def test_bcos_probabilities_are_independent() -> None:
     logits = torch.tensor([[0.0, 0.0]])
     assert torch.equal(small("vitc").to_probabilities(logits), torch.tensor([[0.5, 0.5]]))
 

@@ -167,12 +167,12 @@ def test_the_command_line_wins_over_the_recipe_of_model_and_dataset(model: str) 
     assert config["augmentation"]["train"]["policy"] == "augmix"
 
 
-def test_a_base_is_no_choice() -> None:
+def test_bases_are_no_choices() -> None:
     assert not [choice for group in GROUPS for choice in COMPOSER.choices(group) if "_" in (choice[0], group[0])]
     assert not [group for group in COMPOSER.groups if "/_" in group]
 
 
-def test_a_recipe_of_ones_own_comes_after_that_of_model_and_dataset(tmp_path: Path) -> None:
+def test_a_users_recipe_comes_after_that_of_model_and_dataset(tmp_path: Path) -> None:
     (tmp_path / "recipe").mkdir()
     (tmp_path / "recipe" / "short.yaml").write_text(
         "# @package _global_\ndefaults:\n  - override /optimizer: sgd\ntrainer:\n  max_epochs: 30\n"
@@ -290,7 +290,7 @@ def percentages(path: str) -> list[float]:
 
 @pytest.mark.parametrize("model", ["resnet50_long", "simple_vit_ti_patch16_224", "convnext_tiny"])
 @pytest.mark.parametrize("choice", ["imagenet", "plain", "imagenet_ra"])
-def test_an_augmentation_by_name_stays_as_it_is(model: str, choice: str) -> None:
+def test_an_augmentation_selected_by_name_is_unchanged(model: str, choice: str) -> None:
     named = compose(f"model={model}", "dataset=imagenet", f"augmentation={choice}")
     expected = compose("model=resnet18", "dataset=imagenet", f"augmentation={choice}")
     assert named["augmentation"] == expected["augmentation"]

@@ -131,7 +131,7 @@ def test_convnexts_without_an_official_configuration(model: str, like: str) -> N
     assert ours == {**official, "model": ours["model"]}
 
 
-def test_long_recipe_on_images_of_ones_own() -> None:
+def test_long_recipe_on_imagefolder() -> None:
     ours, row = (compose("model=resnet101", f"dataset={name}", "recipe=long") for name in ("imagefolder", "imagenet"))
     assert ours == {**row, "dataset": ours["dataset"]}
 
@@ -147,7 +147,7 @@ OTHERS = [
 
 
 @pytest.mark.parametrize("model", OTHERS)
-def test_long_recipe_is_for_convnets_of_ours(model: str) -> None:
+def test_long_recipe_is_for_bcos_convnets(model: str) -> None:
     with pytest.raises(UserError, match=rf"^recipe=long: not for model={model}; it is for B-cos ConvNets \(resnet50, "):
         compose(f"model={model}", "dataset=imagenet", "recipe=long")
 

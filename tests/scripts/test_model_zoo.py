@@ -145,7 +145,7 @@ def test_readme(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (tmp_path / "README.md").read_text(encoding="utf-8") == text
 
 
-def test_time_that_is_left(
+def test_remaining_time(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """After a row of before and rows of 100 and 300 s, in the 50th second of the fourth of five."""
@@ -316,7 +316,7 @@ def test_jobs_are_submitted(
     assert Path(function.cwd) == tmp_path
 
 
-def test_job_that_slurm_refuses(
+def test_job_rejected_by_slurm(
     slurm: Callable[[str], Path], script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     slurm('if [ $n -gt 0 ]; then echo "sbatch: error: invalid partition" >&2; exit 1; fi\necho "Submitted batch job 7"')
