@@ -1,20 +1,21 @@
-# Two commands for a fresh machine with Python (3.11-3.13) and make: `make train` and `make test`.
+# On a fresh machine with Python 3.11-3.13 and make: `make train`, `make test`.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# A file of version constraints; set by test-oldest alone.
+# File of version constraints, set by test-oldest and test-locked.
 CONSTRAINTS :=
 
-.PHONY: train test test-all test-backends test-oldest lint lock clean help
+.PHONY: train test test-all test-backends test-oldest test-locked lint lock clean help
 
 help:
 	@echo "make train          create $(VENV), install, train with the defaults"
-	@echo "make test           the same set-up, then lint, types and tests"
-	@echo "make test-all       the same with the slow tests"
+	@echo "make test           create $(VENV), install, then lint, types and tests"
+	@echo "make test-all       make test with the slow tests"
 	@echo "make test-backends  the tests with model.backend=reference and compiled"
 	@echo "make lock           pin all dependencies with hashes in requirements.lock"
 	@echo "make test-oldest    the tests with the oldest supported PyTorch, installed in .venv-oldest"
+	@echo "make test-locked    lint, types and tests with the versions of requirements.lock, in .venv-locked"
 
 $(STAMP): pyproject.toml requirements-train.txt $(CONSTRAINTS)
 	$(PYTHON) -c "import sys; assert (3, 11) <= sys.version_info < (3, 14), f'Python 3.11-3.13 is needed, this is {sys.version.split()[0]}: make PYTHON=python3.12 ...'"
@@ -41,15 +42,18 @@ test-backends: $(STAMP)
 	$(BIN)/python -m pytest -n auto --backend=reference
 	$(BIN)/python -m pytest -n auto --backend=compiled
 
-# Without mypy: the types are checked against the newest PyTorch, whose annotations differ.
+# Without mypy, since the annotations of the newest PyTorch differ.
 test-oldest:
 	$(MAKE) .venv-oldest/.installed VENV=.venv-oldest CONSTRAINTS=requirements-oldest.txt
 	.venv-oldest/bin/python -m pytest -n auto
 
-# For Python 3.11 to 3.13 on every platform. Without the header, which would name this command's options and paths.
+test-locked:
+	$(MAKE) test VENV=.venv-locked CONSTRAINTS=requirements.lock
+
+# For Python 3.11 to 3.13 on every platform. --no-header, since the header contains options and paths.
 lock: $(STAMP)
 	$(BIN)/uv pip compile pyproject.toml --extra train --extra tensorboard --extra test --universal \
 		--python-version 3.11 --generate-hashes --no-header --no-emit-index-url --output-file requirements.lock
 
 clean:
-	rm -rf $(VENV) .venv-oldest
+	rm -rf $(VENV) .venv-oldest .venv-locked

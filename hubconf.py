@@ -2,8 +2,8 @@
 
     model = torch.hub.load("<this folder>", "resnet50", source="local", pretrained=True)
 
-The package need not be installed. ``torch.hub.list`` and ``torch.hub.help`` only read repositories on GitHub; the names
-in a folder are those of ``bcos_train.list_models(pretrained=True)``.
+The package need not be installed. Entry points are named like ``bcos_train.list_models(pretrained=True)``;
+``torch.hub.list`` and ``torch.hub.help`` only support repositories on GitHub.
 """
 
 import sys as _sys

@@ -1,4 +1,4 @@
-"""What ``pyproject.toml`` can't say: the folder ``configs`` at the top is installed inside the package."""
+"""Install the top-level folder ``configs`` inside the package, which ``pyproject.toml`` can't express."""
 
 from setuptools import find_packages, setup
 
