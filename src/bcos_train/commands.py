@@ -1,7 +1,6 @@
 """The commands ``bcos-train`` and ``bcos-evaluate``; in a checkout also ``python train.py`` and ``evaluate.py``."""
 
 import sys
-from typing import Any
 
 try:
     from bcos_train import run
@@ -16,12 +15,12 @@ __all__ = ["evaluate", "train"]
 
 
 @entry_point(config_name="train", root=TrainConfig)
-def train(config: dict[str, Any]) -> int:
+def train(config: dict[str, object]) -> int:
     """Train a network: ``bcos-train model=resnet50 dataset=imagenet``; ``--help`` lists the groups and keys."""
     return run.train(config)
 
 
 @entry_point(config_name="evaluate", root=EvaluateConfig)
-def evaluate(config: dict[str, Any]) -> int:
+def evaluate(config: dict[str, object]) -> int:
     """Evaluate a network: ``bcos-evaluate run=<run folder>`` or ``model=… dataset=… weights=official|<path>``."""
     return run.evaluate(config, overridden_keys())

@@ -90,7 +90,7 @@ def item_types(annotation: object, length: int) -> list[object] | None:
     """Return the type of each item of a list with ``length`` items, or None if the list type has another length."""
     arguments = get_args(annotation)
     if (get_origin(annotation) or annotation) is not tuple or not arguments or arguments[-1] is Ellipsis:
-        return [arguments[0] if arguments else Any] * length
+        return [arguments[0] if arguments else object] * length
     return list(arguments) if len(arguments) == length else None
 
 
@@ -103,7 +103,7 @@ def is_compatible(result: object, annotation: object, is_partial: bool = False) 
         return True
     origin = get_origin(annotation) or annotation
     if origin is Callable or origin is partial:
-        expected = get_args(annotation)[-1] if get_args(annotation) else Any
+        expected = get_args(annotation)[-1] if get_args(annotation) else object
         if is_partial:
             return any(is_compatible(r, e) for r in union_members(result) for e in union_members(expected))
         return not inspect.isclass(result) or any("__call__" in vars(base) for base in result.__mro__)

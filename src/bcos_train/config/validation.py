@@ -59,7 +59,7 @@ def check(config: Mapping[str, object], *, root: Callable[..., object] | None = 
         key, _, text = str(error).partition(": ")
         return [Problem(key, text)]
     if root is None:
-        return _check_value(container, Any, path)
+        return _check_value(container, object, path)
     if missing := missing_plugins(container):
         # Other problems may only result from the plugin's names being unknown.
         return [Problem(PLUGINS, _plugin_hint(name), name) for name in missing]
@@ -94,7 +94,7 @@ def _check_member(value: object, annotation: object, path: str) -> list[Problem]
         pairs = enumerate(zip(value, types, strict=True))
         return [problem for i, (item, kind) in pairs for problem in _check_value(item, kind, join(path, i))]
     if isinstance(value, Mapping) and is_mapping_type(annotation):
-        kind = (*get_args(annotation), Any, Any)[1] if get_args(annotation) else Any
+        kind = (*get_args(annotation), object, object)[1] if get_args(annotation) else object
         return [problem for key, item in value.items() for problem in _check_value(item, kind, join(path, key))]
     if isinstance(value, (list, Mapping)) or not is_scalar_type(annotation):
         return [Problem(path, f"expected {describe(annotation)}", value), *_check_inner_nodes(value, path)]
@@ -110,7 +110,7 @@ def _check_inner_nodes(value: object, path: str) -> list[Problem]:
         items = list(enumerate(value))
     else:
         return []
-    return [problem for key, item in items for problem in _check_value(item, Any, join(path, key))]
+    return [problem for key, item in items for problem in _check_value(item, object, join(path, key))]
 
 
 def _check_node(node: Mapping[str, object], annotation: object, path: str) -> list[Problem]:
@@ -159,7 +159,7 @@ def _check_arguments(
             problems += _check_value(value, known[key].annotation, join(path, key))
         else:
             problems.append(Problem(join(path, key), _unknown(str(key), known), value))
-            problems += _check_value(value, Any, join(path, key))
+            problems += _check_value(value, object, join(path, key))
     for key, parameter in known.items():
         if complete and parameter.default is parameter.empty and key not in arguments:
             problems.append(_missing(join(path, key), parameter.annotation))
