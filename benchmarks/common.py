@@ -1,4 +1,4 @@
-"""What the benchmarks share: the package of this checkout, the official networks, and where they ran."""
+"""Shared code of the benchmarks: official networks, command line, environment and output."""
 
 import argparse
 import json
@@ -7,9 +7,9 @@ import platform
 import subprocess
 import sys
 import warnings
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 
 
-def official_twin(name: str) -> nn.Module:
+def official_model(name: str) -> nn.Module:
+    """Build the official network of that name with random weights."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if name == "resnet20":
@@ -33,14 +34,14 @@ def official_twin(name: str) -> nn.Module:
 
 
 def positive(text: str) -> int:
-    """For argparse."""
+    """Parse an integer of at least 1, for argparse."""
     if (value := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{value}: expected 1 or more")
     return value
 
 
 def parser_for(name: str, description: str, repeats: int) -> argparse.ArgumentParser:
-    """How often, where and in which precision to measure, and where to write it."""
+    """Return a parser with the options for repeats, device, precision and output file."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--repeats", type=positive, default=repeats)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
@@ -50,13 +51,13 @@ def parser_for(name: str, description: str, repeats: int) -> argparse.ArgumentPa
 
 
 def use_tf32(enabled: bool) -> None:
-    """Allow or forbid TF32, float32 with ten bits of mantissa, in convolutions and matrix products on CUDA."""
+    """Enable or disable TF32, float32 with a 10-bit mantissa, in convolutions and matrix products on CUDA."""
     torch.backends.cudnn.allow_tf32 = enabled
     torch.backends.cuda.matmul.allow_tf32 = enabled
 
 
-def surroundings(device: str) -> dict[str, Any]:
-    """Machine, versions and commit."""
+def environment(device: str) -> dict[str, object]:
+    """Return the machine, the versions and the commit."""
     from importlib.metadata import version
     from importlib.util import find_spec
 
@@ -74,7 +75,7 @@ def surroundings(device: str) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """Commit of this checkout; where there is no git, what ``BENCHMARK_COMMIT`` says."""
+    """Return the commit of this checkout; without git, the value of ``BENCHMARK_COMMIT``."""
     try:
         command = ["git", "rev-parse", "HEAD"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -83,9 +84,10 @@ def commit() -> str | None:
     return done.stdout.strip() or os.environ.get("BENCHMARK_COMMIT")
 
 
-def write(path: Path, content: Any) -> None:
-    """Write JSON, replacing the file as a whole; the folder is made if it is missing."""
+def write(path: Path, content: Mapping[str, object]) -> None:
+    """Write JSON atomically; a missing folder is created."""
+    from bcos_train.utils.atomic import atomic_write
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

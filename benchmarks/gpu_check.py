@@ -1,15 +1,15 @@
-"""Is it right on a GPU, and how fast? All that a few minutes on one can tell, the most valuable first.
+"""Check correctness and speed on a GPU in a few minutes, the most important measurements first.
 
-    python benchmarks/gpu_check.py                     # on a machine with a GPU; it needs no network and no git
-    python benchmarks/gpu_check.py --dry               # the same code on a CPU with tiny sizes; try this before
+    python benchmarks/gpu_check.py                     # on a machine with a GPU; needs no network and no git
+    python benchmarks/gpu_check.py --dry               # the same code on a CPU with tiny sizes; try this first
 
-Each step runs in a process of its own and within its own time, so that an error or a hang costs that step only. Results
-are written after each; a table in Markdown lies beside the JSON. Networks that are to be timed compiled are compiled in
-the background from the beginning, and what is timed has the machine for itself: the others are stopped meanwhile.
+Each step runs in a separate process with a time limit, so that an error or a hang only affects that step. Results are
+written after each step, as JSON and as a Markdown table. Networks that are timed compiled are compiled in the
+background from the start; these processes are paused during timed steps.
 
 Variants as in `benchmarks/speed.py`: `standard` (torchvision's network), `official channels_last` (PyPI `bcos`),
-`fused` (this package, eager), `standard whole` and `whole` (both compiled as a whole); and `blocks`, compiled as
-`train.py` does it, which for a ResNet is block by block. `benchmarks/gpu.md` says what to bring.
+`fused` (this package, eager), `standard whole` and `whole` (both compiled as a whole); and `blocks`, compiled as by
+`train.py`, for a ResNet block by block. `benchmarks/gpu.md` lists the requirements.
 """
 
 import argparse
@@ -30,9 +30,9 @@ from gpu_measurements import (
     card,
     grid_pointing,
     parity,
-    product_run,
     profile_training,
     stem_channels,
+    train_run,
     training,
 )
 from isolation import Isolated, Pairs
@@ -47,8 +47,8 @@ class Step:
     """A measurement and its limit in seconds.
 
     Attributes:
-        is_timed: The machine must do nothing else meanwhile.
-        in_background: It begins at once and prepares itself until its turn comes.
+        is_timed: Nothing else may run meanwhile.
+        in_background: Starts immediately and prepares (compiles) until its turn.
     """
 
     seconds: int
@@ -78,13 +78,13 @@ STEPS = {
     "simple_vit_s eager": Step(30, training, ("simple_vit_s_patch16_224", 256, EAGER)),
     "simple_vit_s standard compiled": compiled(40, "simple_vit_s_patch16_224", 256, "standard whole"),
     "simple_vit_s compiled": compiled(40, "simple_vit_s_patch16_224", 256, "whole"),
-    "digits": Step(75, product_run, (60, DIGITS), is_timed=False),
+    "digits": Step(75, train_run, (60, DIGITS), is_timed=False),
     "densenet121 eager": Step(45, training, ("densenet121", 128, EAGER)),
     "densenet121 standard compiled": compiled(60, "densenet121", 128, "standard whole"),
     "densenet121 compiled": compiled(60, "densenet121", 128, "whole"),
 }
 
-#: Steps of a dry run: the others have no code of their own.
+#: Steps of a dry run; the other steps run the same code.
 DRY_STEPS = [
     "parity resnet18",
     "parity simple_vit_ti",
@@ -100,10 +100,12 @@ DRY_STEPS = [
 
 
 class Check:
-    """Runs steps one after another and writes what they find.
+    """Run steps one after another and write their results.
 
     Args:
-        seconds: For all of them; a step for which less than half of its limit is left is skipped.
+        output: JSON file.
+        seconds: Time for all steps; a step is skipped if less than half of its limit is left.
+        dry: Run on a CPU with tiny sizes.
     """
 
     def __init__(self, output: Path, seconds: float, dry: bool) -> None:
@@ -120,7 +122,7 @@ class Check:
                 shown = {key: value for key, value in self.results[name].items() if not key.isdecimal()}
                 print(f"{time.monotonic() - started:4.0f} s  {name}: {shown}", flush=True)
                 if name == "card":
-                    if "error" in self.results[name]:  # without a GPU the other steps would say the same
+                    if "error" in self.results[name]:  # without a GPU, all other steps fail too
                         return
                     self.background = {n: self._start(n) for n in names if STEPS[n].in_background}
         finally:
@@ -128,7 +130,7 @@ class Check:
                 process.kill()
 
     def _start(self, name: str) -> Isolated:
-        sys.stdout.flush()  # or the child would print it again
+        sys.stdout.flush()  # or the child process would print it again
         return Isolated(STEPS[name].measure, DRY if self.dry else ON_GPU, *STEPS[name].arguments)
 
     def _step(self, name: str) -> None:
@@ -148,7 +150,7 @@ class Check:
         if step.is_timed and not step.in_background:
             pause_others()
         try:
-            limit = left if self.dry else min(step.seconds, left)  # a CPU may be slow
+            limit = left if self.dry else min(step.seconds, left)  # no limit per step on a CPU
             for pair in process.results(limit, when_ready=pause_others):
                 result.update([pair])
                 write(self.output, self.results)
@@ -161,17 +163,17 @@ class Check:
 
 
 def failures(results: dict[str, dict[str, Any]]) -> list[str]:
-    """What has gone wrong, a line each."""
+    """Return one line per failure."""
     lines = []
     for name, result in results.items():
-        found = {name: result, **{f"{name}, {key}": row for key, row in result.items() if isinstance(row, dict)}}
-        lines += [f"{place}: {row['error']}" for place, row in found.items() if "error" in row]
-        lines += [f"{name}: not {key}" for key, value in result.items() if key.endswith("is right") and not value]
+        rows = {name: result, **{f"{name}, {key}": row for key, row in result.items() if isinstance(row, dict)}}
+        lines += [f"{place}: {row['error']}" for place, row in rows.items() if "error" in row]
+        lines += [f"{name}: {key}: no" for key, value in result.items() if key.endswith("is accurate") and not value]
     return lines
 
 
 def report(results: dict[str, dict[str, Any]]) -> str:
-    """Markdown: throughputs side by side, then what each other step has found."""
+    """Format in Markdown: throughputs of each model, then the results of the other steps."""
     lines = ["# GPU check"]
     for model, rows in throughputs(results).items():
         lines += ["", f"## Training step of {model}, bfloat16", "", *table("variant", rows)]
@@ -184,7 +186,7 @@ def report(results: dict[str, dict[str, Any]]) -> str:
 
 
 def throughputs(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
-    """The rows of each model, with ratios of images/s to those of the standard network, eager and compiled."""
+    """Return the rows of each model, with ratios of images/s to the standard network, eager and compiled."""
     models: dict[str, dict[str, dict[str, Any]]] = {}
     for name, result in results.items():
         if STEPS[name].measure is training:
@@ -212,9 +214,9 @@ def table(corner: str, rows: dict[str, dict[str, Any]]) -> list[str]:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=positive, default=480, help="for all steps (default: 480)")
+    parser.add_argument("--seconds", type=positive, default=480, help="time for all steps (default: 480)")
     parser.add_argument(
-        "--steps", nargs="+", choices=STEPS, metavar="STEP", help=f"of: {', '.join(STEPS)} (default: all)"
+        "--steps", nargs="+", choices=STEPS, metavar="STEP", help=f"steps to run (default: all): {', '.join(STEPS)}"
     )
     parser.add_argument("--dry", action="store_true", help="on a CPU with tiny sizes")
     parser.add_argument("--output", type=Path, help="JSON; default: benchmarks/results/gpu-check[-dry].json")
@@ -223,7 +225,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that nothing stays behind
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that child processes are killed
     output = arguments.output or ROOT / f"benchmarks/results/gpu-check{'-dry' if arguments.dry else ''}.json"
     check = Check(output, arguments.seconds, arguments.dry)
     check.run(arguments.steps or (DRY_STEPS if arguments.dry else list(STEPS)))

@@ -1,13 +1,13 @@
-"""CIFAR-10 in minutes on one GPU: accuracy and explanations of a B-cos ResNet-20 with two norms.
+"""Train B-cos ResNet-20s with two norms on CIFAR-10 on one GPU in minutes: accuracy and explanation metrics.
 
     python benchmarks/gpu_cifar10.py pack cifar10-train.zip cifar10-test.zip data/cifar10.npz     # 60,000 JPEGs, 18 MB
-    python benchmarks/gpu_cifar10.py run data/cifar10.npz              # on the machine with a GPU; it needs no network
-    python benchmarks/gpu_cifar10.py run --dry                         # the same on a CPU with noise for images
-    python benchmarks/gpu_cifar10.py unpack data/cifar10.npz data/cifar10       # the image folder, as `run` makes one
+    python benchmarks/gpu_cifar10.py run data/cifar10.npz              # on a machine with a GPU; needs no network
+    python benchmarks/gpu_cifar10.py run --dry                         # on a CPU with noise images
+    python benchmarks/gpu_cifar10.py unpack data/cifar10.npz data/cifar10       # to the image folder that `run` uses
 
-The runs are those of `train.py model=resnet20 dataset=cifar10` with B = 1.25 and MaxOut 2, all norms side by side, for
-so small a network leaves most of a GPU idle. Results are written to JSON and printed as a table. The published figures
-are those of a third-party rerun of the official code with batches of 64 (KTH, B-cos-v2-reproduction).
+The runs are those of `train.py model=resnet20 dataset=cifar10` with B = 1.25 and MaxOut 2. The norms train in parallel,
+since such a small network leaves most of a GPU idle. Results are written as JSON and printed as a table. The published
+figures are from a third-party rerun of the official code with batches of 64 (KTH, B-cos-v2-reproduction).
 """
 
 import argparse
@@ -27,10 +27,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import ROOT, positive, surroundings, write
+from common import ROOT, environment, positive, write
 from PIL import Image
 
-#: Top-1 accuracy in percent and median of the grid pointing game (3x3).
+#: By norm: top-1 accuracy in percent, median of the grid pointing game (3x3).
 PUBLISHED = {"bnu-linear": (90.82, 0.951), "bn": (90.74, 0.155)}
 METRICS = {
     "epochs": "epoch",
@@ -45,15 +45,15 @@ FOLDER = re.compile(r"(train|test)/\w+")
 
 
 def pack(archives: Sequence[Path], packed: Path) -> None:
-    """Write the JPEGs of ``train/<class>/0000.jpg`` … ``test/<class>/0000.jpg`` … into one small file.
+    """Pack the JPEGs ``train/<class>/0000.jpg`` … and ``test/<class>/0000.jpg`` … into one small file.
 
-    Each of these files begins with the same tables, three fifths of it; they are kept once. What follows is compressed
-    already.
+    All files begin with the same tables, three fifths of their size, which are stored once. The rest is not compressed
+    again.
 
     Raises:
-        ValueError: The archives hold other names.
+        ValueError: The archives contain other names.
     """
-    contents = {}
+    contents: dict[str, bytes] = {}
     for path in archives:
         with zipfile.ZipFile(path) as archive:
             contents |= {info.filename: archive.read(info) for info in archive.infolist() if not info.is_dir()}
@@ -81,7 +81,7 @@ def names_of(folders: Sequence[str], counts: Sequence[int]) -> Iterator[str]:
 
 
 def packed_files(packed: Path) -> Iterator[tuple[str, bytes]]:
-    """Names and contents of the packed files, which are those that were packed byte for byte."""
+    """Yield the names and the original contents of the packed files."""
     with np.load(packed, allow_pickle=False) as arrays:
         folders = arrays["folders"].tolist()
         header, bodies = arrays["header"].tobytes(), arrays["bodies"].tobytes()
@@ -96,17 +96,17 @@ def packed_files(packed: Path) -> Iterator[tuple[str, bytes]]:
 
 def unpack(packed: Path, folder: Path) -> None:
     """Write the image folder that ``dataset=cifar10`` reads."""
-    made = set()
+    folders = set()
     for name, content in packed_files(packed):
         path = folder / name
-        if path.parent not in made:
+        if path.parent not in folders:
             path.parent.mkdir(parents=True, exist_ok=True)
-            made.add(path.parent)
+            folders.add(path.parent)
         path.write_bytes(content)
 
 
-def noise(packed: Path, per_class: int) -> None:
-    """Pack as many images of noise of each class and part, to try everything without the data."""
+def pack_noise(packed: Path, per_class: int) -> None:
+    """Pack ``per_class`` noise images per class for training and testing, for dry runs without the data."""
     generator = np.random.default_rng(0)
     from bcos_train.dataset import Cifar10
 
@@ -121,7 +121,7 @@ def noise(packed: Path, per_class: int) -> None:
 
 
 def command(norm: str, data: Path, runs: Path, arguments: argparse.Namespace) -> list[str]:
-    """The product's own command, with what costs time between the first and the last epoch switched off."""
+    """Return the command of ``train.py``, without expensive evaluations between the first and the last epoch."""
     epochs = arguments.epochs
     overrides = {
         "dataset.root": data,
@@ -132,63 +132,61 @@ def command(norm: str, data: Path, runs: Path, arguments: argparse.Namespace) ->
         "batch_size": arguments.batch_size,
         "runs": runs,
         "trainer.max_epochs": epochs,
-        # The grid pointing game after the last epoch needs a validation in that epoch.
+        # The grid pointing game after the last epoch requires validation in that epoch.
         "trainer.val_every_n_epochs": 10 if epochs % 10 == 0 else epochs,
         "trainer.log_every_n_steps": 500,
         "trainer.progress": "false",
         "checkpointing.every_n_epochs": epochs,
-        # Halfway too, for a run that doesn't get to its end in time.
+        # Also halfway, in case the time limit stops the run.
         "explanation.every_n_epochs": epochs // 2 if epochs % 20 == 0 else epochs,
         "explanation.grid_pointing.n_grids": 250,
     }
     if not arguments.dry:
         overrides |= {"dataset.cache": "device", "trainer.compile": "true"}
-    given = [f"{key}={value}" for key, value in overrides.items()]
-    return [sys.executable, "train.py", "model=resnet20", "dataset=cifar10", *given, *arguments.overrides]
+    settings = [f"{key}={value}" for key, value in overrides.items()]
+    return [sys.executable, "train.py", "model=resnet20", "dataset=cifar10", *settings, *arguments.overrides]
 
 
 def train(commands: dict[str, list[str]], logs: Path, seconds: float) -> dict[str, tuple[int, float]]:
-    """Run the commands side by side: exit code and seconds of each. What isn't through in time is told to stop."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])}
+    """Run the commands in parallel and return exit code and seconds of each; after ``seconds``, SIGTERM stops them."""
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])}
     started = time.monotonic()
     processes = {}
     for name, arguments in commands.items():
         with (logs / f"{name}.log").open("w") as log:
-            processes[name] = subprocess.Popen(
-                arguments, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
-            )
+            processes[name] = subprocess.Popen(arguments, cwd=ROOT, env=variables, stdout=log, stderr=subprocess.STDOUT)
     ended: dict[str, tuple[int, float]] = {}
-    told = False
+    is_stopping = False
     while len(ended) < len(processes):
         time.sleep(0.2)
         passed = time.monotonic() - started
         for name, process in processes.items():
             if name not in ended and process.poll() is not None:
                 ended[name] = (process.returncode, passed)
-            elif passed > seconds + 30:  # it had the time to save
+            elif passed > seconds + 30:  # time to save is over
                 process.kill()
-        if passed > seconds and not told:
-            told = True
+        if passed > seconds and not is_stopping:
+            is_stopping = True
             for process in processes.values():
                 process.send_signal(signal.SIGTERM)
     return ended
 
 
 def final_metrics(runs: Path, norm: str) -> dict[str, float | None]:
-    """The last value of each of the `METRICS`; None for one that is missing or not a number."""
+    """Return the last value of each of the `METRICS`; None if it is missing or not finite."""
     latest: dict[str, float] = {}
     for path in runs.glob("*/*/*/metrics.csv"):
         if f"norm_layer: {norm}\n" in (path.parent / "config.yaml").read_text():
             with path.open(newline="") as file:
                 for row in csv.DictReader(file):
                     latest |= {key: float(text) for key, text in row.items() if text}
-    values = {shown: latest.get(key, math.nan) for shown, key in METRICS.items()}
-    values["epochs"] += 1  # logged are those that were done before
+    values = {name: latest.get(key, math.nan) for name, key in METRICS.items()}
+    values["epochs"] += 1  # the logged number counts from 0
     return {key: value if math.isfinite(value) else None for key, value in values.items()}
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
-    """Markdown: one row a norm."""
+    """Format in Markdown, one row per norm."""
     columns = ["published top-1, %", "published GridPG, median", *METRICS, "minutes"]
     lines = [f"| norm | {' | '.join(columns)} |", "| --- " + "| ---: " * len(columns) + "|"]
     for norm, row in rows.items():
@@ -203,7 +201,7 @@ def run(arguments: argparse.Namespace) -> None:
         packed = arguments.packed
         if arguments.dry:
             packed = folder / "noise.npz"
-            noise(packed, per_class=2)
+            pack_noise(packed, per_class=2)
         started = time.monotonic()
         unpack(packed, folder / "data")
         print(f"unpacked in {time.monotonic() - started:.1f} s", flush=True)
@@ -224,7 +222,7 @@ def run(arguments: argparse.Namespace) -> None:
             if code:
                 rows[norm]["log"] = (folder / f"{norm}.log").read_text()[-3000:]
     output = arguments.output or ROOT / f"benchmarks/results/gpu-cifar10{'-dry' if arguments.dry else ''}.json"
-    content = {"surroundings": surroundings("cpu" if arguments.dry else "cuda"), "results": rows}
+    content = {"environment": environment("cpu" if arguments.dry else "cuda"), "results": rows}
     write(output, content)
     print(f"{table(rows)}\n\nwritten: {os.path.relpath(output)}")
     if failed := {norm: row["log"] for norm, row in rows.items() if row["exit code"]}:
@@ -234,25 +232,25 @@ def run(arguments: argparse.Namespace) -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    packing = commands.add_parser("pack", help="the image-folder zips into one file")
+    packing = commands.add_parser("pack", help="pack zip files of image folders into one file")
     packing.add_argument("archives", type=Path, nargs="+")
     packing.add_argument("packed", type=Path)
-    unpacking = commands.add_parser("unpack", help="that file into an image folder")
+    unpacking = commands.add_parser("unpack", help="unpack that file into an image folder")
     unpacking.add_argument("packed", type=Path)
     unpacking.add_argument("folder", type=Path)
-    running = commands.add_parser("run", help="train, one run for each norm")
-    running.add_argument("packed", type=Path, nargs="?", help="made by pack")
+    running = commands.add_parser("run", help="train, one run per norm")
+    running.add_argument("packed", type=Path, nargs="?", help="written by pack")
     running.add_argument("--norms", nargs="+", default=list(PUBLISHED), help=f"default: {' '.join(PUBLISHED)}")
     running.add_argument("--epochs", type=positive, default=100)
     running.add_argument("--batch-size", type=positive, default=128, help="default: 128, half the published steps")
-    running.add_argument("--seconds", type=positive, default=300, help="after which runs are stopped (default: 300)")
-    running.add_argument("--runs", type=Path, help="keep the run folders here (default: nowhere)")
-    running.add_argument("--dry", action="store_true", help="on a CPU with images of noise")
+    running.add_argument("--seconds", type=positive, default=300, help="time limit for all runs (default: 300)")
+    running.add_argument("--runs", type=Path, help="folder for the run folders (default: temporary)")
+    running.add_argument("--dry", action="store_true", help="on a CPU with noise images")
     running.add_argument("--output", type=Path, help="JSON; default: benchmarks/results/gpu-cifar10[-dry].json")
-    running.add_argument("--overrides", nargs="*", default=[], help="of train.py's config")
+    running.add_argument("--overrides", nargs="*", default=[], help="further overrides of train.py")
     arguments = parser.parse_args()
     if arguments.command == "run" and (arguments.packed is None) != arguments.dry:
-        running.error("give the packed file, or --dry")
+        running.error("requires the packed file, or --dry")
     return arguments
 
 

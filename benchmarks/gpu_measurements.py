@@ -1,4 +1,4 @@
-"""The measurements of benchmarks/gpu_check.py."""
+"""Measurements of benchmarks/gpu_check.py."""
 
 import copy
 import os
@@ -11,13 +11,13 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from importlib.util import find_spec
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import ROOT, official_twin, surroundings, use_tf32
+from common import ROOT, environment, official_model, use_tf32
 from grid_pointing import draw, official_scores, our_scores
 from isolation import READY, Pairs
 from speed import OFFICIAL, Setting, build, images
@@ -35,12 +35,12 @@ QUANTITIES = ("logits", "input gradient", "weight gradients", "running variances
 
 @dataclass(frozen=True)
 class Scale:
-    """How much a measurement does.
+    """Size of a measurement.
 
     Attributes:
         pixels: Size of ImageNet's images.
         parity_pixels: Size of the images on which results are compared with those in float64.
-        small: Take the smallest models and batches, and let ``torch.compile`` trace but not compile.
+        small: Use the smallest models and batches, and let ``torch.compile`` trace but not compile.
     """
 
     device: str
@@ -67,8 +67,8 @@ def synchronize(scale: Scale) -> None:
         torch.cuda.synchronize()
 
 
-def milliseconds(function: Callable[[], Any], scale: Scale, warm_up: int = 3) -> float:
-    """Median time of a call."""
+def milliseconds(function: Callable[[], object], scale: Scale, warm_up: int = 3) -> float:
+    """Return the median time of a call."""
     for _ in range(1 if scale.small else warm_up):
         function()
     synchronize(scale)
@@ -89,19 +89,19 @@ def milliseconds(function: Callable[[], Any], scale: Scale, warm_up: int = 3) ->
 
 
 def rounded(value: float) -> float:
-    """Three digits."""
+    """Round to three significant digits."""
     return float(f"{value:.3g}")
 
 
-# ---- the card
+# ---- the GPU
 
 
 def card(scale: Scale) -> Pairs:
-    """Machine and versions, and the two rates that bound everything else."""
+    """Yield machine and versions, memory bandwidth and the rate of matrix products."""
     if scale.device == "cuda":
-        torch.cuda.init()  # fails at once without a GPU
+        torch.cuda.init()  # raises an error without a GPU
         yield "cuDNN", torch.backends.cudnn.version()
-    yield "surroundings", surroundings(scale.device)
+    yield "environment", environment(scale.device)
     yield "cores", os.cpu_count()
     x = torch.randn(2**16 if scale.small else 2**29, device=scale.device).bfloat16()
     y = torch.empty_like(x)
@@ -111,21 +111,22 @@ def card(scale: Scale) -> Pairs:
     yield "matrix product in bfloat16, TFLOP/s", rounded(2 * n**3 / milliseconds(lambda: a @ b, scale) / 1e9)
 
 
-# ---- is it right?
+# ---- correctness
 
 
 def parity(scale: Scale, model: str) -> Pairs:
-    """Relative errors of a training step in float32 (without TF32) and bfloat16, against float64 on the CPU.
+    """Yield relative errors of a training step in float32 (without TF32) and bfloat16, against float64 on the CPU.
 
-    The fused operations should be no worse than the reference ones. Then how far explanations are from adding up.
+    The fused backend should not be less accurate than the reference. The last results are completeness errors of
+    explanations.
     """
     use_tf32(False)
     torch.manual_seed(0)
     half = torch.rand(4, 3, scale.parity_pixels, scale.parity_pixels)
     x = torch.cat([half, 1 - half], dim=1).contiguous(memory_format=torch.channels_last)
-    # With a logit bias the logits would be nearly equal whatever the network computes; and a MaxOut unit whose winner
-    # changes is no rounding error.
-    options = {"max_out": 1} if scale.small and model.startswith("resnet") else {}
+    # A logit bias would dominate the logits and hide errors. Without MaxOut, since rounding can change the unit that is
+    # the maximum.
+    options: dict[str, Any] = {"max_out": 1} if scale.small and model.startswith("resnet") else {}
     network: Any = create_model(scale.model(model), logit_bias=0.0, **options).to(memory_format=torch.channels_last)
     direction = torch.randn(len(x), network.num_classes)
     expected = training_outcome(copy.deepcopy(network).double(), x.double(), direction.double())
@@ -133,16 +134,16 @@ def parity(scale: Scale, model: str) -> Pairs:
         errors = {}
         for backend in ("reference", "fused"):
             candidate = copy.deepcopy(network).to(scale.device)
-            set_backend(candidate, backend)  # type: ignore[arg-type]
+            set_backend(candidate, backend)
             with torch.autocast(scale.device, torch.bfloat16) if dtype == "bfloat16" else nullcontext():
                 outcome = training_outcome(candidate, x.to(scale.device), direction.to(scale.device))
             errors[backend] = {
                 key: relative_error(*pair) for key, *pair in zip(QUANTITIES, outcome, expected, strict=True)
             }
             yield f"{backend} {dtype}", errors[backend]
-        # The rounding errors of the two are independent.
-        worse = [key for key, value in errors["fused"].items() if value > max(2 * errors["reference"][key], 1e-5)]
-        yield f"{dtype} is right", not worse and errors["reference"]["logits"] < limit
+        # Twice, since the rounding errors of both are independent.
+        inaccurate = [key for key, value in errors["fused"].items() if value > max(2 * errors["reference"][key], 1e-5)]
+        yield f"{dtype} is accurate", not inaccurate and errors["reference"]["logits"] < limit
     network = network.to(scale.device).eval()
     for tf32 in (False, True):
         use_tf32(tf32)
@@ -150,7 +151,7 @@ def parity(scale: Scale, model: str) -> Pairs:
 
 
 def training_outcome(network: nn.Module, x: Tensor, direction: Tensor) -> list[Tensor]:
-    """The `QUANTITIES` of a step whose loss is the logits' product with ``direction``."""
+    """Return the `QUANTITIES` of a step with the loss ``(logits * direction).sum()``."""
     leaf = x.clone().requires_grad_()
     logits = network.train()(leaf)
     (logits * direction).sum().backward()
@@ -166,42 +167,46 @@ def relative_error(value: Tensor, expected: Tensor) -> float:
 
 
 def completeness(network: nn.Module, x: Tensor) -> float:
-    """Largest relative difference between a logit and the sum of its contributions."""
+    """Return the largest relative difference between a logit and the sum of its contributions."""
     explanation = explain(network, x)
     logit = explanation.logits.gather(1, explanation.target[:, None])[:, 0]
     total = explanation.contribution_map.sum((1, 2)) + constant_term(network, x, explanation.target)
     return rounded(((total - logit).abs() / logit.abs()).max().item())
 
 
-# ---- how fast?
+# ---- speed
 
 
 def training(scale: Scale, model: str, batch_size: int, variants: Sequence[str], prepare: bool = False) -> Pairs:
-    """Throughput of a training step with fused Adam in bfloat16, what of it the CPU needs to queue it, peak memory.
+    """Yield throughput of a training step with fused Adam in bfloat16, time to queue its kernels, and peak memory.
 
-    With ``prepare`` (one variant only) a first step, in which the network is compiled, comes before its turn.
+    With ``prepare`` (one variant only), the first step, which compiles the network, runs before `READY`.
     """
     torch.backends.cudnn.benchmark = True
     use_tf32(True)
-    torch._inductor.config.compile_threads = 2  # several networks are compiled side by side
+    torch._inductor.config.compile_threads = 2  # several networks are compiled in parallel
     for variant in variants:
-        # The official code runs out of memory first.
+        # The official code needs more memory.
         n = scale.batch_size(batch_size) // (2 if variant in OFFICIAL else 1)
         setting = Setting(scale.model(model), n, scale.pixels, scale.device, "bfloat16")
-        started = time.perf_counter()
         try:
-            step = training_step(variant, setting, scale)
-            step()
-            synchronize(scale)
-            first = time.perf_counter() - started
-            if prepare:
-                release_memory(scale)
-                yield READY
-            yield variant, {"images": n, **measure_training(step, n, scale), "first step, s": rounded(first)}
-        except (torch.OutOfMemoryError, ImportError) as error:  # which say nothing about the other variants
+            yield from train_variant(variant, setting, scale, prepare)
+        except (torch.OutOfMemoryError, ImportError) as error:  # the other variants may still work
             yield variant, {"error": str(error)[:200]}
-        step = None
-        release_memory(scale)
+        torch.cuda.empty_cache()
+
+
+def train_variant(variant: str, setting: Setting, scale: Scale, prepare: bool) -> Pairs:
+    started = time.perf_counter()
+    step = training_step(variant, setting, scale)
+    step()
+    synchronize(scale)
+    first = time.perf_counter() - started
+    if prepare:
+        torch.cuda.empty_cache()
+        yield READY
+    rates = measure_training(step, setting.batch_size, scale)
+    yield variant, {"images": setting.batch_size, **rates, "first step, s": rounded(first)}
 
 
 def training_step(variant: str, setting: Setting, scale: Scale) -> Callable[[], None]:
@@ -236,21 +241,16 @@ def measure_training(step: Callable[[], None], n: int, scale: Scale) -> dict[str
     time_of_step = milliseconds(step, scale, warm_up=2)
     started = time.perf_counter()
     step()
-    queued = (time.perf_counter() - started) * 1e3  # near the step's own time, the CPU is what limits it
+    queued = (time.perf_counter() - started) * 1e3  # close to the time of the step if the CPU is the bottleneck
     synchronize(scale)
-    found = {"images/s": rounded(n / time_of_step * 1e3), "ms": rounded(time_of_step), "queued in ms": rounded(queued)}
+    result = {"images/s": rounded(n / time_of_step * 1e3), "ms": rounded(time_of_step), "queued in ms": rounded(queued)}
     if scale.device == "cuda":
-        found["peak MiB"] = torch.cuda.max_memory_allocated() >> 20
-    return found
-
-
-def release_memory(scale: Scale) -> None:
-    if scale.device == "cuda":
-        torch.cuda.empty_cache()
+        result["peak MiB"] = torch.cuda.max_memory_allocated() >> 20
+    return result
 
 
 def profile_training(scale: Scale, model: str, batch_size: int) -> Pairs:
-    """The kernels that take the time of an eager step with adaptive clipping, and the number of launches."""
+    """Yield the slowest kernels of an eager step, the number of launches, and the time of adaptive clipping."""
     from torch.profiler import ProfilerActivity, profile
 
     torch.backends.cudnn.benchmark = True
@@ -267,7 +267,8 @@ def profile_training(scale: Scale, model: str, batch_size: int) -> Pairs:
     time_of = "self_device_time_total" if scale.device == "cuda" else "self_cpu_time_total"
     rows = sorted(profiled.key_averages(), key=lambda row: getattr(row, time_of), reverse=True)
     yield "launches", sum(row.count for row in rows if "LaunchKernel" in row.key)
-    parameters = list(create_model(name).to(scale.device, memory_format=torch.channels_last).parameters())
+    network = create_model(name).to(scale.device).to(memory_format=torch.channels_last)
+    parameters = list(network.parameters())
     for parameter in parameters:
         parameter.grad = torch.randn_like(parameter)
     yield "adaptive gradient clipping, ms", rounded(milliseconds(lambda: adaptive_clip_grad_(parameters), scale))
@@ -276,32 +277,29 @@ def profile_training(scale: Scale, model: str, batch_size: int) -> Pairs:
 
 
 def bandwidth(scale: Scale, shapes: Sequence[tuple[int, int]]) -> Pairs:
-    """TB/s of the elementwise passes at shapes (channels, pixels) of 256 images.
+    """Yield the bandwidth of elementwise operations in TB/s, for 256 images and several ``(channels, pixels)``.
 
-    Counted are the tensors that a pass has to read and to write once; what it moves beyond them lowers the figure.
+    Only the tensors that an operation must read and write once are counted; additional traffic lowers the result.
     """
     n = scale.batch_size(256)
     for channels, pixels in shapes:
         norm = torch.rand(n, 1, pixels, pixels, device=scale.device) + 2
         sign, grad, x = (torch.randn(n, channels, pixels, pixels, device=scale.device) for _ in range(3))
-        # Where |out| = norm the transform returns its input: repeated in place, it doesn't run into zeros.
+        # If |out| = norm, the transform returns its input, so repeating it in place doesn't lead to zeros.
         values = (sign.sign() * norm, grad, x)
         out, grad, x = (v.bfloat16().contiguous(memory_format=torch.channels_last) for v in values)
         norm_layer = BatchNormUncentered2d(channels).to(scale.device).train()
         leaf = x.clone().requires_grad_()
         y = norm_layer(leaf)
-        passes: dict[str, tuple[int, Callable[[], Any]]] = {
-            "batch norm": (3, lambda norm_layer=norm_layer, x=x: norm_layer(x)),
-            "batch norm, backward": (5, lambda y=y, leaf=leaf, g=grad: torch.autograd.grad(y, leaf, g, True)),
+        passes: dict[str, tuple[int, Callable[[], object]]] = {
+            "batch norm": (3, partial(norm_layer, x)),
+            "batch norm, backward": (5, partial(torch.autograd.grad, y, leaf, grad, True)),
         }
         for kind, kernels in kernel_sets(scale).items():
             passes |= {
-                f"transform, {kind}": (2, lambda k=kernels, o=out, r=norm: k.square(o.detach(), r)),
-                f"transform, backward, {kind}": (
-                    3,
-                    lambda k=kernels, g=grad, y=out, r=norm: k.square_backward(g, y, r, 1),
-                ),
-                f"add_product, {kind}": (3, lambda k=kernels, a=grad, x=x, s=norm: k.add_product(a, x, s)),
+                f"transform, {kind}": (2, partial(kernels.square, out.detach(), norm)),
+                f"transform, backward, {kind}": (3, partial(kernels.square_backward, grad, out, norm, 1)),
+                f"add_product, {kind}": (3, partial(kernels.add_product, grad, x, norm)),
             }
         for name, (moved, function) in passes.items():
             rate = moved * x.nbytes / milliseconds(function, scale) / 1e9
@@ -311,16 +309,13 @@ def bandwidth(scale: Scale, shapes: Sequence[tuple[int, int]]) -> Pairs:
 def kernel_sets(scale: Scale) -> dict[str, Kernels]:
     if scale.small:
         return {"eager": EAGER}
-    sets = {"eager": EAGER, "compiled": compiled_kernels()}
-    if find_spec("bcos_train.nn.fast"):
-        from bcos_train.nn.fast.gpu_kernels import GPU
+    from bcos_train.nn.fast.gpu_kernels import GPU  # requires Triton
 
-        sets["Triton"] = GPU
-    return sets
+    return {"eager": EAGER, "compiled": compiled_kernels(), "Triton": GPU}
 
 
 def stem_channels(scale: Scale, batch_size: int) -> Pairs:
-    """ResNet's first convolution with 6 input channels, and with 8, two of them zero: tensor cores take eights."""
+    """Compare ResNet's first convolution with 6 input channels and with 8 (two zero), as tensor cores prefer."""
     torch.backends.cudnn.benchmark = True
     n = scale.batch_size(batch_size)
     rgb = torch.randint(256, (n, 3, scale.pixels, scale.pixels), dtype=torch.uint8, device=scale.device)
@@ -330,31 +325,33 @@ def stem_channels(scale: Scale, batch_size: int) -> Pairs:
         x = x if not padding else F.pad(x, (0, 0, 0, 0, 0, padding))
         return x.contiguous(memory_format=torch.channels_last).bfloat16()
 
+    def forward_and_backward(convolution: nn.Module, x: Tensor, grad: Tensor) -> None:
+        convolution(x).backward(grad)
+
     for padding in (0, 2):
         x = encode(padding)
         convolution = nn.Conv2d(x.shape[1], 64, 7, stride=2, padding=3, bias=False, device=scale.device).bfloat16()
         convolution.to(memory_format=torch.channels_last)
         grad = torch.randn_like(convolution(x))
-        yield (
-            f"{x.shape[1]} channels",
-            {
-                "encoding, ms": rounded(milliseconds(lambda padding=padding: encode(padding), scale)),
-                "forward, ms": rounded(milliseconds(lambda c=convolution, x=x: c(x), scale)),
-                "and backward, ms": rounded(milliseconds(lambda c=convolution, x=x, g=grad: c(x).backward(g), scale)),
-            },
-        )
+        functions: dict[str, Callable[[], object]] = {
+            "encoding, ms": partial(encode, padding),
+            "forward, ms": partial(convolution, x),
+            "and backward, ms": partial(forward_and_backward, convolution, x, grad),
+        }
+        times = {name: rounded(milliseconds(function, scale)) for name, function in functions.items()}
+        yield f"{x.shape[1]} channels", times
 
 
-# ---- explanations, and the product as a whole
+# ---- explanations and a whole run
 
 
 def grid_pointing(scale: Scale, n_grids: int) -> Pairs:
-    """Milliseconds a grid of 2x2 cells, beside the official procedure, and how far the scores are apart."""
+    """Yield the milliseconds per grid of 2x2 cells, also of the official procedure, and the difference of scores."""
     name = scale.model("resnet50")
-    official = official_twin(name).eval()
+    official = official_model(name).eval()
     ours: Any = create_model(name).eval()
     ours.load_state_dict(official.state_dict())
-    official, ours = (model.to(scale.device, memory_format=torch.channels_last) for model in (official, ours))
+    official, ours = (model.to(scale.device).to(memory_format=torch.channels_last) for model in (official, ours))
     generator = torch.Generator().manual_seed(0)
     n_grids = 1 if scale.small else n_grids
     grids, targets = draw(n_grids, 2, scale.pixels, scale.device, generator, ours.num_classes)
@@ -366,26 +363,28 @@ def grid_pointing(scale: Scale, n_grids: int) -> Pairs:
 
     with cached_weights(ours):
         use_tf32(False)
-        apart = our_scores(ours, grids[few], targets[few], 15) - official_scores(official, grids[few], targets[few], 15)
-        yield "largest difference of scores", rounded(apart.abs().max().item())
+        difference = our_scores(ours, grids[few], targets[few], 15) - official_scores(
+            official, grids[few], targets[few], 15
+        )
+        yield "largest difference of scores", rounded(difference.abs().max().item())
         for tf32 in (False, True):
             use_tf32(tf32)
             suffix = f", TF32 {'on' if tf32 else 'off'}"
-            yield f"ours{suffix}, ms a grid", measured(our_scores, ours, slice(None))
-            yield f"official{suffix}, ms a grid", measured(official_scores, official, few)
+            yield f"ours{suffix}, ms per grid", measured(our_scores, ours, slice(None))
+            yield f"official{suffix}, ms per grid", measured(official_scores, official, few)
 
 
-def product_run(scale: Scale, seconds: float, overrides: Sequence[str]) -> Pairs:
-    """``train.py`` for so many seconds; a run that isn't through by then is stopped, saves and leaves."""
+def train_run(scale: Scale, seconds: float, overrides: Sequence[str]) -> Pairs:
+    """Run ``train.py``; after ``seconds``, SIGTERM makes it save and exit."""
     with tempfile.TemporaryDirectory() as runs:
         log = Path(runs) / "log"
         command = [sys.executable, "train.py", f"runs={runs}", "trainer.progress=false", *overrides]
         command += ["limit_train=64", "limit_val=64", "num_workers=0"] if scale.small else []
         paths = [str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+        variables = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
         started = time.perf_counter()
         with log.open("w") as file:
-            process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
+            process = subprocess.Popen(command, cwd=ROOT, env=variables, stdout=file, stderr=subprocess.STDOUT)
             try:
                 code = process.wait(seconds)
             except subprocess.TimeoutExpired:

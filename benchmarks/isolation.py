@@ -1,4 +1,4 @@
-"""Measurements in processes of their own, in which an error, a hang or a broken CUDA context stays."""
+"""Run measurements in separate processes, so that an error, a hang or a broken CUDA context stays there."""
 
 import contextlib
 import multiprocessing
@@ -11,29 +11,29 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 Pair = tuple[str, Any]
-#: A measurement yields what it has found as soon as it has found it, so that one that is cut short has said something.
+#: A measurement yields each result as soon as it has it, so that results remain if it is stopped.
 Pairs = Iterator[Pair]
 
-#: Yielded by a measurement that has prepared itself and waits for its turn.
+#: Yielded by a measurement that has finished its preparation and waits for its turn.
 READY: Pair = ("ready", True)
 
-# The imports are shared. CUDA must not be used before the fork, so the parent never touches it.
+# Forking shares the imports. CUDA must not be initialized before a fork, so the parent process never uses it.
 CONTEXT = multiprocessing.get_context("fork")
 
 
 class Isolated:
-    """A measurement that runs in a forked process, the head of a process group of its own.
+    """A measurement in a forked process, which leads its own process group.
 
     Args:
-        measure: Called there with the arguments; what it yields is passed on and must be picklable.
+        measure: Called there with ``args``; the pairs that it yields must be picklable.
     """
 
-    def __init__(self, measure: Callable[..., Pairs], *args: Any) -> None:
-        self._connection, theirs = CONTEXT.Pipe()
-        self._process = CONTEXT.Process(target=_run, args=(self._connection, theirs, measure, args))
+    def __init__(self, measure: Callable[..., Pairs], *args: object) -> None:
+        self._connection, child_connection = CONTEXT.Pipe()
+        self._process = CONTEXT.Process(target=_run, args=(self._connection, child_connection, measure, args))
         self._process.start()
-        theirs.close()
-        # Here and in the child: whichever comes first.
+        child_connection.close()
+        # In both processes, since either may run first.
         with contextlib.suppress(OSError):
             os.setpgid(self._pid, self._pid)
 
@@ -43,9 +43,9 @@ class Isolated:
         return self._process.pid
 
     def results(self, seconds: float, when_ready: Callable[[], None] = lambda: None) -> Pairs:
-        """Pass on what the measurement yields until it ends; kill it when its time is up.
+        """Yield the measurement's results until it ends; kill it after ``seconds``.
 
-        ``when_ready`` is called before a measurement that is `READY` may proceed.
+        ``when_ready`` is called when the measurement is `READY`, before it proceeds.
         """
         deadline = time.monotonic() + seconds
         while self._connection.poll(max(0.0, deadline - time.monotonic())):
@@ -58,7 +58,7 @@ class Isolated:
                 return
             if pair == READY:
                 when_ready()
-                with contextlib.suppress(BrokenPipeError):  # it has died since; the next turn says so
+                with contextlib.suppress(BrokenPipeError):  # the process has died; the next iteration reports it
                     self._connection.send(None)
             else:
                 yield pair
@@ -72,7 +72,7 @@ class Isolated:
         self._signal(signal.SIGCONT)
 
     def kill(self) -> None:
-        """End the process and all that it has started."""
+        """Kill the process and all processes that it started."""
         self._signal(signal.SIGKILL)
         self._process.join()
 
@@ -81,8 +81,10 @@ class Isolated:
             os.killpg(self._pid, number)
 
 
-def _run(parents: Connection, connection: Connection, measure: Callable[..., Pairs], args: tuple[Any, ...]) -> None:
-    parents.close()
+def _run(
+    parent_connection: Connection, connection: Connection, measure: Callable[..., Pairs], args: tuple[object, ...]
+) -> None:
+    parent_connection.close()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     with contextlib.suppress(OSError):
         os.setpgid(0, 0)

@@ -1,24 +1,24 @@
-"""Memory traffic of compiled ResNet blocks on an H100, as Inductor schedules their kernels, counted without a GPU.
+"""Count memory traffic of compiled ResNet blocks on an H100, as Inductor schedules their kernels, without a GPU.
 
     python benchmarks/lowered_traffic.py --batch-size 256
 
-Two bottleneck blocks, 256-64-64-256 channels at 56x56 in bfloat16 by autocast and channels last, are traced on the CPU
-by `torch.compile`. Their graphs are then moved to "cuda" and go through Inductor's lowering and fusion; nothing is run.
-The bytes are those that Inductor counts: every kernel reads its inputs and writes its outputs once.
+Two bottleneck blocks, 256-64-64-256 channels at 56x56 with autocast to bfloat16 and channels last, are traced on the
+CPU by `torch.compile`. Their graphs are then moved to "cuda" and lowered and fused by Inductor; no kernel runs. The
+bytes are Inductor's own count: every kernel reads its inputs and writes its outputs once.
 
-Torch is made to believe in a GPU for the whole process, so don't import this into another program.
+This patches torch for the whole process, so don't import it into another program.
 """
 
 import argparse
 import copy
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-# Before torch reads it. There is no code to compile, so no worker processes.
+# Set before torch reads it: no worker processes, since no code is compiled.
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 
 import torch
@@ -58,29 +58,29 @@ PASSES = ("forward", "backward")
 
 
 def pretend_h100() -> None:
-    """Replace what Inductor asks torch about the GPU."""
-    known = {"type": "cuda", "index": 0, "cc": 90, **vars(H100)}
-    properties = DeviceProperties(**{name: known[name] for name in DeviceProperties._fields})
-    answers = (
+    """Patch the GPU properties that Inductor reads from torch."""
+    values = {"type": "cuda", "index": 0, "cc": 90, **vars(H100)}
+    properties = DeviceProperties(**{name: values[name] for name in DeviceProperties._fields})
+    patches = (
         (DeviceProperties, "create", properties),
         (CudaInterface, "is_available", True),
         (CudaInterface.Worker, "get_device_properties", H100),
         (torch.cuda, "get_device_properties", H100),
         (torch.cuda, "get_device_capability", (9, 0)),
-        # How a convolution is computed decides its layout.
-        (torch._C, "_select_conv_backend", torch._C._ConvBackend.Cudnn),
+        # The backend of a convolution determines its layout.
+        (torch._C, "_select_conv_backend", torch._C._ConvBackend.Cudnn),  # type: ignore[attr-defined]
         (torch._C, "_conv_determine_backend_memory_format", torch.channels_last),
     )
-    for owner, name, answer in answers:
-        setattr(owner, name, staticmethod(partial(_return, answer)))
+    for owner, name, value in patches:
+        setattr(owner, name, staticmethod(partial(_return, value)))
 
 
-def _return(answer: Any, *_: Any, **__: Any) -> Any:
-    return answer
+def _return(value: Any, *_: object, **__: object) -> Any:
+    return value
 
 
-def lower(graph: fx.GraphModule, inputs: Sequence[Any], traffic: dict[str, int], **options: Any) -> Callable[..., Any]:
-    """In place of Inductor's compiler: count the bytes of a graph; what it returns yields uninitialized tensors."""
+def lower(graph: fx.GraphModule, inputs: Sequence[Any], traffic: dict[str, int], **options: Any) -> Any:
+    """Replace Inductor's compiler: count the bytes of a graph, and return a function of uninitialized tensors."""
     is_backward = options.get("is_backward", False)
     compile_fx._recursive_record_original_output_strides(graph)
     fake_mode = compile_fx.fake_tensor_prop(graph, inputs)
@@ -103,7 +103,7 @@ def lower(graph: fx.GraphModule, inputs: Sequence[Any], traffic: dict[str, int],
     lowering = GraphLowering(moved, is_backward=is_backward, graph_id=len(traffic))
     with V.set_debug_handler(DebugContext()), V.set_fake_mode(fake_mode), V.set_graph_handler(lowering):
         lowering.run(*map(on_cuda, inputs))
-        # As `GraphLowering.codegen` begins; kernels are fused by then, and their code isn't needed.
+        # The first steps of `GraphLowering.codegen`, after which kernels are fused; their code isn't needed.
         lowering.init_wrapper_code()
         lowering._update_scheduler()
         traffic[PASSES[is_backward]], *_ = lowering.count_bytes()
@@ -121,17 +121,17 @@ def lower(graph: fx.GraphModule, inputs: Sequence[Any], traffic: dict[str, int],
 
 
 def count(blocks: nn.Module, x: Tensor) -> dict[str, int]:
-    """Bytes of the forward and of the backward pass of a training step, compiled for an H100.
+    """Return the bytes of the forward and the backward pass of a training step, compiled for an H100.
 
     Args:
-        blocks, x: On the CPU, where the passes are traced.
+        blocks, x: On the CPU, where they are traced.
     """
     traffic: dict[str, int] = {}
     backend = partial(compile_fx.compile_fx, inner_compile=partial(lower, traffic=traffic))
     torch._dynamo.reset()
-    torch._functorch.config.enable_autograd_cache = False  # what is lowered here can't be stored
+    torch._functorch.config.enable_autograd_cache = False  # these graphs can't be cached
     compiled = torch.compile(blocks.train(), backend=backend, fullgraph=True, dynamic=False)
-    # What the norms compute on other devices than a CPU.
+    # The statistics of norms as on devices other than a CPU.
     var_mean = partial(torch.var_mean, correction=0, keepdim=True)
     with mock.patch("bcos_train.nn.fast.moments._var_mean", var_mean):
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -141,7 +141,7 @@ def count(blocks: nn.Module, x: Tensor) -> dict[str, int]:
 
 
 def make_blocks(is_standard: bool) -> nn.Module:
-    """Two bottleneck blocks without downsampling: torchvision's, or ours with the norm and B of the recipes."""
+    """Build two bottleneck blocks without downsampling: torchvision's, or ours with the norm and B of the recipes."""
     if is_standard:
         return nn.Sequential(StandardBottleneck(256, 64), StandardBottleneck(256, 64))
     norm, conv = make_norm("bnu-linear"), partial(BcosConv2d, b=2)

@@ -1,17 +1,18 @@
-"""How time and memory of a training step grow with the batch, the resolution and the depth.
+"""Measure how time and memory of a training step grow with batch size, resolution and depth.
 
     python benchmarks/scaling.py
     python benchmarks/scaling.py --batch-sizes 32 64 128 256 --device cuda --dtype bfloat16
 
-Each is varied by itself, from a ResNet-50 with 8 images of 224 px; `benchmarks/speed.py` says how it is measured.
-Writes JSON with the machine, the versions and the commit, and prints a table: milliseconds a step, MiB at its peak.
+One of them is varied at a time, starting from a ResNet-50 with 8 images of 224 px, and measured as in
+`benchmarks/speed.py`. Writes JSON with the machine, the versions and the commit, and prints a table of milliseconds per
+step and peak memory in MiB.
 """
 
 import argparse
 import os
 from typing import Any
 
-from common import ROOT, parser_for, positive, surroundings, write
+from common import ROOT, environment, parser_for, positive, write
 from speed import Setting, measure
 
 VARIANTS = ("standard", "official channels_last", "fused")
@@ -19,7 +20,7 @@ DEPTHS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 
 
 def settings(arguments: argparse.Namespace) -> dict[str, list[Setting]]:
-    """What is varied, and the settings along it."""
+    """Return the settings of each series, by the name of what varies."""
     shared = {"device": arguments.device, "dtype": arguments.dtype}
     size, batch_size = 224, 8
     return {
@@ -30,7 +31,7 @@ def settings(arguments: argparse.Namespace) -> dict[str, list[Setting]]:
 
 
 def table(results: list[dict[str, Any]], variants: list[str]) -> str:
-    """Markdown: one row a setting; time and memory of each variant."""
+    """Format time and memory of each variant in Markdown, one row per setting."""
     lines = [
         f"| varied | model, images | {' | '.join(f'{v} | ' for v in variants)}|",
         f"| --- | --- | {' | '.join('---: | ---:' for _ in variants)} |",
@@ -54,16 +55,16 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     arguments = parse()
     output = arguments.output or ROOT / f"benchmarks/results/scaling-{arguments.device}-{arguments.dtype}.json"
-    machine = surroundings(arguments.device)
+    machine = environment(arguments.device)
     results: list[dict[str, Any]] = []
-    measured: dict[Setting, dict[str, Any]] = {}  # the setting that all begin from is measured once
+    measured: dict[Setting, dict[str, Any]] = {}  # the common starting point is measured once
     for varied, steps in settings(arguments).items():
         for setting in steps:
             if setting not in measured:
                 measured[setting] = measure(setting, arguments.variants, ["train"], arguments.repeats, memory=True)
             results.append({"varied": varied, **measured[setting]})
             print(table(results[-1:], arguments.variants).splitlines()[-1], flush=True)
-            write(output, {"surroundings": machine, "dtype": arguments.dtype, "results": results})
+            write(output, {"environment": machine, "dtype": arguments.dtype, "results": results})
     print(f"\n{table(results, arguments.variants)}\n\nwritten: {os.path.relpath(output)}")
 
 

@@ -1,16 +1,17 @@
-"""What a B-cos network costs beside its standard twin and beside the official code.
+"""Measure the cost of B-cos networks relative to standard networks and to the official code.
 
-    python benchmarks/speed.py                                  # all models, on whatever device there is
+    python benchmarks/speed.py                                  # all models, on a GPU if available
     python benchmarks/speed.py --models resnet50 --batch-size 8 --no-memory
 
-For every model the variants take turns, step by step, in one process, so that a busy machine slows all of them alike;
-medians are reported. Peak memory on a CPU is measured in a process of its own for each, on a GPU in the same one.
-Writes JSON with the machine, the versions and the commit after each model, and prints a table.
+The variants of a model alternate step by step in one process, so that a busy machine slows all equally; medians are
+reported. Peak memory is measured in a separate process per variant on a CPU, in the same process on a GPU. Writes JSON
+with the machine, the versions and the commit after each model, and prints a table.
 
-Variants: `standard` (torchvision's network, or the standard twin of the vision transformers), `official` (PyPI `bcos`
-0.1.3 as it ships, in the contiguous format), `official channels_last`, and this package's backends `reference`, `fused`
-and `compiled`. All but `official` run in channels_last. To be asked for: `fused contiguous`, in the contiguous format,
-`whole`, the whole network compiled as `trainer.compile=true` does, and `standard whole`, the standard one compiled.
+Variants: `standard` (torchvision's network, or this package's standard ViT), `official` (PyPI `bcos` 0.1.3 unchanged,
+in the contiguous format), `official channels_last`, and this package's backends `reference`, `fused` and `compiled`.
+All except `official` run in channels_last. With `--variants` also `fused contiguous`, in the contiguous format,
+`whole`, the whole network compiled as with `trainer.compile=true`, and `standard whole`, the compiled standard
+network.
 """
 
 import argparse
@@ -22,13 +23,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import ROOT, official_twin, parser_for, positive, surroundings, write
+from common import ROOT, environment, official_model, parser_for, positive, write
 from torch import Tensor, nn
 
 from bcos_train import create_model, explain
@@ -48,12 +49,12 @@ TASKS = ("train", "inference", "explain")
 OFFICIAL = ("official", "official channels_last")
 CONTIGUOUS = ("official", "fused contiguous")
 OURS = (*BACKENDS, "fused contiguous")
-USUAL = ("standard", *OFFICIAL, *BACKENDS)
+DEFAULT_VARIANTS = ("standard", *OFFICIAL, *BACKENDS)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What all variants of a model share."""
+    """Settings that all variants of a model share."""
 
     model: str
     batch_size: int
@@ -62,18 +63,18 @@ class Setting:
     dtype: str
 
     @property
-    def autocast(self) -> Any:
+    def autocast(self) -> AbstractContextManager[object]:
         dtype = getattr(torch, self.dtype)
         return nullcontext() if dtype == torch.float32 else torch.autocast(self.device, dtype=dtype)
 
 
 def build(variant: str, setting: Setting) -> nn.Module:
-    """A variant's network with random weights."""
+    """Build a variant's network with random weights."""
     torch.manual_seed(0)
     if variant.startswith("standard"):
-        network = standard_twin(setting.model)
+        network = standard_model(setting.model)
     elif variant in OFFICIAL:
-        network = official_twin(setting.model)
+        network = official_model(setting.model)
     else:
         backend = variant if variant in BACKENDS else "fused"
         network = create_model(setting.model, backend=backend)  # type: ignore[arg-type]
@@ -85,14 +86,14 @@ def build(variant: str, setting: Setting) -> nn.Module:
     return network
 
 
-def standard_twin(name: str) -> nn.Module:
+def standard_model(name: str) -> nn.Module:
     if name == "resnet20":
         return cifar_resnet20()
     return create_model(f"standard_{'vgg11_bn' if name == 'vgg11_bnu' else name}")
 
 
 def cifar_resnet20() -> nn.Module:
-    """The ordinary ResNet-20 for 32 px of He et al. 2016, of torchvision's blocks."""
+    """Build the ResNet-20 of He et al. 2016 for images of 32 px from torchvision's blocks."""
     from torchvision.models.resnet import BasicBlock
 
     def stage(inplanes: int, planes: int, stride: int) -> nn.Sequential:
@@ -113,7 +114,7 @@ def images(variant: str, setting: Setting) -> Tensor:
 
 
 def task(name: str, network: nn.Module, x: Tensor, variant: str, setting: Setting) -> Callable[[], None]:
-    """One step of a task, as a function without arguments."""
+    """Return one step of a task, as a function without arguments."""
 
     def train() -> None:
         with setting.autocast:
@@ -133,7 +134,7 @@ def task(name: str, network: nn.Module, x: Tensor, variant: str, setting: Settin
                 selected = network(leaf).amax(1).sum()
                 torch.autograd.grad(selected, leaf)
         elif variant.startswith("standard"):
-            inference()  # the plain forward pass that explanations are compared with
+            inference()  # explanations are compared with the forward pass
         else:
             explain(network, x)
 
@@ -142,7 +143,7 @@ def task(name: str, network: nn.Module, x: Tensor, variant: str, setting: Settin
 
 
 def medians(steps: Mapping[str, Callable[[], None]], repeats: int, device: str) -> dict[str, float]:
-    """Seconds of one step of each, taking turns."""
+    """Return the median seconds per step of each; the steps alternate."""
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     for step in steps.values():
         for _ in range(2):
@@ -159,9 +160,9 @@ def medians(steps: Mapping[str, Callable[[], None]], repeats: int, device: str) 
 
 
 def measure(setting: Setting, variants: list[str], tasks: list[str], repeats: int, memory: bool) -> dict[str, Any]:
-    """Time of every task and peak memory of a training step, of every variant of a model."""
-    torch.backends.cudnn.benchmark = True  # let cuDNN choose by trying, as images of one size allow
-    torch._dynamo.reset()  # it compiles a function for eight combinations of shapes at most in a process
+    """Measure the time of each task and the peak memory of a training step, for each variant of a model."""
+    torch.backends.cudnn.benchmark = True  # all images have the same size
+    torch._dynamo.reset()  # by default, a function is compiled for at most eight combinations of shapes
     result: dict[str, Any] = {"model": setting.model, "batch_size": setting.batch_size, "size": setting.size}
     networks = {variant: build(variant, setting) for variant in variants}
     inputs = {variant: images(variant, setting) for variant in variants}
@@ -177,13 +178,13 @@ def measure(setting: Setting, variants: list[str], tasks: list[str], repeats: in
         result["memory"] = {v: allocated_peak(step) for v, step in steps.items()}
     elif memory:
         del networks, inputs, steps
-        result["memory"] = {variant: peak_memory_apart(variant, setting) for variant in variants}
+        result["memory"] = {variant: peak_memory_in_subprocess(variant, setting) for variant in variants}
     return result
 
 
 def allocated_peak(step: Callable[[], None]) -> float:
-    """Peak memory in MiB that a step allocates on the GPU beyond what is there before it."""
-    step()  # in which buffers are made that stay
+    """Return the peak memory in MiB that a step allocates on the GPU in addition to what is allocated before it."""
+    step()  # allocates persistent buffers
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -192,36 +193,36 @@ def allocated_peak(step: Callable[[], None]) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def peak_memory_apart(variant: str, setting: Setting) -> float:
-    """Peak memory in MiB of a training step beyond what is there before it, measured in a process of its own."""
+def peak_memory_in_subprocess(variant: str, setting: Setting) -> float:
+    """Return the additional peak memory of a training step in MiB, measured in a separate process."""
     command = [sys.executable, __file__, "--peak-memory-of", json.dumps({"variant": variant, **vars(setting)})]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(done.stdout.split()[-1])
 
 
 def peak_memory(variant: str, setting: Setting) -> float:
-    """What `peak_memory_apart` measures, on a CPU: the growth of this process's resident memory."""
+    """Return the growth of this process's resident memory in MiB during a training step."""
     network, x = build(variant, setting), images(variant, setting)
     step = task("train", network, x, variant, setting)
-    # A first small step loads and compiles what there is to load and to compile.
+    # Warm up with a small step, which loads and compiles code.
     small = Setting(setting.model, 2, setting.size, setting.device, setting.dtype)
     task("train", network, images(variant, small), variant, small)()
     if hasattr(library := ctypes.CDLL(None), "malloc_trim"):
-        library.malloc_trim(0)  # what that step has freed would not count in the next
+        library.malloc_trim(0)  # memory freed by that step wouldn't count in the next one
     before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     step()
     return resident("VmHWM") - before
 
 
 def resident(key: str) -> float:
-    """Resident memory of this process in MiB: VmRSS now, VmHWM at its highest."""
+    """Return the resident memory of this process in MiB: VmRSS is the current, VmHWM the peak value."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(key)).split()[1]) / 1024
 
 
 def table(results: list[dict[str, Any]], tasks: list[str]) -> str:
-    """Markdown: one row a model, task and variant, as ratios to the standard network and to the official one."""
+    """Format in Markdown, one row per model, task and variant, with ratios to the standard and official networks."""
     lines = ["| model | task | variant | ms | x standard | x official |", "| --- | --- | --- | ---: | ---: | ---: |"]
     for result in results:
         for name in [*tasks, "memory"]:
@@ -235,9 +236,9 @@ def table(results: list[dict[str, Any]], tasks: list[str]) -> str:
 
 
 def summary(results: list[dict[str, Any]]) -> str:
-    """Markdown: one row a model, what the default backend costs beside the standard network and the official ones."""
+    """Format in Markdown, one row per model: cost of the default backend relative to standard and official networks."""
     lines = [
-        "| model | training step | x standard | x official | x official as it ships | peak memory | x standard "
+        "| model | training step | x standard | x official | x official, contiguous | peak memory | x standard "
         "| x official | inference, x standard | explanation, x inference of standard |",
         "| --- " + "| ---: " * 9 + "|",
     ]
@@ -259,13 +260,13 @@ def summary(results: list[dict[str, Any]]) -> str:
 
 def parse() -> argparse.Namespace:
     parser = parser_for("speed", __doc__.splitlines()[0], repeats=7)
-    variants = [*USUAL, "fused contiguous", "whole", "standard whole"]
+    variants = [*DEFAULT_VARIANTS, "fused contiguous", "whole", "standard whole"]
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
-    parser.add_argument("--variants", nargs="+", default=list(USUAL), choices=variants)
+    parser.add_argument("--variants", nargs="+", default=list(DEFAULT_VARIANTS), choices=variants)
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     parser.add_argument("--batch-size", type=positive, help="default: 8, for resnet20 64")
-    parser.add_argument("--size", type=positive, help="of the images in pixels; default: 224, for resnet20 32")
-    parser.add_argument("--no-memory", action="store_true", help="leave out the peak memory")
+    parser.add_argument("--size", type=positive, help="image size in pixels; default: 224, for resnet20 32")
+    parser.add_argument("--no-memory", action="store_true", help="don't measure peak memory")
     parser.add_argument("--peak-memory-of", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -273,11 +274,11 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     arguments = parse()
     if arguments.peak_memory_of is not None:
-        given = json.loads(arguments.peak_memory_of)
-        print(peak_memory(given.pop("variant"), Setting(**given)))
+        options = json.loads(arguments.peak_memory_of)
+        print(peak_memory(options.pop("variant"), Setting(**options)))
         return
     output = arguments.output or ROOT / f"benchmarks/results/speed-{arguments.device}-{arguments.dtype}.json"
-    machine, results = surroundings(arguments.device), []
+    machine, results = environment(arguments.device), []
     for model in arguments.models:
         is_small = model == "resnet20"
         batch_size = arguments.batch_size or (64 if is_small else 8)
@@ -287,9 +288,9 @@ def main() -> None:
             measure(setting, arguments.variants, arguments.tasks, arguments.repeats, not arguments.no_memory)
         )
         print(table(results[-1:], arguments.tasks), flush=True)
-        write(output, {"surroundings": machine, "dtype": arguments.dtype, "results": results})
+        write(output, {"environment": machine, "dtype": arguments.dtype, "results": results})
     print(f"\n{table(results, arguments.tasks)}")
-    if {*USUAL} <= {*arguments.variants} and {*TASKS} <= {*arguments.tasks} and not arguments.no_memory:
+    if {*DEFAULT_VARIANTS} <= {*arguments.variants} and {*TASKS} <= {*arguments.tasks} and not arguments.no_memory:
         print(f"\n{summary(results)}")
     print(f"\nwritten: {os.path.relpath(output)}")
 

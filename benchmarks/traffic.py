@@ -1,12 +1,11 @@
-"""Memory traffic and operations of a training step on a GPU, counted without one.
+"""Count memory traffic and operations of a training step on a GPU, without a GPU.
 
     python benchmarks/traffic.py --models resnet50 densenet121 --batch-size 256
 
-The step is traced on the meta device along the GPU's code path: bfloat16 as autocast has it, channels last. Every
-operation counts the bytes of the tensors that it reads and writes, once each but for batch norms, which read twice.
-Caches, which spare some of that, and workspace are left out. On a GPU that is kept busy, a step takes at least the time
-of its traffic; one with many small operations is kept waiting by the CPU instead. An operation on a list of tensors
-counts once: it takes a few launches for all of them.
+The step is traced on the meta device on the GPU's code path: bfloat16 as under autocast, channels last. Each operation
+counts the bytes of the tensors that it reads and writes, once each, except that batch norms read twice. Caches and
+workspace are ignored. The traffic is a lower bound on the time of a step; many small operations make the CPU the
+bottleneck instead. An operation on a list of tensors counts as one, since it needs few launches.
 """
 
 import argparse
@@ -30,15 +29,15 @@ from bcos_train.model import create_model
 from bcos_train.nn.fast.gpu_device import GPU_TYPES
 from bcos_train.optimizer.clipping import adaptive_clip_grad_
 
-#: What launches nothing on a GPU.
+#: Operations without a kernel launch.
 FREE = {
     *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"),
     *("_unsafe_view", "_reshape_alias", "detach", "lift_fresh"),
     *("_record_function_enter_new", "_record_function_exit"),
 }
-#: Reads of its large inputs beyond the first: the statistics or sums are taken before they are used.
+#: Indices of the inputs that are read twice: first for statistics or sums.
 READ_AGAIN = {"native_batch_norm": (0,), "native_batch_norm_backward": (0, 1)}
-#: Arguments that operations without a result write to.
+#: Indices of the arguments that in-place operations write to.
 WRITTEN = {
     **dict.fromkeys(("square_", "add_product_", "_foreach_copy_", "_foreach_add_"), (0,)),
     "_fused_adam_": (0, 2, 3),  # weights and both moments
@@ -52,8 +51,8 @@ class Part:
     """Counts of one part of a step.
 
     Attributes:
-        operations: How many there are, by name.
-        bytes: What they read and write, by name.
+        operations: Number of operations by name.
+        bytes: Bytes that they read and write, by name.
     """
 
     operations: Counter[str] = field(default_factory=Counter)
@@ -69,7 +68,7 @@ class _Count(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = func._schema.name.split("::")[1]
-        if name == "convolution_backward":  # as on a GPU, gradients have the memory formats of their tensors
+        if name == "convolution_backward":  # on a GPU, gradients have the memory formats of their tensors
             grads = (g if g is None else _like(g, x) for g, x in zip(result[:2], args[1:3], strict=True))
             result = (*grads, result[2])
         if name not in FREE and not func.is_view:
@@ -84,7 +83,7 @@ def _like(grad: Tensor, x: Tensor) -> Tensor:
 
 
 def _traffic(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> int:
-    if name == "convolution_backward":  # two products, each of which reads two tensors and writes one
+    if name == "convolution_backward":  # two products, each reads two tensors and writes one
         sizes = [_size(x) for x in args[:3]]
         return sum(sum(sizes) for needed in args[-1][:2] if needed)
     inputs = {id(x): _size(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
@@ -95,7 +94,7 @@ def _traffic(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result
 
 
 def _size(x: Tensor) -> int:
-    """Bytes of distinct values."""
+    """Return the bytes of a tensor, without those of expanded axes."""
     count = x.element_size()
     for size, stride in zip(x.shape, x.stride(), strict=True):
         count *= size if stride else 1
@@ -103,10 +102,10 @@ def _size(x: Tensor) -> int:
 
 
 class _Autocast(TorchFunctionMode):
-    """What autocast does to torch's functions on CUDA; it knows nothing of meta tensors."""
+    """Apply the casts of autocast on CUDA, which doesn't support meta tensors."""
 
-    LOW = (F.conv2d, torch.conv2d, F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, torch.einsum)
-    LOW = (*LOW, F.scaled_dot_product_attention)
+    MATMULS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, torch.einsum)
+    LOW = (F.conv2d, torch.conv2d, F.linear, *MATMULS, F.scaled_dot_product_attention)
     HIGH = (F.layer_norm, torch.layer_norm, F.softmax, torch.softmax, Tensor.softmax, F.group_norm)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -130,7 +129,7 @@ def _backward_reduce(grad: Tensor, x: Tensor, mean: Tensor, *_: Any) -> tuple[Te
     return tuple(torch.empty_like(mean) for _ in range(4))
 
 
-#: Shapes of the operations that torch knows on CUDA alone.
+#: Shapes of results of operations that torch only implements for CUDA.
 META = {
     "batch_norm_update_stats": _update_stats,
     "batch_norm_elemt": lambda x, *_: torch.empty_like(x),
@@ -141,7 +140,7 @@ META = {
 
 @contextmanager
 def _meta_as_gpu() -> Iterator[None]:
-    """Meta tensors take the GPU's code path, under autocast in bfloat16, and optimizers fuse their step."""
+    """Let meta tensors use the GPU's code path, with autocast to bfloat16 and fused optimizers."""
     library = torch.library.Library("aten", "IMPL")
     before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
     try:
@@ -150,7 +149,7 @@ def _meta_as_gpu() -> Iterator[None]:
         GPU_TYPES.add("meta")
         torch.set_autocast_enabled("cuda", True)
         torch.set_autocast_dtype("cuda", torch.bfloat16)
-        # torch computes the shapes of a fused step, but its optimizers refuse meta tensors.
+        # torch can compute the shapes of a fused step, but its optimizers reject meta tensors.
         with mock.patch.object(import_module("torch.optim.adam"), "_device_dtype_check_for_fused"):
             yield
     finally:
@@ -164,8 +163,9 @@ def count_step(name: str, batch_size: int, size: int = 224) -> dict[str, Part]:
     """Count a training step of model ``name``: forward and backward pass, adaptive gradient clipping, fused Adam.
 
     Args:
-        name: A model of this package; those that begin with ``standard_`` take images of 3 channels.
-        batch_size, size: Images, and their height and width.
+        name: Model name; models that begin with ``standard_`` take 3 channels, others 6.
+        batch_size: Number of images.
+        size: Height and width in pixels.
     """
     with torch.device("meta"):
         network = create_model(name)
@@ -174,7 +174,7 @@ def count_step(name: str, batch_size: int, size: int = 224) -> dict[str, Part]:
 
 
 def count(network: nn.Module, x: Tensor) -> dict[str, Part]:
-    """As `count_step`, for a network and images on the meta device; the network is changed to channels last."""
+    """Count as `count_step`, for a network and images on the meta device; converts the network to channels last."""
     network = network.to(memory_format=torch.channels_last).train()
     x = x.to(memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(network.parameters(), fused=True)
@@ -193,12 +193,12 @@ def count(network: nn.Module, x: Tensor) -> dict[str, Part]:
 
 
 def gigabytes(parts: Mapping[str, Part]) -> float:
-    """Traffic of the whole step."""
+    """Return the traffic of the whole step."""
     return sum(part.bytes.total() for part in parts.values()) / 1e9
 
 
 def operations(parts: Mapping[str, Part]) -> int:
-    """Operations of the whole step."""
+    """Return the number of operations of the whole step."""
     return sum(part.operations.total() for part in parts.values())
 
 
@@ -206,10 +206,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=["resnet50"])
     parser.add_argument("--batch-size", type=positive, default=256)
-    parser.add_argument("--size", type=positive, default=224, help="of the images in pixels")
+    parser.add_argument("--size", type=positive, default=224, help="image size in pixels")
     parser.add_argument("--details", action="store_true", help="operations with the most traffic")
     args = parser.parse_args()
-    print(f"| model | a step | x standard | operations | {' | '.join(PARTS)} |")
+    print(f"| model | per step | x standard | operations | {' | '.join(PARTS)} |")
     print("| --- " + "| ---: " * (3 + len(PARTS)) + "|")
     details = []
     for model in args.models:

@@ -1,4 +1,4 @@
-"""The check runs on a CPU with tiny sizes, and says what went wrong."""
+"""The GPU check on a CPU with tiny sizes, and its report of failures."""
 
 import json
 import subprocess
@@ -18,7 +18,7 @@ def test_dry_run(tmp_path: Path) -> None:
     content = json.loads(output.read_text())
     assert list(content) == ["card", *steps]
     assert not [name for name, result in content.items() if "error" in result]
-    assert content["parity resnet18"]["float32 is right"] is True
+    assert content["parity resnet18"]["float32 is accurate"] is True
     assert content["parity resnet18"]["completeness error, TF32 off"] < 1e-5
     assert content["resnet50 eager"].keys() > {"standard", "fused", "official channels_last"}
     assert content["resnet50 compiled"]["whole"]["images/s"] > 0
@@ -26,7 +26,7 @@ def test_dry_run(tmp_path: Path) -> None:
     assert output.with_suffix(".md").read_text() in done.stdout
 
 
-def test_without_a_gpu_it_says_so_and_stops(tmp_path: Path) -> None:
+def test_stops_without_a_gpu(tmp_path: Path) -> None:
     output = tmp_path / "x.json"
     command = [sys.executable, str(BENCHMARKS / "gpu_check.py"), "--output", str(output)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -44,12 +44,12 @@ def test_a_step_without_time_is_skipped(benchmark: ModuleType, tmp_path: Path) -
 def test_failures(benchmark: ModuleType) -> None:
     results = {
         "card": {"cores": 2},
-        "parity resnet18": {"float32 is right": True, "bfloat16 is right": False},
+        "parity resnet18": {"float32 is accurate": True, "bfloat16 is accurate": False},
         "resnet50 eager": {"standard": {"images/s": 1.0}, "fused": {"error": "out of memory"}},
         "stem": {"error": "stopped after 20 s"},
     }
     assert benchmark.failures(results) == [
-        "parity resnet18: not bfloat16 is right",
+        "parity resnet18: bfloat16 is accurate: no",
         "resnet50 eager, fused: out of memory",
         "stem: stopped after 20 s",
     ]

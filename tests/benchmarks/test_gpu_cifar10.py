@@ -1,4 +1,4 @@
-"""CIFAR-10 packed and unpacked is the same, and the runs of the product are called as they should."""
+"""Packing and unpacking CIFAR-10, and running ``train.py``."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def test_real_images_are_restored_byte_for_byte(benchmark: ModuleType, tmp_path:
 
 
 def test_noise_is_restored_for_the_data_set(benchmark: ModuleType, tmp_path: Path) -> None:
-    benchmark.noise(tmp_path / "noise.npz", per_class=3)
+    benchmark.pack_noise(tmp_path / "noise.npz", per_class=3)
     benchmark.unpack(tmp_path / "noise.npz", tmp_path / "data")
     with zipfile.ZipFile(tmp_path / "noise.zip") as archive:
         for name in archive.namelist():
@@ -50,7 +50,7 @@ def test_noise_is_restored_for_the_data_set(benchmark: ModuleType, tmp_path: Pat
 
 
 @pytest.mark.parametrize("name", ["train/cat/0001.jpg", "train/cat/0000.png", "val/cat/0000.jpg", "../cat/0000.jpg"])
-def test_other_names_are_refused(benchmark: ModuleType, name: str, tmp_path: Path) -> None:
+def test_other_names_are_rejected(benchmark: ModuleType, name: str, tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
         archive.writestr(name, b"x")
     with pytest.raises(ValueError, match="numbered without a gap"):

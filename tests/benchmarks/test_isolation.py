@@ -1,4 +1,4 @@
-"""Errors, hangs and deaths of a measurement are results like others."""
+"""Errors, hangs and exits of a measurement are reported as results."""
 
 import os
 import time
@@ -39,33 +39,33 @@ def preparing(ready: tuple[str, bool], marker: Path) -> Pairs:
 
 
 def test_results_come_from_another_process(benchmark: ModuleType) -> None:
-    found = dict(benchmark.Isolated(fine, 1, 2).results(60))
-    assert found.pop("process") != os.getpid()
-    assert found == {"sum": 3}
+    results = dict(benchmark.Isolated(fine, 1, 2).results(60))
+    assert results.pop("process") != os.getpid()
+    assert results == {"sum": 3}
 
 
 def test_an_error_is_a_result(benchmark: ModuleType) -> None:
-    found = dict(benchmark.Isolated(failing).results(60))
-    assert found["before"] == 1
-    assert found["error"] == "ValueError: no such thing"
-    assert "raise ValueError" in found["traceback"]
+    results = dict(benchmark.Isolated(failing).results(60))
+    assert results["before"] == 1
+    assert results["error"] == "ValueError: no such thing"
+    assert "raise ValueError" in results["traceback"]
 
 
-def test_a_death_is_a_result(benchmark: ModuleType) -> None:
+def test_an_exit_is_a_result(benchmark: ModuleType) -> None:
     assert dict(benchmark.Isolated(dying).results(60)) == {
         "before": 1,
         "error": "the process ended with exit code 7",
     }
 
 
-def test_a_hang_ends_in_time_and_keeps_what_was_found(benchmark: ModuleType) -> None:
+def test_a_hang_ends_in_time_and_keeps_earlier_results(benchmark: ModuleType) -> None:
     assert dict(benchmark.Isolated(hanging).results(0.5)) == {"before": 1, "error": "stopped after 0 s"}
 
 
 def test_a_measurement_that_is_ready_waits_for_its_turn(benchmark: ModuleType, tmp_path: Path) -> None:
     process = benchmark.Isolated(preparing, benchmark.READY, tmp_path / "marker")
-    found = dict(process.results(60, when_ready=(tmp_path / "marker").touch))
-    assert found == {"prepared": True, "proceeded after": True}
+    results = dict(process.results(60, when_ready=(tmp_path / "marker").touch))
+    assert results == {"prepared": True, "proceeded after": True}
 
 
 def test_a_paused_process_does_nothing_until_it_is_resumed(benchmark: ModuleType) -> None:
@@ -77,7 +77,7 @@ def test_a_paused_process_does_nothing_until_it_is_resumed(benchmark: ModuleType
 
 
 @pytest.mark.parametrize("measure", [fine, hanging])
-def test_kill_ends_what_runs_and_what_has_ended(benchmark: ModuleType, measure: Any) -> None:
+def test_kill_running_and_finished_processes(benchmark: ModuleType, measure: Any) -> None:
     process = benchmark.Isolated(measure, *((1, 2) if measure is fine else ()))
     process.kill()
     process.kill()

@@ -46,13 +46,13 @@ def test_a_package_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("bcos_train.config.targets.TARGETS", ("nopackage.sub.Logger", "bcos_train.nomodule.Logger"))
     with pytest.raises(UserError, match=r"^log\._target_=nopackage\.sub\.Logger: nopackage is not installed$"):
         resolve("nopackage.sub.Logger", "log")
-    # One of ours that is missing is a bug.
+    # A missing module of this package is a bug.
     with pytest.raises(ModuleNotFoundError):
         resolve("bcos_train.nomodule.Logger")
 
 
 def test_the_machinery_needs_neither_torch_nor_lightning() -> None:
-    """A mistake on the command line is told before anything slow is loaded, as far as this package goes."""
+    """Errors on the command line are reported before slow imports, except those of dependencies."""
     code = """
 import sys, types, pathlib
 package = types.ModuleType("bcos_train")

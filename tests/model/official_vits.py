@@ -87,7 +87,7 @@ def share_state(pair: Pair) -> Pair:
 
 
 def official_weights(model: nn.Module, x: Tensor, target: int, create_graph: bool = False) -> Tensor:
-    """d logit / d x of the official model as it is now, in explanation mode or not: ``(N, C, H, W)``."""
+    """d logit / d x of the official model in its current mode: ``(N, C, H, W)``."""
     leaf = x.clone().requires_grad_()
     (grad,) = torch.autograd.grad(model(leaf)[:, target].sum(), leaf, create_graph=create_graph)
     return grad

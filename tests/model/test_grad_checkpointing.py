@@ -265,6 +265,6 @@ def test_config() -> None:
     def problems(*overrides: str) -> list[str]:
         return [str(problem) for problem in check(COMPOSER.compose("train", [*overrides]), root=TrainConfig)]
 
-    given = ["model=resnet20", "dataset=digits"]
-    assert problems(*given, "+model.grad_checkpointing=true") == []
-    assert problems(*given, "+model.grad_checkpointing=5") == ["model.grad_checkpointing=5: expected true or false"]
+    overrides = ["model=resnet20", "dataset=digits"]
+    assert problems(*overrides, "+model.grad_checkpointing=true") == []
+    assert problems(*overrides, "+model.grad_checkpointing=5") == ["model.grad_checkpointing=5: expected true or false"]

@@ -64,17 +64,17 @@ def test_six_channels(image: Image.Image) -> None:
 
 
 def test_pretrained_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    given: dict[str, Any] = {}
+    received: dict[str, Any] = {}
 
     def record(name: str, **options: Any) -> Any:
-        given.update(options, name=name)
+        received.update(options, name=name)
         return create(name, **{**options, "pretrained": False})
 
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", record)
     timm_model("resnet18.a1_in1k", pretrained=True, num_classes=3, model_args={"zero_init_last": False})
     expected = {"name": "resnet18.a1_in1k", "pretrained": True, "num_classes": 3, "in_chans": 3}
-    assert {key: value for key, value in given.items() if value is not None} == expected | {"zero_init_last": False}
+    assert {key: value for key, value in received.items() if value is not None} == expected | {"zero_init_last": False}
 
 
 WRONG: dict[str, tuple[str, dict[str, Any], str]] = {

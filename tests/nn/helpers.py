@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Size = int | tuple[int, int]
+
 
 def assert_near(ours: Tensor, reference: Tensor, tolerance: float, what: str = "value") -> None:
     """Assert that the largest difference is within ``tolerance`` times the largest magnitude of the reference."""
@@ -14,16 +16,16 @@ def assert_near(ours: Tensor, reference: Tensor, tolerance: float, what: str = "
     assert error <= tolerance * max(scale, 1e-12), f"{what} differs by {error:.2e}, of a magnitude of {scale:.2e}"
 
 
-def pair(value: int | tuple[int, int]) -> tuple[int, int]:
+def pair(value: Size) -> tuple[int, int]:
     return value if isinstance(value, tuple) else (value, value)
 
 
-def padded(x: Tensor, kernel_size, padding, dilation, padding_mode: str) -> Tensor:
+def padded(x: Tensor, kernel_size: Size, padding: Size | str, dilation: Size, padding_mode: str) -> Tensor:
     """Pad the input as the convolution does."""
     (kh, kw), (dh, dw) = pair(kernel_size), pair(dilation)
     if padding == "valid":
         return x
-    if padding == "same":
+    if isinstance(padding, str):  # "same"
         rows, columns = dh * (kh - 1), dw * (kw - 1)
         pad = [columns // 2, columns - columns // 2, rows // 2, rows - rows // 2]
     else:
@@ -35,9 +37,9 @@ def padded(x: Tensor, kernel_size, padding, dilation, padding_mode: str) -> Tens
 def slow_bcos_conv2d(
     x: Tensor,
     weight: Tensor,
-    stride=1,
-    padding=0,
-    dilation=1,
+    stride: Size = 1,
+    padding: Size | str = 0,
+    dilation: Size = 1,
     groups: int = 1,
     padding_mode: str = "zeros",
     b: float | Tensor = 2,

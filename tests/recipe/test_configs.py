@@ -60,7 +60,7 @@ def test_evaluation_on_imagenet_is_the_models_own(model: str) -> None:
         own = Preprocessing.from_transform(build(config).model(num_classes=2).transform)
     assert own is not None
     if own.crop_size is None:
-        # A network for CIFAR-10, which takes images as they are; ImageNet's are cropped for it all the same.
+        # A network for CIFAR-10, whose transform does not resize; with ImageNet, images are cropped.
         assert model_signature(model).parameters["num_classes"].default == 10
         own = replace(own, resize_size=256, crop_size=224)
     assert own == Preprocessing.from_config(config["augmentation"], config["encoding"])

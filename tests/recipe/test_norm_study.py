@@ -20,7 +20,7 @@ from bcos_train.nn import make_norm
 
 
 def norm_facts(make: Callable[[int], nn.Module]) -> dict[str, Any]:
-    """What tells one norm layer from another."""
+    """Return the class, options, parameter shapes and state-dict keys of a norm layer."""
     norm = make(8)
     numbers = {
         key: value for key in ("eps", "momentum", "num_groups") if (value := getattr(norm, key, None)) is not None
@@ -72,12 +72,12 @@ def study_config(name: str) -> Config:
     """Composed once for each depth; the values of plain keys are then set as the command line would."""
     depth, overrides = study_overrides(name)
     config = compose(f"model=resnet{depth}", "dataset=cifar10")
-    given: Config = {"model": {}}
+    changes: Config = {"model": {}}
     for override in overrides:
         key, _, text = override.partition("=")
         *parents, last = key.split(".")
-        (given[parents[0]] if parents else given)[last] = int(text) if text.isdigit() else text
-    return overlay(config, given, [override.partition("=")[0] for override in overrides])
+        (changes[parents[0]] if parents else changes)[last] = int(text) if text.isdigit() else text
+    return overlay(config, changes, [override.partition("=")[0] for override in overrides])
 
 
 @pytest.mark.parametrize("depth", [20, 32, 44, 56])

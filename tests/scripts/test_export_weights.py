@@ -74,8 +74,8 @@ def test_mistakes(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    given = [text.format(w=source, out=tmp_path / "out") for text in arguments]
-    assert script.main(given) == script.MISTAKE
+    argv = [text.format(w=source, out=tmp_path / "out") for text in arguments]
+    assert script.main(argv) == script.MISTAKE
     captured = capsys.readouterr()
     assert captured.out == ""
     assert message in captured.err

@@ -227,8 +227,8 @@ def test_settings_are_checked_before_anything_is_printed_or_submitted(
     mode: str, script: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(script, "submit", None)
-    given = ["foo=bar", "seeed=2", "oops", "recipe=lang", "seed=1,2", "model=resnet34"]
-    lines = mistakes(script, capsys, "--models", "resnet18", "resnet34", "--train", mode, "--set", *given)
+    argv = ["foo=bar", "seeed=2", "oops", "recipe=lang", "seed=1,2", "model=resnet34"]
+    lines = mistakes(script, capsys, "--models", "resnet18", "resnet34", "--train", mode, "--set", *argv)
     assert [line.partition(":")[0] for line in lines] == [
         *("--set foo", "--set seeed", "--set oops", "--set seed=1,2", "--set model=resnet34", "--set recipe=lang")
     ]
@@ -236,20 +236,20 @@ def test_settings_are_checked_before_anything_is_printed_or_submitted(
     assert lines[3] == "--set seed=1,2: only one value; run the command once for each"
     assert lines[4] == "--set model=resnet34: set by --models"
     assert lines[5].startswith("--set recipe=lang: no such choice; did you mean long?")
-    given = ["seed=many", "model.inplanes=32", "optimizer.lrr=1"]  # inplanes: of ResNets alone
-    lines = mistakes(script, capsys, "--models", "resnet18", ROW, "--train", mode, "--set", *given)
+    argv = ["seed=many", "model.inplanes=32", "optimizer.lrr=1"]  # inplanes: of ResNets alone
+    lines = mistakes(script, capsys, "--models", "resnet18", ROW, "--train", mode, "--set", *argv)
     where = {line.partition(":")[0]: line.endswith(f" ({ROW})") for line in lines}
     assert where == {"--set seed=many": False, "--set model.inplanes=32": True, "--set optimizer.lrr=1": False}
 
 
 def test_recipe_that_some_rows_do_not_take(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    given = ("--train", "print", "--set", "recipe=long", "--models")
-    (line,) = mistakes(script, capsys, *given, "resnet18", ROW, f"standard_{ROW}")
+    argv = ("--train", "print", "--set", "recipe=long", "--models")
+    (line,) = mistakes(script, capsys, *argv, "resnet18", ROW, f"standard_{ROW}")
     assert line.startswith("--set recipe=long: not for the models of these rows; it is for ")
     assert line.endswith(f" ({ROW} and standard_{ROW})")
-    (line,) = mistakes(script, capsys, *given, ROW)
+    (line,) = mistakes(script, capsys, *argv, ROW)
     assert line.startswith(f"--set recipe=long: not for model={ROW}; it is for ")
-    assert script.main([*given, "resnet18"]) == 0
+    assert script.main([*argv, "resnet18"]) == 0
     assert capsys.readouterr().out == "python train.py model=resnet18 dataset=imagenet recipe=long\n"
 
 
@@ -257,9 +257,9 @@ def test_the_gpus_of_a_job_are_set_once(
     script: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(script, "submit", None)
-    given = ("--models", "resnet18", "--set", "trainer.devices=2", "--train")
-    assert mistakes(script, capsys, *given, "submit") == ["--set trainer.devices=2: set by --gpus"]
-    assert script.main([*given, "print"]) == 0
+    argv = ("--models", "resnet18", "--set", "trainer.devices=2", "--train")
+    assert mistakes(script, capsys, *argv, "submit") == ["--set trainer.devices=2: set by --gpus"]
+    assert script.main([*argv, "print"]) == 0
 
 
 def test_resources_of_a_job(script: ModuleType) -> None:
@@ -280,7 +280,7 @@ def test_resources_of_a_job(script: ModuleType) -> None:
 
 @pytest.fixture
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
-    """Puts an ``sbatch`` of the given behaviour into PATH, and gives the folder of what it was sent."""
+    """Put an ``sbatch`` with this behavior into PATH, and return the folder of its inputs."""
 
     def install(code: str) -> Path:
         commands, sent = tmp_path / "bin", tmp_path / "sent"
