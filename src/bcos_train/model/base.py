@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -76,7 +76,7 @@ class BcosModel(nn.Module):
 
     def explain(
         self, in_tensor: Tensor, idx: int | None = None, *, smooth: int = 15, alpha_percentile: float = 99.5
-    ) -> dict[str, Any]:
+    ) -> dict[str, int | Tensor | np.ndarray]:
         """Explain one image.
 
         Args:

@@ -1,7 +1,7 @@
 """Describe an inference transform by values that JSON can hold."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
 from torchvision.transforms import v2
@@ -47,19 +47,19 @@ class Preprocessing:
         """Describe a model's ``transform``; ``None`` if it is not an :class:`InferenceTransform`."""
         if not isinstance(transform, InferenceTransform):
             return None
-        sizes: dict[str, Any] = {}
+        result = cls()
         for step in transform.geometry.transforms:
             if isinstance(step, v2.Resize):
-                size = tuple(step.size)
-                sizes["resize_size"] = size[0] if len(size) == 1 else size
-                sizes["interpolation"] = step.interpolation.value
+                size = step.size[0] if len(step.size) == 1 else (step.size[0], step.size[1])
+                result = replace(result, resize_size=size, interpolation=step.interpolation.value)
             elif isinstance(step, v2.CenterCrop):
-                sizes["crop_size"] = step.size[0]
+                result = replace(result, crop_size=step.size[0])
         encoding = transform.encoding
         if isinstance(encoding, Standardize):
             # Rounded to the decimal numbers that float32 approximates.
-            sizes |= {k: tuple(round(v, 8) for v in getattr(encoding, k).flatten().tolist()) for k in ("mean", "std")}
-        return cls(**sizes)
+            mean, std = (tuple(round(v, 8) for v in x.flatten().tolist()) for x in (encoding.mean, encoding.std))
+            result = replace(result, mean=mean, std=std)
+        return result
 
     @classmethod
     def from_config(cls, augmentation: object, encoding: object) -> "Preprocessing | None":
