@@ -80,7 +80,7 @@ def test_example(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     assert "positive_share" in json.dumps(scores)
     monkeypatch.setattr(sys, "argv", ["run", str(run_folder / "config.yaml"), "plugins=[my_package]"])
     assert run_saved_config() == 0
-    assert "finished already" in capsys.readouterr().out
+    assert "already finished" in capsys.readouterr().out
 
 
 def test_processes_under_torchrun_get_the_plugins(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ try:
 except ModuleNotFoundError as error:
     if (error.name or "").startswith("bcos_train"):
         raise
-    sys.exit(f"{error.name} is not installed; training needs: pip install 'bcos-train[train]'")
+    sys.exit(f"{error.name} is not installed, which training requires: pip install 'bcos-train[train]'")
 
 __all__ = ["evaluate", "train"]
 

@@ -1,4 +1,4 @@
-"""``train`` and ``evaluate``: a validated config in, a run folder or an evaluation out."""
+"""``train`` and ``evaluate``: from a validated config to a run folder or an evaluation."""
 
 import contextlib
 import errno
@@ -38,36 +38,37 @@ from bcos_train.training.build import (
     load_data,
 )
 from bcos_train.training.callbacks.checkpoint import UnknownMonitor
-from bcos_train.training.callbacks.explanations import ExplanationReport, restore_dataset_settings
+from bcos_train.training.callbacks.explanations import ExplanationReport, Origin
 from bcos_train.training.callbacks.metrics import CsvLogger
 from bcos_train.training.compilation import should_compile
-from bcos_train.training.config import CommonConfig, EvaluateConfig, TrainConfig
+from bcos_train.training.config import CommonConfig, EvaluateConfig, TrainConfig, restore_dataset_settings
 from bcos_train.training.finish import finish, report_evaluation
 from bcos_train.training.image_size import check_image_size
 from bcos_train.training.module import Classifier, NonFiniteLoss
-from bcos_train.training.options import TrainerOptions, split_batch
+from bcos_train.training.options import split_batch
 from bcos_train.weights.model_options import model_of_config
 from bcos_train.weights.source import read_model_weights
 from bcos_train.weights.state_dict import load_weights
 
-#: Exit code of a run that stopped because its loss was no longer finite.
+#: Exit code of a run that stopped because its loss was not finite.
 DIVERGED = 3
 
 
-def train(config: Mapping[str, Any], folder: Path | None = None) -> int:
-    """Train as a validated config says and return the exit code.
+def train(config: Mapping[str, object], folder: Path | None = None) -> int:
+    """Train with a validated config and return the exit code.
 
     Args:
         config: All keys of ``configs/train.yaml``.
-        folder: Run folder to resume in; ``None``: the one that belongs to the config.
+        folder: Run folder to resume in; ``None``: the one that corresponds to the config.
 
     Raises:
-        UserError: A mistake in the config or the data.
+        UserError: The config or the data is invalid.
     """
-    _quieten()
-    options: TrainerOptions = instantiate(config["trainer"], path="trainer")
-    if not config["name"] or "/" in config["name"]:
-        raise UserError(f"name={config['name']}: a word for the run folder's name, without /")
+    _silence_lightning()
+    settings = TrainConfig(**instantiate(config))
+    options = settings.trainer
+    if not settings.name or "/" in settings.name:
+        raise UserError(f"name={settings.name}: expected a prefix for the run folder's name, without /")
     world = launch.launched_world_size()
     if world is None and options.num_nodes > 1:
         raise UserError(f"trainer.num_nodes={options.num_nodes} needs a launcher: srun, torchrun or submitit")
@@ -76,10 +77,9 @@ def train(config: Mapping[str, Any], folder: Path | None = None) -> int:
             f"the launcher started {world} processes, but trainer.devices x trainer.num_nodes is {options.world_size}"
         )
     with user_errors_at(""):
-        split_batch(config["batch_size"], options.world_size, options.max_batch_per_device)
+        split_batch(settings.batch_size, options.world_size, options.max_batch_per_device)
     if world is None and options.world_size > 1:
-        return _restart(config, options.processes_per_node)
-    settings = TrainConfig(**instantiate(config))
+        return _restart(config, settings.plugins, options.processes_per_node)
     stop = StopFlag()
     with stop.handling_signals():
         try:
@@ -88,7 +88,7 @@ def train(config: Mapping[str, Any], folder: Path | None = None) -> int:
         except Interrupted as interrupted:
             return launch.report_exit_code(interrupted.exit_code)
         except (KeyboardInterrupt, SystemExit):
-            if not stop.immediate:  # what Lightning makes of a KeyboardInterrupt is SystemExit(1)
+            if not stop.immediate:  # Lightning turns a KeyboardInterrupt into SystemExit(1)
                 raise
             return launch.report_exit_code(128 + signal.SIGINT)
         except NonFiniteLoss as error:
@@ -99,11 +99,11 @@ def train(config: Mapping[str, Any], folder: Path | None = None) -> int:
 
 @contextlib.contextmanager
 def _as_user_errors() -> Iterator[None]:
-    """Raise a :class:`UserError` for mistakes that only reading data or writing results reveals."""
+    """Convert exceptions that are raised while reading data or writing results to :class:`UserError`."""
     try:
         yield
     except (ImageSizeMismatch, UnreadableImage) as error:
-        # A loading process sends its whole traceback along; the message is in its last line.
+        # An error in a worker process contains its traceback; the message is in the last line.
         raise UserError(str(error).strip().splitlines()[-1].rpartition(f"{type(error).__name__}: ")[2]) from error
     except NotCacheable as error:
         raise UserError(f"dataset: {error}") from error
@@ -112,21 +112,20 @@ def _as_user_errors() -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        text = "free some space and give the same command again; the checkpoints are unchanged"
+        text = "free some space and run the same command again; the checkpoints are unchanged"
         raise UserError(f"{error}: {text}") from error
 
 
-def _restart(config: Mapping[str, Any], processes: int) -> int:
-    """Run the same config in several processes."""
+def _restart(config: Mapping[str, object], plugins: Sequence[str], processes: int) -> int:
+    """Train with the same config in several processes."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / RUN_CONFIG
         save(config, path)
-        plugins = config.get("plugins") or []
         arguments = [f"plugins=[{','.join(plugins)}]"] if plugins else []
         return launch.run_under_torchrun("bcos_train.run", path, processes, arguments)
 
 
-def _train(settings: TrainConfig, config: Mapping[str, Any], stop: StopFlag, resumed: Path | None) -> int:
+def _train(settings: TrainConfig, config: Mapping[str, object], stop: StopFlag, resumed: Path | None) -> int:
     console = Console(quiet=launch.rank() > 0)
     split = split_batch(settings.batch_size, settings.trainer.world_size, settings.trainer.max_batch_per_device)
     with user_errors_at(""):
@@ -138,17 +137,17 @@ def _train(settings: TrainConfig, config: Mapping[str, Any], stop: StopFlag, res
     with user_errors_at(""):
         compiled = should_compile(settings.trainer, model)
     with user_errors_at("optimizer"):
-        settings.optimizer([nn.Parameter(torch.zeros(1, 1))])  # a wrong number is told before anything is written
-    base = Path(settings.runs, settings.dataset.name, config["model"]["name"], f"{settings.name}-{run_hash(config)}")
-    found: RunFolder | None = None
-    if trainer.is_global_zero:  # it reads every checkpoint through
-        found = find_run_folder(base, settings.resume) if resumed is None else find_run_folder(resumed, resume=True)
-    folder = trainer.strategy.broadcast(found)
+        settings.optimizer([nn.Parameter(torch.zeros(1, 1))])  # raises for invalid values before files are written
+    base = Path(settings.runs, settings.dataset.name, settings.model_name, f"{settings.name}-{run_hash(config)}")
+    folder: RunFolder | None = None
+    if trainer.is_global_zero:  # one process only: all checkpoints are read
+        folder = find_run_folder(base, settings.resume) if resumed is None else find_run_folder(resumed, resume=True)
+    folder = trainer.strategy.broadcast(folder)
     assert folder is not None
     for warning in folder.warnings:
         console.print(f"skipped: {warning}", style="yellow", highlight=False, soft_wrap=True)
     if folder.finished:
-        text = f"finished already: {folder.path} (resume=false trains again in another folder)"
+        text = f"already finished: {folder.path} (resume=false trains again in another folder)"
         console.print(text, highlight=False, markup=False, soft_wrap=True)
         return 0
     with contextlib.ExitStack() as stack:
@@ -163,54 +162,53 @@ def _train(settings: TrainConfig, config: Mapping[str, Any], stop: StopFlag, res
         with user_errors_at(""):
             loggers.start(extra_loggers, config)
         trainer.loggers = [csv_logger, *extra_loggers]
-        title = f"{config['model']['name']} on {settings.dataset.name} · {folder.name}"
+        title = f"{settings.model_name} on {settings.dataset.name} · {folder.name}"
         trainer.callbacks += build_callbacks(settings, data, title, folder, console, stop)  # type: ignore[attr-defined]
-        print_banner(console, settings, config["model"]["name"], model, data, split, folder, module.compilation)
+        print_banner(console, settings, model, data, split, folder, module.compilation)
         if folder.resume_from is None:
-            csv_logger.forget_after(-1)  # all steps will be taken again
+            csv_logger.drop_after(-1)  # training restarts at the first step
         started = time.monotonic()
         trainer.fit(module, datamodule=data, ckpt_path=folder.resume_from)
         if trainer.is_global_zero:
-            finish(trainer, module, folder, config, console, time.monotonic() - started)
+            finish(trainer, module, folder, settings.model_name, console, time.monotonic() - started)
     return 0
 
 
 def evaluate(config: Mapping[str, Any], overridden: Sequence[str] = ()) -> int:
-    """Evaluate as a validated config says and return the exit code.
+    """Evaluate with a validated config and return the exit code.
 
     Args:
         config: All keys of ``configs/evaluate.yaml``.
-        overridden: The keys that the user set. With ``run``, all others come from that run.
+        overridden: Keys overridden on the command line. With ``run``, all others are those of the run.
 
     Raises:
-        UserError: Nothing to evaluate, or a mistake in the config or the data.
+        UserError: There is nothing to evaluate, or the config or the data is invalid.
     """
-    _quieten()
+    _silence_lightning()
     folder = None if config["run"] is None else Path(config["run"])
     if folder is None and config["weights"] is None:
         raise UserError("nothing to evaluate: give run=<run folder>, or model=… dataset=… weights=official|<path>")
     if folder is not None:
         if config["weights"] is not None:
             raise UserError("give run=<run folder> or weights=<path>, not both")
-        own = {key: config[key] for key in ("run", "checkpoint", "weights", "use_ema", "output")}
-        # A recipe or a launcher is no key of the config.
+        evaluation = {key: config[key] for key in ("run", "checkpoint", "weights", "use_ema", "output")}
+        # Recipes and launchers are not keys of the config.
         keys = [key for key in overridden if key.partition(".")[0] in config]
-        saved = load_config(folder / RUN_CONFIG)
-        config = restore_dataset_settings(overlay(saved, config, keys) | own, saved, keys)
+        run_config = load_config(folder / RUN_CONFIG)
+        config = restore_dataset_settings(overlay(run_config, config, keys) | evaluation, run_config, keys)
         if problems := check(config, root=EvaluateConfig):
             raise UserError("\n".join(f"{folder / RUN_CONFIG}: {problem}" for problem in problems))
-    name = config["model"]["name"]
-    # What training began with isn't fetched: it would be overwritten.
-    fresh = {key: value for key, value in config["model"].items() if key not in ("pretrained", "weights")}
+    # Initial weights of the training aren't downloaded: they would be overwritten.
+    model_config = {key: value for key, value in config["model"].items() if key not in ("pretrained", "weights")}
     # Optimizer, loss and schedule of the training are not built.
-    settings = CommonConfig(**instantiate(CommonConfig.keys_of({**config, "model": fresh})))
+    settings = CommonConfig(**instantiate(CommonConfig.select({**config, "model": model_config})))
     if launch.launched_world_size() is None:
         settings = replace(settings, trainer=replace(settings.trainer, devices=1, num_nodes=1))
     with user_errors_at(""):
         path = find_checkpoint(folder / CHECKPOINTS, config["checkpoint"]) if folder else config["weights"]
         assert path is not None
-        source = read_model_weights(name, path, config["use_ema"])
-        source.check_model(*model_of_config(fresh))
+        source = read_model_weights(settings.model_name, path, config["use_ema"])
+        source.check_model(*model_of_config(model_config))
         trainer = build_trainer(settings.trainer)
         split = split_batch(settings.batch_size, settings.trainer.world_size, None)
     trainer.strategy.setup_environment()
@@ -230,19 +228,19 @@ def evaluate(config: Mapping[str, Any], overridden: Sequence[str] = ()) -> int:
         check_image_size(model, data, settings.encoding, config, ["eval"])
         trainer.validate(module, datamodule=data, verbose=False)
     if trainer.is_global_zero:
-        output = Path(config["output"] or folder or Path("evaluations", name))
-        described = {"weights": str(path), "ema": source.is_ema, "model": name}
-        report_evaluation(module, data, described, output, time.monotonic() - started)
-        explanations.write(module, data, settings.explanation, described, config, output)
+        output = Path(config["output"] or folder or Path("evaluations", settings.model_name))
+        origin: Origin = {"weights": str(path), "ema": source.is_ema, "model": settings.model_name}
+        report_evaluation(module, data, origin, output, time.monotonic() - started)
+        explanations.write(module, data, settings.explanation, origin, config, output)
     return 0
 
 
-def _quieten() -> None:
-    """Silence messages of Lightning that the banner replaces or that do not apply here."""
+def _silence_lightning() -> None:
+    """Suppress messages of Lightning that the banner replaces or that don't apply."""
     for package in ("pytorch_lightning", "lightning_fabric", "lightning.fabric"):
         logging.getLogger(package).setLevel(logging.ERROR)
     for message in (
-        ".*sync_dist=True.*",  # what is logged on rank 0 alone has been summed over the processes before
+        ".*sync_dist=True.*",  # metrics logged on rank 0 are already reduced over the processes
         ".*does not have many workers.*",
         ".*smaller than the logging interval.*",
         ".*LeafSpec.*",
@@ -252,9 +250,9 @@ def _quieten() -> None:
 
 
 def main() -> int:
-    """Train as a saved config says, in its run folder if it lies in one: ``python -m bcos_train.run config.yaml``.
+    """Train with a saved config, in its run folder if it is in one: ``python -m bcos_train.run config.yaml``.
 
-    Plugins that the config names must be named again: ``python -m bcos_train.run config.yaml plugins=[my_package]``.
+    Plugins in the config must be repeated: ``python -m bcos_train.run config.yaml plugins=[my_package]``.
     """
     launch.report_pid()
     try:

@@ -1,5 +1,6 @@
 """How the trainer is set up for CUDA, on a machine that may have none."""
 
+from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -9,7 +10,10 @@ import torch
 from pytorch_lightning.loops.training_epoch_loop import _TrainingEpochLoop
 
 from bcos_train.explanation import without_tf32
+from bcos_train.runs.layout import LAST
 from bcos_train.training import TrainerOptions, build
+
+from .runs import assert_same_state
 
 
 @pytest.mark.parametrize("tf32", [False, True])
@@ -34,8 +38,16 @@ def test_cuda(cuda: bool, deterministic: bool, benchmark: bool, tf32: bool, monk
     assert given["deterministic"] == deterministic
 
 
-def test_lightning_still_asks_for_sigterm_where_it_is_answered() -> None:
-    """The private method that the trainer overrides."""
+def test_lightning_has_the_private_method_that_the_trainer_replaces() -> None:
     assert callable(_TrainingEpochLoop._broadcast_sigterm_tensor)
-    trainer = build.build_trainer(TrainerOptions(max_epochs=1, accelerator="cpu"))
-    assert trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor is build._nothing
+    loop = build.build_trainer(TrainerOptions(max_epochs=1, accelerator="cpu")).fit_loop.epoch_loop
+    assert loop._broadcast_sigterm_tensor is vars(loop)["_broadcast_sigterm_tensor"]
+    assert loop._broadcast_sigterm_tensor() is None
+
+
+def test_checkpoint_files_of_lightning(tmp_path: Path) -> None:
+    io, content = build.VerifiedCheckpointIO(), {"n": 1, "tensor": torch.arange(3.0)}
+    io.save_checkpoint(content, str(tmp_path / LAST))
+    assert_same_state(io.load_checkpoint(str(tmp_path / LAST)), content)
+    io.remove_checkpoint(str(tmp_path / LAST))
+    assert not list(tmp_path.iterdir())

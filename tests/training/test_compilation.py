@@ -13,7 +13,7 @@ from bcos_train import create_model
 from bcos_train.model.grad_checkpointing import CheckpointedBlocks
 from bcos_train.training import TrainerOptions, compilation
 from bcos_train.training.compilation import (
-    COMPILE_FROM_PARAMETERS,
+    MIN_PARAMETERS_TO_COMPILE,
     CompiledNetwork,
     parts_to_compile,
     should_compile,
@@ -125,7 +125,7 @@ class Network(nn.Module):
         return x
 
 
-SMALL, LARGE = Network(COMPILE_FROM_PARAMETERS - 1), Network(COMPILE_FROM_PARAMETERS)
+SMALL, LARGE = Network(MIN_PARAMETERS_TO_COMPILE - 1), Network(MIN_PARAMETERS_TO_COMPILE)
 
 
 @pytest.mark.parametrize("missing", [None, "needs something"])

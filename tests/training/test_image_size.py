@@ -22,7 +22,7 @@ MISTAKES = {
     "training": (
         [VIT, "augmentation=imagenet", "augmentation.train.crop_size=100"],
         f"augmentation.train.crop_size=100: the training images have 100x100 pixels, which simple_vit_ti_patch16_224 "
-        f"doesn't take (got images of 100x100 pixels: {PATCHES}",
+        f"doesn't accept (got images of 100x100 pixels: {PATCHES}",
     ),
     "evaluation": (
         [VIT, "augmentation=imagenet", "augmentation.eval.crop_size=40"],
@@ -30,21 +30,21 @@ MISTAKES = {
     ),
     "data set": (
         ["model=vgg11", "dataset.size=16"],
-        "dataset.size=16: the training images have 16x16 pixels, which vgg11 doesn't take (an image of 16x16 is too "
+        "dataset.size=16: the training images have 16x16 pixels, which vgg11 doesn't accept (an image of 16x16 is too "
         "small: BcosVGG takes at least 32x32)",
     ),
     "option of a transform": (
         ["model=convnext_atto", "augmentation=crop_flip", "augmentation.train.size=24"],
-        "augmentation.train.size=24: the training images have 24x24 pixels, which convnext_atto doesn't take (an image",
+        "augmentation.train.size=24: the training images have 24x24 pixels, which convnext_atto doesn't accept (an",
     ),
     "standard": (
         ["model=standard_vgg11", "dataset.size=24"],
-        "dataset.size=24: the training images have 24x24 pixels, which standard_vgg11 doesn't take (an image "
+        "dataset.size=24: the training images have 24x24 pixels, which standard_vgg11 doesn't accept (an image "
         "of 24x24 is too small: VGG takes at least 32x32)",
     ),
     "timm": (
         ["model=timm", "model.name=vit_tiny_patch16_224"],
-        "dataset.size=32: the training images have 32x32 pixels, which vit_tiny_patch16_224 doesn't take (Input height",
+        "dataset.size=32: the training images have 32x32 pixels, which vit_tiny_patch16_224 doesn't accept (Input",
     ),
     "transform": (
         ["model=resnet20", "augmentation=crop_flip", "augmentation.train.padding=0", "augmentation.train.size=48"],

@@ -20,11 +20,11 @@ from .runs import TINY, compose, final_state, run_folder, signal_at
         ("optimizer.weight_decay=-1", "optimizer: Invalid weight_decay value: -1"),
         (
             "model.in_chans=3",
-            "model.in_chans=3: the encoding of this model's images gives 6 channels, r g b 1-r 1-g 1-b",
+            "model.in_chans=3: the encoding has 6 channels, r g b 1-r 1-g 1-b",
         ),
         ("model.b=0.5", "model: .*0.5"),
-        ("name=a/b", "name=a/b: a word"),
-        ("name=''", "name=: a word"),
+        ("name=a/b", "name=a/b: expected a prefix"),
+        ("name=''", "name=: expected a prefix"),
     ],
 )
 def test_one_line_and_no_run_folder(override: str, message: str, tmp_path: Path) -> None:

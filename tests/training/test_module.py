@@ -240,7 +240,7 @@ def test_bf16(tmp_path: Path) -> None:
 
 def test_half_precision_without_gpu_is_refused(tmp_path: Path) -> None:
     """Lightning would take bf16, with no more than a warning."""
-    with pytest.raises(UserError, match=r"^trainer.precision=16 needs a GPU: take bf16 or 32$"):
+    with pytest.raises(UserError, match=r"^trainer.precision=16 needs a GPU: use bf16 or 32$"):
         train(compose(tmp_path, *SMALL, "trainer.precision=16"))
     assert not list(tmp_path.iterdir())
 

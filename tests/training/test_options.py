@@ -50,7 +50,7 @@ def test_every_split_is_equal_fits_and_is_the_largest() -> None:
 @pytest.mark.parametrize(
     ("batch", "world", "message"),
     [
-        (10, 4, r"batch_size=10 \(the global one\) can't be split over 4 processes: try 8 or 12$"),
+        (10, 4, r"batch_size=10, the global one, can't be split over 4 processes: try 8 or 12$"),
         (3, 4, r"can't be split over 4 processes: try 4$"),
         (0, 1, "batch_size=0: at least 1"),
         (-8, 2, "batch_size=-8: at least 1"),
@@ -149,7 +149,7 @@ def test_launcher_decides_on_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     ("overrides", "message"),
     [
         (("trainer.num_nodes=2",), "trainer.num_nodes=2 needs a launcher: srun, torchrun or submitit"),
-        (("trainer.devices=3",), r"batch_size=8 \(the global one\) can't be split over 3 processes: try 6 or 9"),
+        (("trainer.devices=3",), r"batch_size=8, the global one, can't be split over 3 processes: try 6 or 9"),
         (("trainer.devices=0",), "trainer.devices=0: at least 1, or auto"),
         (("batch_size=0",), "batch_size=0: at least 1"),
         (("num_workers=-1",), "num_workers must be at least 0, not -1"),

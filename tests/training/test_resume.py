@@ -60,7 +60,7 @@ def test_finished_run_is_left_alone(uninterrupted: Path, capsys: pytest.CaptureF
     runs = uninterrupted.parents[2]
     before = {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")}
     assert train(compose(runs, *TINY)) == 0
-    assert "finished already" in capsys.readouterr().out
+    assert "already finished" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")}
 
 

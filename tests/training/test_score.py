@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from bcos_train.training.score import ClassificationScore
+from bcos_train.training.module import ClassificationScore
 
 
 @pytest.mark.parametrize("num_classes", [2, 3, 5, 20])

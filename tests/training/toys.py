@@ -20,8 +20,7 @@ from bcos_train.schedule import Constant, Schedule
 from bcos_train.task import Classification
 from bcos_train.training import Classifier, TrainerOptions
 from bcos_train.training.build import build_trainer
-from bcos_train.training.callbacks.metrics import CsvLogger
-from bcos_train.training.callbacks.progress import TrainingLog
+from bcos_train.training.callbacks.metrics import CsvLogger, TrainingLog
 
 SIDE = 8
 

@@ -139,7 +139,7 @@ def describe(annotation: object, for_node: bool = False) -> str:
         return f"a list of {describe(arguments[0])}" if arguments and arguments[0] is not Any else "a list"
     if is_mapping_type(annotation):
         return "a mapping"
-    if origin is Callable:
+    if origin in (Callable, partial):
         returned = describe(arguments[-1]).partition(" (")[0] if arguments and arguments[-1] is not Any else ""
         return "a function" + (f" that returns {returned}" if returned else "") + " (a node with _target_)"
     return f"{name} (a node with _target_)"

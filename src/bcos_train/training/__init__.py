@@ -1,4 +1,4 @@
-"""Training: the LightningModule, its callbacks, checkpoints and the run folder."""
+"""Training: the LightningModule, its callbacks and the wiring of a run."""
 
 from bcos_train.training.callbacks.checkpoint import Checkpointing
 from bcos_train.training.callbacks.ema import Ema

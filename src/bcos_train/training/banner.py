@@ -15,34 +15,33 @@ __all__ = ["print_banner"]
 def print_banner(
     console: Console,
     settings: TrainConfig,
-    model_name: str,
     model: nn.Module,
     data: DataModule,
     split: BatchSplit,
     folder: RunFolder,
     compilation: str | None = None,
 ) -> None:
-    """Print what is about to run, a line each.
+    """Print the main settings of a run, one per line.
 
     Args:
-        compilation: How the model is compiled for training, in words; ``None`` if it is not.
+        compilation: Description of how the model is compiled for training, or ``None``.
     """
     options = settings.trainer
     parameters = sum(p.numel() for p in model.parameters())
     steps = data.steps_per_epoch
-    keywords = getattr(settings.optimizer, "keywords", {})
-    name = keywords.get("name", getattr(getattr(settings.optimizer, "func", None), "__name__", "optimizer"))
+    optimizer = settings.optimizer
+    optimizer_name = optimizer.keywords.get("name", getattr(optimizer.func, "__name__", "optimizer"))
     state = "new" if folder.resume_from is None else f"resumes from {folder.resume_from}"
     lines = {
-        "model": f"{model_name}, {parameters:,} parameters",
+        "model": f"{settings.model_name}, {parameters:,} parameters",
         "data": f"{data.dataset.name}: {data.num_train:,} training and {data.num_val:,} validation images, "
         f"{data.num_classes} classes",
         "batch": f"{split}{_statistics(model, split, options)}",
         "length": f"{options.max_epochs} epochs x {steps:,} steps = {options.max_epochs * steps:,} optimizer steps",
-        "optimizer": f"{name}, learning rate {keywords.get('lr', '?')}",
+        "optimizer": f"{optimizer_name}, learning rate {optimizer.keywords.get('lr', '?')}",
         "device": f"{options.world_size} x {'cuda' if options.uses_cuda else 'cpu'}, precision {options.precision}, "
         f"seed {settings.seed}",
-        "compile": f"{compilation}: the first step takes a while, up to minutes (trainer.compile=false starts at once)",
+        "compile": f"{compilation}: the first step may take minutes (trainer.compile=false avoids this)",
         "folder": str(folder.path),
         "state": state,
     }

@@ -1,14 +1,16 @@
-"""Build the parts of a run: Lightning's trainer as this project uses it, data, model, module, loggers, callbacks."""
+"""Build the parts of a run: trainer, data, model, module, loggers, callbacks."""
 
 import inspect
 import os
 import warnings
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import Logger
-from pytorch_lightning.plugins.environments import SLURMEnvironment
+from pytorch_lightning.plugins.environments import ClusterEnvironment, SLURMEnvironment
+from pytorch_lightning.plugins.io import CheckpointIO
 from pytorch_lightning.strategies import DDPStrategy, Strategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from rich.console import Console
@@ -21,44 +23,64 @@ from bcos_train.dataset.data_module import DataModule
 from bcos_train.explanation import allow_tf32
 from bcos_train.nn import sync_batch_norm_
 from bcos_train.optimizer import prefer_fused
+from bcos_train.runs import checkpoint as files
 from bcos_train.runs.folder import RunFolder
 from bcos_train.runs.interrupt import StopFlag
 from bcos_train.runs.layout import EXPLANATIONS
-from bcos_train.task import Classification, Task
+from bcos_train.task import Classification
 from bcos_train.training.callbacks.checkpoint import Checkpointer
 from bcos_train.training.callbacks.ema import EmaCallback, ema_decay
 from bcos_train.training.callbacks.explanations import ExplanationCallback
-from bcos_train.training.callbacks.progress import ProgressDisplay, TrainingLog
-from bcos_train.training.checkpoint_io import VerifiedCheckpointIO
+from bcos_train.training.callbacks.metrics import TrainingLog
+from bcos_train.training.callbacks.progress import ProgressDisplay
 from bcos_train.training.config import CommonConfig, TrainConfig
 from bcos_train.training.module import Classifier, EndEvaluation
 from bcos_train.training.options import BatchSplit, TrainerOptions, default_workers
 
-#: torch 2.15 renamed DDP's switch for broadcasting buffers at each forward pass.
-_BUFFERS = next(
+#: DDP's argument for broadcasting buffers at each forward pass, renamed in torch 2.15.
+_SYNC_BUFFERS = next(
     key
     for key in ("forward_sync_buffers", "broadcast_buffers")
     if key in inspect.signature(DistributedDataParallel).parameters
 )
-_PRECISION: dict[Any, Any] = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
+_PRECISION: dict[str, Literal["32-true", "16-mixed", "bf16-mixed"]] = {
+    "32": "32-true",
+    "16": "16-mixed",
+    "bf16": "bf16-mixed",
+}
+
+
+class VerifiedCheckpointIO(CheckpointIO):
+    """Makes Lightning use the checkpoint files of :mod:`bcos_train.runs.checkpoint`."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: object = None) -> None:
+        files.save(checkpoint, Path(path))
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        return files.load(Path(path), map_location="cpu" if map_location is None else map_location)
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        files.delete(Path(path))
 
 
 def build_trainer(options: TrainerOptions, accumulate: int = 1) -> pl.Trainer:
-    """A trainer whose data order, checkpoints and signals are ours, still without loggers and callbacks.
+    """Build a trainer that leaves data order, checkpoints and signals to this package, without loggers and callbacks.
 
     Raises:
-        ValueError: The machine has no such accelerator, or it can't compute with that precision.
+        ValueError: The accelerator isn't available or doesn't support the precision.
     """
     if options.uses_cuda:
         allow_tf32(options.tf32)
     strategy: str | Strategy = "auto"
     if options.world_size > 1:
         # Buffers are broadcast before a validation instead (see training.distributed.broadcast_buffers).
-        buffers: dict[str, Any] = {_BUFFERS: False}
+        buffers: dict[str, Any] = {_SYNC_BUFFERS: False}
         strategy = DDPStrategy(gradient_as_bucket_view=True, **buffers)
-    plugins: list[Any] = [VerifiedCheckpointIO()]
+    plugins: list[CheckpointIO | ClusterEnvironment] = [VerifiedCheckpointIO()]
     if "SLURM_PROCID" in os.environ and options.world_size > 1 and "RANK" not in os.environ:
-        # Requeueing saves within the signal handler, at whatever line that interrupts.
+        # Requeueing would save a checkpoint in the signal handler, in the middle of a step.
         plugins.append(SLURMEnvironment(auto_requeue=False))
     precision = _PRECISION[str(options.precision)]
     try:
@@ -68,20 +90,20 @@ def build_trainer(options: TrainerOptions, accumulate: int = 1) -> pl.Trainer:
     except (MisconfigurationException, ModuleNotFoundError) as error:
         raise ValueError(f"trainer.accelerator={options.accelerator}: {error}") from error
     if trainer.precision != precision:
-        # Lightning takes another one with no more than a warning.
-        raise ValueError(f"trainer.precision={options.precision} needs a GPU: take bf16 or 32")
-    # Lightning asks all processes before each batch whether it has seen SIGTERM, and waits for the answer. Signals are
-    # ours: the Checkpointer asks about them together with the loss.
-    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing  # type: ignore[method-assign]
+        # Lightning only warns and uses a different one.
+        raise ValueError(f"trainer.precision={options.precision} needs a GPU: use bf16 or 32")
+    # Before each batch Lightning broadcasts whether it has received SIGTERM, and waits for it. Here the Checkpointer
+    # handles signals, and shares them together with the loss.
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
     return trainer
 
 
-def _nothing() -> None:
-    pass
-
-
 def _make_trainer(
-    options: TrainerOptions, accumulate: int, strategy: str | Strategy, precision: Any, plugins: list[Any]
+    options: TrainerOptions,
+    accumulate: int,
+    strategy: str | Strategy,
+    precision: Literal["32-true", "16-mixed", "bf16-mixed"],
+    plugins: list[CheckpointIO | ClusterEnvironment],
 ) -> pl.Trainer:
     return pl.Trainer(
         accelerator=options.accelerator,
@@ -95,32 +117,32 @@ def _make_trainer(
         num_sanity_val_steps=0,
         log_every_n_steps=options.log_every_n_steps,
         deterministic=options.deterministic,
-        # cuDNN times its algorithms for each new shape, rather than guess.
+        # cuDNN measures its algorithms for each new shape.
         benchmark=options.uses_cuda and not options.deterministic,
         use_distributed_sampler=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        # The run folder is known only once the processes can talk to each other; both are added then.
+        # Both are added once the run folder is known, for which the processes have to communicate.
         logger=False,
         enable_checkpointing=False,
         callbacks=[EndEvaluation()],
-        plugins=plugins,
+        plugins=[*plugins],
     )
 
 
 def build_model(settings: CommonConfig, data: DataModule) -> nn.Module:
-    """Build the model with random weights; the first use of the seed, as in the official code.
+    """Seed the generators and build the model with random weights; nothing is seeded before, as in the official code.
 
     Raises:
-        UserError: The model can't be built so, or doesn't go with the data set or the encoding.
+        UserError: The model can't be built, or is incompatible with the data set or the encoding.
     """
     pl.seed_everything(settings.seed, verbose=False)
     with user_errors_at("model"):
         model: nn.Module = settings.model(num_classes=choose_num_classes(settings, data))
     channels = getattr(model, "in_chans", settings.encoding.in_channels)
     if channels != settings.encoding.in_channels:
-        given = {3: "3 channels, r g b", 6: "6 channels, r g b 1-r 1-g 1-b"}[settings.encoding.in_channels]
-        raise UserError(f"model.in_chans={channels}: the encoding of this model's images gives {given}")
+        encoded = {3: "3 channels, r g b", 6: "6 channels, r g b 1-r 1-g 1-b"}[settings.encoding.in_channels]
+        raise UserError(f"model.in_chans={channels}: the encoding has {encoded}")
     if settings.trainer.sync_batchnorm and settings.trainer.world_size > 1:
         sync_batch_norm_(model)
     if settings.trainer.uses_channels_last:
@@ -129,12 +151,12 @@ def build_model(settings: CommonConfig, data: DataModule) -> nn.Module:
 
 
 def choose_num_classes(settings: CommonConfig, data: DataModule) -> int:
-    """Return the model's number of classes: the data set's, or more if the config says so.
+    """Return the model's number of classes: that of the data set, or a larger one from the config.
 
     Raises:
-        UserError: It says fewer.
+        UserError: The config has a smaller one.
     """
-    num_classes: int | None = getattr(settings.model, "keywords", {}).get("num_classes")
+    num_classes = settings.num_classes
     if num_classes is not None and num_classes < data.num_classes:
         raise UserError(f"model.num_classes={num_classes}: {data.dataset.name} has {data.num_classes} classes")
     return data.num_classes if num_classes is None else num_classes
@@ -163,11 +185,6 @@ def load_data(settings: CommonConfig, split: BatchSplit, trainer: pl.Trainer, st
     return data
 
 
-def build_task(settings: TrainConfig) -> Task:
-    """Build what a training step optimizes."""
-    return Classification(settings.loss)
-
-
 def build_module(settings: TrainConfig, model: nn.Module, data: DataModule, compiled: bool) -> Classifier:
     """Build the module that trains ``model``."""
     augmentation, options = settings.augmentation, settings.trainer
@@ -177,8 +194,8 @@ def build_module(settings: TrainConfig, model: nn.Module, data: DataModule, comp
         model,
         encoding=settings.encoding,
         eval_loss=settings.eval_loss,
-        task=build_task(settings),
-        # The scaler of 16 bits and clipping need the gradients as they are.
+        task=Classification(settings.loss),
+        # With 16 bits the gradients must be unscaled before clipping, not in a fused step.
         optimizer=settings.optimizer if str(options.precision) == "16" else prefer_fused(settings.optimizer),
         schedule=settings.schedule,
         steps_per_epoch=data.steps_per_epoch,
@@ -193,9 +210,9 @@ def build_module(settings: TrainConfig, model: nn.Module, data: DataModule, comp
 
 
 def build_loggers(settings: TrainConfig, folder: RunFolder) -> list[Logger]:
-    """Build the loggers beside the CSV file."""
+    """Build the loggers other than the CSV file."""
     try:
-        return [make(folder=folder.path, run_id=folder.name) for make in (settings.logger or {}).values()]
+        return [build(folder=folder.path, run_id=folder.name) for build in (settings.logger or {}).values()]
     except ModuleNotFoundError as error:
         raise UserError(f"logger: {' '.join(str(error).split())}") from error
 
@@ -203,7 +220,7 @@ def build_loggers(settings: TrainConfig, folder: RunFolder) -> list[Logger]:
 def build_callbacks(
     settings: TrainConfig, data: DataModule, title: str, folder: RunFolder, console: Console, stop: StopFlag
 ) -> list[pl.Callback]:
-    """Build the callbacks, in the order in which their hooks run: measure, average, explain, show, save."""
+    """Build the callbacks in the order of their hooks: metrics, average, explanations, progress, checkpoint."""
     callbacks: list[pl.Callback] = [TrainingLog()]
     if settings.ema is not None:
         every, epochs = settings.ema.every_n_steps, settings.trainer.max_epochs
@@ -212,8 +229,7 @@ def build_callbacks(
             EmaCallback(ema_decay(settings.ema.decay, data.batch_size, every, epochs), every, warmup_steps)
         )
     if settings.explanation is not None:
-        callback = ExplanationCallback(settings.explanation, folder.path / EXPLANATIONS, title)
-        callbacks.append(callback)
+        callbacks.append(ExplanationCallback(settings.explanation, folder.path / EXPLANATIONS, title))
     if settings.trainer.progress:
         callbacks.append(ProgressDisplay(console))
     return [*callbacks, Checkpointer(folder.checkpoints, settings.checkpointing, stop)]

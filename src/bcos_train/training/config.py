@@ -1,7 +1,9 @@
-"""The top-level keys of ``configs/train.yaml`` and ``configs/evaluate.yaml``, built."""
+"""The instantiated top-level keys of ``configs/train.yaml`` and ``configs/evaluate.yaml``."""
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 from pytorch_lightning.loggers import Logger
@@ -16,25 +18,28 @@ from bcos_train.training.callbacks.checkpoint import Checkpointing
 from bcos_train.training.callbacks.ema import Ema
 from bcos_train.training.options import TrainerOptions
 
-__all__ = ["CommonConfig", "EvaluateConfig", "TrainConfig"]
+__all__ = ["CommonConfig", "EvaluateConfig", "TrainConfig", "restore_dataset_settings"]
+
+#: Settings in the config group ``explanation`` that depend on the data set, as they depend on the size of its images.
+DATASET_SETTINGS = (("grid_pointing", "n"), ("grid_pointing", "smooth"), ("perturbation", "block"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class CommonConfig:
-    """Model and data: what training and evaluation both build.
+    """Keys that both training and evaluation instantiate: model, data, trainer.
 
     Args:
         model: Builds the model; called with ``num_classes``.
         encoding: RGB in [0, 1] -> model input.
-        eval_loss: ``(logits, target) -> scalar`` of the validation.
+        eval_loss: ``(logits, target) -> scalar`` for validation.
         batch_size: Images per optimizer step, over all devices.
         limit_train, limit_val: Use only this many images, always the same ones; ``None``: all. For trials.
-        num_workers: Loading processes of each process; ``None``: from the number of cores.
+        num_workers: Data loading processes of each process; ``None``: depends on the number of cores.
         seed: Seeds weight initialization, data order, augmentation and per-step randomness.
-        plugins: Modules of the user that register models and targets; imported before the config is validated.
+        plugins: Modules of the user that register models and targets, imported before the config is validated.
     """
 
-    model: Callable[..., nn.Module]
+    model: partial[nn.Module]
     dataset: ImageSource
     augmentation: Augmentation
     encoding: BcosEncoding | Standardize
@@ -48,9 +53,20 @@ class CommonConfig:
     seed: int = 42
     plugins: Sequence[str] = ()
 
+    @property
+    def model_name(self) -> str:
+        """Name of the model: the argument ``name`` of ``model``."""
+        return str(self.model.keywords["name"])
+
+    @property
+    def num_classes(self) -> int | None:
+        """The argument ``num_classes`` of ``model``, or None."""
+        num_classes: int | None = self.model.keywords.get("num_classes")
+        return num_classes
+
     @classmethod
-    def keys_of(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the entries of a config that this class takes."""
+    def select(cls, config: Mapping[str, object]) -> dict[str, object]:
+        """Return the entries of a config that are fields of this class."""
         names = {field.name for field in fields(cls)}
         return {key: value for key, value in config.items() if key in names}
 
@@ -60,14 +76,14 @@ class TrainConfig(CommonConfig):
     """The keys of ``configs/train.yaml``.
 
     Args:
-        loss: ``(logits, target) -> scalar`` of training.
-        name: Free text at the beginning of the run folder's name.
+        loss: ``(logits, target) -> scalar`` for training.
+        name: Prefix of the run folder's name.
         runs: Folder of all runs.
         resume: Resume the run that has the same config; otherwise use a new folder.
     """
 
     loss: nn.Module
-    optimizer: Callable[..., Optimizer]
+    optimizer: partial[Optimizer]
     schedule: Schedule
     checkpointing: Checkpointing
     ema: Ema | None = None
@@ -79,7 +95,7 @@ class TrainConfig(CommonConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(TrainConfig):
-    """The keys of ``configs/evaluate.yaml``: those of training, of which an evaluation builds the common ones, and:
+    """The keys of ``configs/evaluate.yaml``. Of the keys of training, only the common ones are instantiated.
 
     Args:
         run: Run folder whose config and checkpoint are used.
@@ -95,3 +111,25 @@ class EvaluateConfig(TrainConfig):
     weights: str | None = None
     use_ema: bool | None = None
     output: str | None = None
+
+
+def restore_dataset_settings(
+    config: Mapping[str, Any], run_config: Mapping[str, Any], overridden: Sequence[str]
+) -> dict[str, Any]:
+    """Restore settings of a run's data set after overriding the group ``explanation``.
+
+    The group is composed with the data set of the command line, which differs from the run's if only ``run=…`` is
+    given. Settings overridden on the command line, or by a data set there, are kept.
+
+    Args:
+        config: Config of the run, overlaid with the command line.
+        run_config: Config of the run.
+        overridden: Keys and groups on the command line.
+    """
+    result = copy.deepcopy(dict(config))
+    for group, key in DATASET_SETTINGS:
+        value = ((run_config.get("explanation") or {}).get(group) or {}).get(key)
+        is_overridden = not {"dataset", f"explanation.{group}.{key}"}.isdisjoint(overridden)
+        if "explanation" in overridden and not is_overridden and value is not None:
+            result["explanation"][group][key] = value
+    return result

@@ -1,4 +1,4 @@
-"""Small helpers for runs of several processes."""
+"""Reductions over the processes of a run."""
 
 from collections.abc import Sequence
 
@@ -8,23 +8,23 @@ from torch import Tensor, nn
 
 
 def is_distributed() -> bool:
-    """Whether a process group with more than one process is running."""
+    """True if a process group with more than one process is initialized."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def broadcast_buffers(module: nn.Module) -> None:
-    """Give all processes rank 0's buffers (running statistics).
+    """Broadcast rank 0's buffers (running statistics) to all processes.
 
-    DDP does so at every forward pass, which hangs where processes hold different numbers of batches, as an exactly
-    counted validation set makes them. It is done once before a validation instead, with the same result.
+    DDP does so at every forward pass, which hangs if processes have different numbers of batches, as in the validation,
+    where no sample is counted twice. Broadcasting once before a validation has the same result.
     """
     if is_distributed():
         for buffer in module.buffers():
             dist.broadcast(buffer, src=0)
 
 
-def largest(value: int, device: torch.device) -> int:
-    """The largest of the processes' values."""
+def max_over_processes(value: int, device: torch.device) -> int:
+    """Return the maximum of the values of all processes."""
     if not is_distributed():
         return value
     tensor = torch.tensor(value, device=device)
@@ -33,13 +33,13 @@ def largest(value: int, device: torch.device) -> int:
 
 
 def mean_and_votes(value: Tensor, votes: Sequence[bool]) -> tuple[float, list[bool]]:
-    """The mean over the processes, and for each vote whether any of them casts it.
+    """Return the mean over the processes, and for each vote whether it is True in any process.
 
-    All of it takes one reduction and one read of the device, for which this process waits.
+    This takes one reduction and one synchronization with the device.
 
     Args:
         value: Scalar. If it isn't finite in one process, the mean isn't finite in any.
-        votes: As many in each process.
+        votes: The same number in each process.
     """
     value = value.detach()
     if not is_distributed():
@@ -48,7 +48,7 @@ def mean_and_votes(value: Tensor, votes: Sequence[bool]) -> tuple[float, list[bo
     row[0] = torch.where(value.isfinite(), value, torch.inf) / dist.get_world_size()
     for i, vote in enumerate(votes, start=1):
         if vote:
-            row[i].fill_(1)  # by a kernel: copying a Python list to the device would wait for it
+            row[i].fill_(1)  # a kernel: copying a Python list to the device would synchronize
     dist.all_reduce(row)
     mean, *sums = row.tolist()
-    return mean, [number > 0 for number in sums]
+    return mean, [count > 0 for count in sums]

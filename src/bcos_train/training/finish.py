@@ -1,9 +1,7 @@
-"""What a run leaves behind when it has ended."""
+"""Results of a run or an evaluation: files and a summary on the terminal."""
 
 import platform
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -25,37 +23,35 @@ from bcos_train.runs.layout import (
     WEIGHTS,
     read_metrics,
 )
-from bcos_train.training.callbacks.checkpoint import Checkpointer
+from bcos_train.training.callbacks.checkpoint import BestCheckpoint, Checkpointer
 from bcos_train.training.callbacks.ema import EmaCallback
-from bcos_train.training.callbacks.explanations import draw_gallery
+from bcos_train.training.callbacks.explanations import Origin, draw_gallery
 from bcos_train.training.callbacks.progress import duration
 from bcos_train.training.module import Classifier
 from bcos_train.weights.files import save_weights
 
+#: Number of images in the gallery of an evaluation.
+GALLERY_IMAGES = 12
+
 
 def finish(
-    trainer: pl.Trainer,
-    module: Classifier,
-    folder: RunFolder,
-    config: Mapping[str, Any],
-    console: Console,
-    seconds: float,
+    trainer: pl.Trainer, module: Classifier, folder: RunFolder, model_name: str, console: Console, seconds: float
 ) -> None:
-    """Write the weights and ``summary.json``, and say in a few lines what came out and where it is."""
+    """Write the weights and ``summary.json``, and print a short summary."""
     save_weights(module.model, folder.path / WEIGHTS)
-    best: list[dict[str, Any]] = []
+    best: list[BestCheckpoint] = []
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, EmaCallback):
             save_weights(callback.model, folder.path / EMA_WEIGHTS)
         if isinstance(callback, Checkpointer):
             best = callback.best
-    # The file knows more than this process, which may have resumed at the very end.
+    # Read from the file: this process may have resumed after the last epoch.
     rows = read_metrics(folder.path / METRICS)
     metrics = {key: value for row in rows for key, value in row.items() if key not in ("step", "epoch")}
     galleries = sorted((folder.path / EXPLANATIONS).glob("*.png"))
     summary = {
         "name": folder.name,
-        "model": config["model"]["name"],
+        "model": model_name,
         "epochs": trainer.current_epoch,
         "steps": trainer.global_step,
         "metrics": metrics,
@@ -64,7 +60,7 @@ def finish(
         "gallery": str(galleries[-1].relative_to(folder.path)) if galleries else None,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "lightning": pl.__version__},
     }
-    # Last of all: this file is what says that the run has ended.
+    # Written last: this file marks the run as finished.
     write_json(folder.path / SUMMARY, summary)
     lines = [f"done in {duration(seconds)}"]
     if "val/acc1" in metrics:
@@ -77,18 +73,17 @@ def finish(
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
 
 
-def report_evaluation(
-    module: Classifier, data: DataModule, origin: Mapping[str, Any], output: Path, seconds: float, n_gallery: int = 12
-) -> None:
-    """Show the results of a validation as a table, and write them as ``evaluation.json`` beside a gallery.
+def report_evaluation(module: Classifier, data: DataModule, origin: Origin, output: Path, seconds: float) -> None:
+    """Print the results of a validation as a table, and write ``evaluation.json`` and a gallery.
 
     Args:
-        origin: What was evaluated: goes into the file and above the table.
-        output: Folder, made if it is missing.
+        origin: Evaluated weights, written to the file and printed with the table.
+        output: Folder, created if it doesn't exist.
     """
     output.mkdir(parents=True, exist_ok=True)
     result = module.val_result
-    content = {
+    title = f"{origin['model']} on {data.dataset.name}"
+    content: dict[str, object] = {
         **origin,
         "dataset": data.dataset.name,
         **result,
@@ -97,14 +92,13 @@ def report_evaluation(
         "seconds": round(seconds, 2),
     }
     if is_explainable(module.model):
-        images, labels = (tensor.to(module.device) for tensor in data.fixed_val_samples(n_gallery))
-        headline = {"run_name": f"{origin['model']} on {data.dataset.name}", "accuracy": result["acc1"] / 100}
+        samples = data.fixed_val_samples(GALLERY_IMAGES)
         with evaluating(module.model):
-            figure = draw_gallery(module, module.model, images, labels, data, **headline)
+            figure = draw_gallery(module, data, samples, run_name=title, accuracy=result["acc1"] / 100)
         save_gallery(output / GALLERY, figure)
         content["gallery"] = GALLERY
     write_json(output / EVALUATION, content)
-    table = Table(title=f"{origin['model']} on {data.dataset.name}")
+    table = Table(title=title)
     for name in ("top-1 [%]", "top-5 [%]", "loss", "images", "seconds"):
         table.add_column(name, justify="right")
     table.add_row(

@@ -1,4 +1,4 @@
-"""Can the model take the images? Asked at the start, since only the transforms know how large these are."""
+"""Check at the start of a run that the model accepts the size of the images, which only the transforms determine."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -16,10 +16,10 @@ __all__ = ["check_image_size"]
 
 Part = Literal["train", "eval"]
 
-#: Images that are looked at: enough to meet two sizes where nothing brings all to one.
+#: Number of images to load: enough to notice different sizes.
 N_IMAGES = 8
-#: Height and width that every model takes that doesn't say otherwise.
-USUAL = (224, 224)
+#: Height and width that every model accepts unless it specifies another size.
+DEFAULT_SIZE = (224, 224)
 
 
 def check_image_size(
@@ -29,28 +29,28 @@ def check_image_size(
     config: Mapping[str, Any],
     parts: Sequence[Part] = ("train", "eval"),
 ) -> None:
-    """Send the size of the first images through the model: it computes nothing and stays as it is.
+    """Run the model on the meta device with the size of the first images.
 
     Args:
-        config: Of the run, to name the key that sets the size.
-        parts: Which of the two transforms are to be used.
+        config: Config of the run, which determines the key to name in the error message.
+        parts: Transforms to check.
 
     Raises:
-        UserError: The model doesn't take images of this size, or a transform can't make anything of them.
+        UserError: The model doesn't accept images of this size, or a transform fails.
         ImageSizeMismatch: The images differ in size.
-        UnreadableImage: One of them can't be read.
+        UnreadableImage: An image can't be read.
     """
     for part in parts:
         images = _first_images(data, part)
         height, width = images.shape[2:]
         x = encoding(images[:1]).to("meta")
-        reason = _refusal(model, x)
-        # A model that can't be tried like this is left to the run itself.
-        if reason is not None and _refusal(model, x.new_empty((*x.shape[:2], *_known_size(model)))) is None:
+        error = _forward_error(model, x)
+        # A model that doesn't run on the meta device with any size isn't checked.
+        if error is not None and _forward_error(model, x.new_empty((*x.shape[:2], *_supported_size(model)))) is None:
             kind = "training" if part == "train" else "validation"
             raise UserError(
                 f"{_size_key(config, part)}: the {kind} images have {height}x{width} pixels, which "
-                f"{config['model']['name']} doesn't take ({reason})"
+                f"{config['model']['name']} doesn't accept ({error})"
             )
 
 
@@ -64,25 +64,25 @@ def _first_images(data: DataModule, part: Part) -> Tensor:
         raise UserError(f"augmentation.{part}: {' '.join(str(error).split())}") from error
 
 
-def _refusal(model: nn.Module, x: Tensor) -> str | None:
-    """Why the model doesn't take ``x``, a tensor without values; None if it does."""
+def _forward_error(model: nn.Module, x: Tensor) -> str | None:
+    """Return the error message of a forward pass on the meta device, or None."""
     tensors = {name: tensor.detach().to("meta") for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
     try:
         with torch.no_grad(), evaluating(model):
             functional_call(model, tensors, (x,))
-    # Our models raise a ValueError, torch's layers a RuntimeError, timm's models an AssertionError.
+    # bcos_train's models raise a ValueError, torch's layers a RuntimeError, timm's models an AssertionError.
     except (ValueError, RuntimeError, AssertionError) as error:
         return " ".join(str(error).split()).rstrip(".") or type(error).__name__
     return None
 
 
-def _known_size(model: nn.Module) -> Sequence[int]:
-    # timm's models say it.
-    return (getattr(model, "default_cfg", None) or {}).get("input_size", USUAL)[-2:]
+def _supported_size(model: nn.Module) -> Sequence[int]:
+    # timm's models specify their size.
+    return (getattr(model, "default_cfg", None) or {}).get("input_size", DEFAULT_SIZE)[-2:]
 
 
 def _size_key(config: Mapping[str, Any], part: Part) -> str:
-    """The key that sets the size of the images, with its value."""
+    """Return the config key that determines the size of the images, with its value."""
     transform = config["augmentation"][part]
     for key in ("crop_size", "size"):
         if transform.get(key) is not None:

@@ -1,9 +1,9 @@
-"""Loggers besides the CSV file, which is always written."""
+"""Loggers in addition to the CSV file, which is always written."""
 
 import secrets
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 
@@ -20,10 +20,9 @@ def wandb_logger(
     group: str | None = None,
     tags: list[str] | None = None,
 ) -> Logger:
-    """Weights & Biases, under the name ``run_id``.
+    """Log to Weights & Biases, under the name ``run_id``.
 
-    The run's id there is kept in the folder: a resumed run goes on in the same place, and one in another folder, of
-    whatever name, never does.
+    The id of the run at W&B is stored in the folder, so that a run resumes there if and only if its folder is the same.
     """
     id_file = folder / WANDB_ID
     if not id_file.exists():
@@ -42,15 +41,15 @@ def wandb_logger(
 
 
 def tensorboard_logger(*, folder: Path, run_id: str) -> Logger:
-    """TensorBoard event files in the run folder, under ``tensorboard``."""
+    """Log to TensorBoard event files, in the subfolder ``tensorboard`` of the run folder."""
     return TensorBoardLogger(save_dir=str(folder), name="tensorboard", version="", default_hp_metric=False)
 
 
-def start(loggers: Iterable[Logger], config: Mapping[str, Any]) -> None:
-    """Hand the config over, which is also where a logger that needs a server finds out that it has none.
+def start(loggers: Iterable[Logger], config: Mapping[str, object]) -> None:
+    """Log the config, which also connects to a logger's server.
 
     Raises:
-        ValueError: W&B wants a key or a server that it doesn't have.
+        ValueError: W&B has no API key or can't reach its server.
     """
     for logger in loggers:
         try:
@@ -63,7 +62,7 @@ def start(loggers: Iterable[Logger], config: Mapping[str, Any]) -> None:
 
 
 def close(loggers: Iterable[Logger]) -> None:
-    """End what Lightning leaves open: a later run in this process, as in a sweep, would log into the same W&B run."""
+    """Finish W&B runs, which Lightning leaves open: the next run of a sweep in this process would log to them too."""
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             import wandb

@@ -1,4 +1,4 @@
-"""What a run's trainer is told, and how a global batch is split."""
+"""Trainer options, and the split of a global batch."""
 
 import os
 from dataclasses import dataclass
@@ -11,33 +11,33 @@ Precision = Literal[32, 16, "32", "16", "bf16"]
 
 @dataclass(frozen=True)
 class TrainerOptions:
-    """How training runs.
+    """Options of the trainer.
 
     Args:
         max_epochs: Passes over the training set.
-        accelerator: ``"auto"`` takes a GPU if there is one.
-        devices: Processes on each node, one a device; ``"auto"``: all GPUs, or one process on the CPU.
-        num_nodes: Machines; more than one needs a launcher (torchrun, srun, submitit).
+        accelerator: ``"auto"`` uses a GPU if available.
+        devices: Processes per node, one per device; ``"auto"``: all GPUs, or one process on the CPU.
+        num_nodes: Number of machines; more than one needs a launcher (torchrun, srun, submitit).
         precision: 32, or mixed precision with ``"bf16"`` or 16.
-        gradient_clip_val: Bound of the clipping; ``None``: none.
-        gradient_clip_algorithm: ``"agc"`` (adaptive, unit by unit, arXiv 2102.06171), ``"norm"`` or ``"value"``.
-        max_batch_per_device: Largest batch that fits on a device; gradients are accumulated over what is left.
-        channels_last: Memory format of images and weights, in which convolutions are faster; ``None``: on, but for
-            Apple's GPUs.
-        tf32: On CUDA, let float32 convolutions and matrix products of training round their factors to TF32 (10 bits):
-            several times as fast with ``precision`` 32. Validation, metrics and explanations never do.
-        compile: Compile the network of the training step with ``torch.compile``: slower to begin, faster from then on;
-            a smaller last batch runs uncompiled. ``None``: on CUDA, if the network has at least a million parameters
-            and what it takes is installed. Needs a C++ compiler, on CUDA Triton. What was compiled is kept in
-            ``TORCHINDUCTOR_CACHE_DIR``, by default a folder in ``~/.cache/bcos-train``, for the next start.
-        sync_batchnorm: Batch statistics over all processes rather than each device's own.
-        deterministic: Deterministic algorithms throughout; slower on CUDA.
+        gradient_clip_val: Threshold of gradient clipping; ``None``: no clipping.
+        gradient_clip_algorithm: ``"agc"`` (adaptive, per unit, arXiv 2102.06171), ``"norm"`` or ``"value"``.
+        max_batch_per_device: Largest batch that fits on a device; larger batches are accumulated.
+        channels_last: Use the channels_last memory format for images and weights, which makes convolutions faster;
+            ``None``: yes, except on Apple's GPUs.
+        tf32: On CUDA, allow TF32 (10 bits) in float32 convolutions and matrix products of training: several times as
+            fast with ``precision`` 32. It is never used for validation, metrics and explanations.
+        compile: Compile the network of the training step with ``torch.compile``: a slow first step, faster ones from
+            then on; a smaller last batch runs uncompiled. ``None``: on CUDA, if the network has at least a million
+            parameters and all requirements are installed: a C++ compiler, on CUDA Triton. Compiled code is cached for
+            later runs in ``TORCHINDUCTOR_CACHE_DIR``, by default a folder in ``~/.cache/bcos-train``.
+        sync_batchnorm: Compute batch statistics over all processes instead of each device.
+        deterministic: Use deterministic algorithms only; slower on CUDA.
         val_every_n_epochs: Epochs between validations.
-        log_every_n_steps: Optimizer steps between rows with the step's loss, rate, gradient norm and throughput.
-        progress: Whether to show progress on the terminal.
+        log_every_n_steps: Optimizer steps between rows of step metrics: loss, learning rate, gradient norm, throughput.
+        progress: Show progress on the terminal.
 
     Raises:
-        ValueError: A number below its minimum.
+        ValueError: A value is below its minimum.
     """
 
     max_epochs: int
@@ -78,7 +78,7 @@ class TrainerOptions:
     def processes_per_node(self) -> int:
         if isinstance(self.devices, int):
             return self.devices
-        if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun has decided
+        if "LOCAL_WORLD_SIZE" in os.environ:  # set by torchrun
             return int(os.environ["LOCAL_WORLD_SIZE"])
         return torch.cuda.device_count() if self.uses_cuda else 1
 
@@ -93,7 +93,7 @@ class TrainerOptions:
 
 @dataclass(frozen=True)
 class BatchSplit:
-    """A global batch over processes and accumulated micro-batches: ``batch = world * accumulate * per_device``."""
+    """Split of a global batch over processes and micro-batches: ``batch = world * accumulate * per_device``."""
 
     batch: int
     world: int
@@ -107,17 +107,22 @@ class BatchSplit:
 
 
 def split_batch(batch: int, world: int, max_per_device: int | None) -> BatchSplit:
-    """Split a global batch with as little accumulation as fits.
+    """Split a global batch with as little accumulation as possible.
+
+    Args:
+        batch: Size of the global batch.
+        world: Number of processes.
+        max_per_device: Largest micro-batch, or None.
 
     Raises:
-        ValueError: The batch isn't a multiple of the number of processes, or there is no equal split.
+        ValueError: The batch isn't a multiple of the number of processes.
     """
     if batch < 1:
         raise ValueError(f"batch_size={batch}: at least 1")
     if batch % world:
         below, above = batch // world * world, -(-batch // world) * world
-        near = f"{below} or {above}" if below else f"{above}"
-        raise ValueError(f"batch_size={batch} (the global one) can't be split over {world} processes: try {near}")
+        nearest = f"{below} or {above}" if below else f"{above}"
+        raise ValueError(f"batch_size={batch}, the global one, can't be split over {world} processes: try {nearest}")
     share = batch // world
     limit = share if max_per_device is None else max_per_device
     per_device = next(n for n in range(min(share, limit), 0, -1) if share % n == 0)
@@ -125,7 +130,7 @@ def split_batch(batch: int, world: int, max_per_device: int | None) -> BatchSpli
 
 
 def default_workers() -> int:
-    """Loading processes for this process: its share of the cores less one; none with two cores."""
+    """Return the number of data loading processes per process: its share of the cores minus one; 0 with two cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     share = cores // processes

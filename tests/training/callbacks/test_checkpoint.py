@@ -24,7 +24,6 @@ from bcos_train.runs.interrupt import Interrupted, StopFlag
 from bcos_train.training import Checkpointing, Classifier
 from bcos_train.training.callbacks import checkpoint as module_under_test
 from bcos_train.training.callbacks.checkpoint import Checkpointer, UnknownMonitor
-from bcos_train.training.callbacks.metrics import log_now
 from bcos_train.training.module import NonFiniteLoss
 
 from ..runs import TINY, assert_same_state, compose, final_state, metric_rows, run_folder
@@ -43,7 +42,7 @@ class Quality(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         score = self.scores[trainer.current_epoch]
         if score is not None:
-            log_now(pl_module, {"quality": score})
+            pl_module.log_now({"quality": score})
 
 
 class Recorder(Checkpointer):
@@ -55,8 +54,8 @@ class Recorder(Checkpointer):
 
     def _write_best(self) -> None:
         super()._write_best()
-        if self.last.exists():
-            self.saved_at.append(files.load(self.last)["global_step"])
+        if (self.folder / LAST).exists():
+            self.saved_at.append(files.load(self.folder / LAST)["global_step"])
 
 
 def run_scores(tmp_path: Path, scores: Sequence[float | None], **options: Any) -> Checkpointer:
@@ -128,7 +127,7 @@ def test_unknown_monitor(monitor: str, hint: str | None, tmp_path: Path) -> None
         fit(tmp_path, Recorder(tmp_path, Checkpointing(monitor=monitor)), epochs=3)
     message = str(caught.value)
     if hint is not None:
-        assert message.startswith(f"checkpointing.monitor={monitor}: nothing of that name is logged{hint} (")
+        assert message.startswith(f"checkpointing.monitor={monitor}: no such metric is logged{hint} (")
     assert "val/loss" in message
     assert "\n" not in message
     # The epoch isn't lost: with the monitor put right, the run goes on after it.
@@ -147,7 +146,7 @@ def test_explanation_monitor_may_wait_for_its_epoch(tmp_path: Path) -> None:
     class Explained(Quality):
         def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
             if trainer.current_epoch == 2:
-                log_now(pl_module, {"explanation/alignment": 0.5})
+                pl_module.log_now({"explanation/alignment": 0.5})
 
     options = Checkpointing(monitor="explanation/alignment")
     fit(tmp_path, Explained([]), Recorder(tmp_path, options), epochs=3)
@@ -285,7 +284,7 @@ def test_full_disk_is_the_users_to_put_right(tmp_path: Path, monkeypatch: pytest
     with monkeypatch.context() as patch:
         patch.setattr(files, "_dump", full)
         with pytest.raises(
-            UserError, match=r"No space left on device: 'last.ckpt': free some space and give the same command"
+            UserError, match=r"No space left on device: 'last.ckpt': free some space and run the same command"
         ):
             train(compose(tmp_path, *SMALL))
     assert train(compose(tmp_path, *SMALL)) == 0

@@ -49,29 +49,29 @@ def test_values_survive_exactly(tmp_path: Path) -> None:
     assert last != last
 
 
-def test_going_on_with_a_file(tmp_path: Path) -> None:
+def test_resuming_with_a_file(tmp_path: Path) -> None:
     first = CsvLogger(tmp_path)
     for step in (1, 2, 3):
         first.log_metrics({"loss": step / 2, "epoch": 0}, step=step)
     second = CsvLogger(tmp_path)
-    second.forget_after(2)
+    second.drop_after(2)
     second.log_metrics({"loss": 9.0, "epoch": 0}, step=3)
     second.log_metrics({"new": 1.0, "epoch": 0}, step=3)
     assert (tmp_path / "metrics.csv").read_text() == "step,loss,epoch,new\n1,0.5,0,\n2,1.0,0,\n3,9.0,0,1.0\n"
 
 
-def test_forgetting_nothing_touches_nothing(tmp_path: Path) -> None:
-    CsvLogger(tmp_path).forget_after(-1)
+def test_dropping_no_rows_leaves_the_file(tmp_path: Path) -> None:
+    CsvLogger(tmp_path).drop_after(-1)
     assert not list(tmp_path.iterdir())
     logger = CsvLogger(tmp_path)
     logger.log_metrics({"loss": 1.0}, step=1)
     inode = (tmp_path / "metrics.csv").stat().st_ino
-    logger.forget_after(1)
+    logger.drop_after(1)
     assert (tmp_path / "metrics.csv").stat().st_ino == inode
 
 
 @pytest.mark.parametrize("cut", range(1, 7))
-def test_half_a_line_is_dropped(cut: int, tmp_path: Path) -> None:
+def test_incomplete_line_is_dropped(cut: int, tmp_path: Path) -> None:
     """The machine died while a row was being appended: a number cut short is a wrong number."""
     logger = CsvLogger(tmp_path)
     for step in (1, 2):

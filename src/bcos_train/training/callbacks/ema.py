@@ -1,4 +1,4 @@
-"""Exponential moving average of the weights, with validation metrics of its own."""
+"""Exponential moving average of the weights, validated alongside the model."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,18 +9,16 @@ from torch import nn
 
 from bcos_train.dataset.batch import Batch
 from bcos_train.nn import cached_weights
-from bcos_train.training.callbacks.metrics import log_now
 from bcos_train.training.distributed import broadcast_buffers
-from bcos_train.training.module import Classifier
-from bcos_train.training.score import ClassificationScore
+from bcos_train.training.module import ClassificationScore, Classifier
 
 
 @dataclass(frozen=True)
 class Ema:
-    """How the weights are averaged.
+    """Options of the moving average.
 
     Args:
-        decay: Weight of the average at each update, before it is adapted to the run's length (see :func:`ema_decay`).
+        decay: Decay per update, before it is adapted to the length of the run (see :func:`ema_decay`).
         every_n_steps: Optimizer steps between updates.
 
     Raises:
@@ -38,22 +36,22 @@ class Ema:
 
 
 def ema_decay(decay: float, global_batch_size: int, every_n_steps: int, max_epochs: int) -> float:
-    """Decay per update, adapted to batch size and length as in torchvision's reference and the official code.
+    """Adapt the decay per update to batch size and length, as in torchvision's reference and the official code.
 
-    ``1 - min(1, (1 - decay) * global_batch_size * every_n_steps / max_epochs)``: the average spans the same share of
-    the run whichever way it is cut into steps.
+    ``1 - min(1, (1 - decay) * global_batch_size * every_n_steps / max_epochs)``: the average spans the same fraction
+    of the run, regardless of the number of steps.
     """
     return 1.0 - min(1.0, (1.0 - decay) * global_batch_size * every_n_steps / max_epochs)
 
 
 class EmaCallback(pl.Callback):
-    """Keeps the average, validates it beside the model and saves it as ``model_ema``.
+    """Updates the average, validates it after the model and saves it as ``model_ema``.
 
     Args:
-        decay: Per update.
+        decay: Decay per update.
         every_n_steps: Optimizer steps between updates.
-        warmup_steps: Up to the first update at or after this step each one is a copy: the average begins where the
-            learning rate's warm-up ends.
+        warmup_steps: Each update up to the first one at or after this step copies the weights: averaging begins at the
+            end of the learning rate's warm-up.
     """
 
     def __init__(self, decay: float, every_n_steps: int, warmup_steps: int) -> None:
@@ -65,7 +63,7 @@ class EmaCallback(pl.Callback):
     @property
     def model(self) -> nn.Module:
         """The averaged model, in evaluation mode."""
-        assert self.ema is not None, "the average is made when training is set up"
+        assert self.ema is not None, "the average is created by setup"
         return self.ema.module
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -79,10 +77,10 @@ class EmaCallback(pl.Callback):
         self.score.to(pl_module.device)
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: object, batch: Batch, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        # Under accumulation several batches end at the same optimizer step, the first ones of all at step 0.
+        # With accumulation several batches end at the same optimizer step, and the first ones at step 0.
         if step in (0, self._updated_at) or step % self.every_n_steps:
             return
         assert self.ema is not None
@@ -101,7 +99,7 @@ class EmaCallback(pl.Callback):
         self,
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
-        outputs: Any,
+        outputs: object,
         batch: Batch,
         batch_idx: int,
         dataloader_idx: int = 0,
@@ -112,8 +110,9 @@ class EmaCallback(pl.Callback):
         self.score.update(pl_module.eval_loss(logits, batch.labels), logits, batch.labels)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, Classifier)
         score = self.score.compute()
-        log_now(pl_module, {f"val_ema/{key}": value for key, value in score.items() if key != "count"})
+        pl_module.log_now({f"val_ema/{key}": value for key, value in score.items() if key != "count"})
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

@@ -1,17 +1,16 @@
-"""Explanation quality beside accuracy: while training, and of the validation that an evaluation runs."""
+"""Explanation metrics and galleries: during training, and for the validation of an evaluation."""
 
-import copy
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import pytorch_lightning as pl
 import torch
 from matplotlib.figure import Figure
 from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from bcos_train.config import user_errors_at
@@ -26,20 +25,49 @@ from bcos_train.loading import LoadedClassifier, pad_class_names
 from bcos_train.metric import GridPointing
 from bcos_train.report import gallery, save_gallery
 from bcos_train.runs.layout import EVALUATION
-from bcos_train.training.callbacks.metrics import log_now
 from bcos_train.training.distributed import is_distributed
 from bcos_train.training.module import Classifier
 
+#: Config keys that scores of explanations depend on, besides the weights and the options of the metrics.
+IDENTITY = ("model", "dataset", "augmentation", "encoding", "limit_val")
+
+
+class Origin(TypedDict):
+    """Evaluated weights, as written to the result files."""
+
+    weights: str
+    ema: bool
+    model: str
+
 
 def draw_gallery(
-    module: Classifier, model: nn.Module, images: Tensor, labels: Tensor, data: DataModule, **headline: Any
+    module: Classifier,
+    data: DataModule,
+    samples: tuple[Tensor, Tensor],
+    *,
+    run_name: str,
+    epoch: int | None = None,
+    accuracy: float | None = None,
 ) -> Figure:
-    """The gallery of uint8 ``images`` (N, 3, H, W) as ``model`` explains its predictions."""
+    """Draw the explanations of the predictions for ``samples``; see :func:`~bcos_train.report.gallery`.
+
+    Args:
+        samples: uint8 images ``(N, 3, H, W)`` and labels ``(N,)``.
+    """
+    images, labels = (tensor.to(module.device) for tensor in samples)
     x = module.encode(images)
-    result = explain(model, x)
-    probabilities = module.probabilities(result.logits)
-    names = pad_class_names(data.class_names, result.logits.shape[1])
-    return gallery(x, result, labels, names, probabilities=probabilities, max_samples=len(x), **headline)
+    result = explain(module.model, x)
+    return gallery(
+        x,
+        result,
+        labels,
+        pad_class_names(data.class_names, result.logits.shape[1]),
+        probabilities=module.probabilities(result.logits),
+        run_name=run_name,
+        epoch=epoch,
+        accuracy=accuracy,
+        max_samples=len(x),
+    )
 
 
 def make_subject(
@@ -54,34 +82,32 @@ def make_subject(
 
 
 def logged_metrics(results: Results) -> dict[str, float]:
-    """The numbers of a measurement under the names that they are logged by.
+    """Return the results as metrics to log.
 
-    The first method that a metric was measured for has the metric's own name; others follow as
-    ``<metric>/<method>``. The grid pointing game adds its percentiles and the number of its grids; with no grid to
-    play on, its scores are NaN.
+    The first method is logged under the name of the metric; further methods follow as ``<metric>/<method>``. The grid
+    pointing game adds its percentiles and the number of grids; its score is NaN without grids.
     """
-    found: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     for metric, scores in results.scores.items():
         for i, (method, values) in enumerate(scores.items()):
-            found[f"explanation/{metric}" if i == 0 else f"explanation/{metric}/{method}"] = values.mean().item()
+            metrics[f"explanation/{metric}" if i == 0 else f"explanation/{metric}/{method}"] = values.mean().item()
         if metric == "grid_pointing" and scores:
-            numbers = GridPointing(next(iter(scores.values()))).summary()
-            for key in ("p25", "p50", "p75", "p100"):
-                found[f"explanation/{metric}/{key}"] = numbers[key]
+            summary = GridPointing(next(iter(scores.values()))).summary()
+            metrics |= {f"explanation/{metric}/{key}": summary[key] for key in ("p25", "p50", "p75", "p100")}
     if results.grids is not None:
-        found["explanation/grid_pointing/n_grids"] = len(results.grids)
+        metrics["explanation/grid_pointing/n_grids"] = len(results.grids)
         if not len(results.grids):
-            found["explanation/grid_pointing"] = math.nan
+            metrics["explanation/grid_pointing"] = math.nan
     if results.alignment:
-        found["explanation/alignment"] = sum(results.alignment.values()) / len(results.alignment)
-        found |= {f"explanation/alignment/{layer}": value for layer, value in results.alignment.items()}
-    return found
+        metrics["explanation/alignment"] = sum(results.alignment.values()) / len(results.alignment)
+        metrics |= {f"explanation/alignment/{layer}": value for layer, value in results.alignment.items()}
+    return metrics
 
 
 class PredictionRecorder(pl.Callback):
-    """Keeps what a validation predicts for each image, at no further cost: which images can make up grids.
+    """Records the predictions of a validation, which select the images of the grids.
 
-    All processes take part, and all have the predictions of all images afterwards.
+    Afterwards all processes have the predictions for all images.
     """
 
     def __init__(self) -> None:
@@ -95,12 +121,13 @@ class PredictionRecorder(pl.Callback):
         self,
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
-        outputs: Any,
+        outputs: object,
         batch: Batch,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
         assert isinstance(pl_module, Classifier)
+        assert isinstance(outputs, Mapping)
         logits = outputs["logits"].float()
         predictions = logits.argmax(1)
         probabilities = pl_module.probabilities(logits)
@@ -117,11 +144,11 @@ class PredictionRecorder(pl.Callback):
 
 
 class ExplanationCallback(PredictionRecorder):
-    """After an epoch, on rank 0: metrics to the loggers, a gallery into ``folder`` and to the loggers.
+    """Measures and draws explanations after an epoch, on rank 0: for the loggers, and as a gallery in ``folder``.
 
-    The images are the same in every run on a data set; those of the grids are the ones that the validation just found
-    to be classified best. Training isn't touched: the model is in evaluation mode, and the random generators are put
-    back.
+    The images are the same in every run on a data set; those of the grids are the most confident correct predictions of
+    the latest validation. Training is not affected: the model is in evaluation mode, and the state of the random
+    generators is restored.
     """
 
     def __init__(self, options: ExplanationOptions, folder: Path, title: str) -> None:
@@ -134,7 +161,7 @@ class ExplanationCallback(PredictionRecorder):
             self.folder.mkdir(parents=True, exist_ok=True)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        predictions, self.predictions = self.predictions, None  # the next epoch's are others
+        predictions, self.predictions = self.predictions, None  # they are outdated after this epoch
         epoch = trainer.current_epoch + 1
         is_due = epoch % self.options.every_n_epochs == 0 or epoch == trainer.max_epochs
         if not is_due or not trainer.is_global_zero:
@@ -142,34 +169,23 @@ class ExplanationCallback(PredictionRecorder):
         assert isinstance(pl_module, Classifier)
         with evaluating(pl_module.model), isolated_rng():
             if self.options.methods and self.options.metrics:
-                self._measure(trainer, pl_module, predictions)
+                self._measure(pl_module, predictions)
             if self.options.gallery_images and is_explainable(pl_module.model):
                 self._draw(trainer, pl_module, epoch)
 
-    def _measure(self, trainer: pl.Trainer, module: Classifier, predictions: Predictions | None) -> None:
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        subject = make_subject(module, data, self.title, self.options.n_images, predictions)
+    def _measure(self, module: Classifier, predictions: Predictions | None) -> None:
+        subject = make_subject(module, module.data, self.title, self.options.n_images, predictions)
         if metrics := logged_metrics(measure(subject, self.options)):
-            log_now(module, metrics)
+            module.log_now(metrics)
 
     def _draw(self, trainer: pl.Trainer, module: Classifier, epoch: int) -> None:
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
         if self._samples is None:
-            self._samples = data.fixed_val_samples(self.options.gallery_images)
-        images, labels = (tensor.to(module.device) for tensor in self._samples)
-        accuracy = trainer.callback_metrics.get("val/acc1")
-        headline = {
-            "run_name": self.title,
-            "epoch": epoch,
-            "accuracy": None if accuracy is None else float(accuracy) / 100,
-        }
-        figure = draw_gallery(module, module.model, images, labels, data, **headline)
+            self._samples = module.data.fixed_val_samples(self.options.gallery_images)
+        percent = trainer.callback_metrics.get("val/acc1")
+        accuracy = None if percent is None else float(percent) / 100
+        figure = draw_gallery(module, module.data, self._samples, run_name=self.title, epoch=epoch, accuracy=accuracy)
         path = self.folder / f"epoch-{epoch:04d}.png"
         save_gallery(path, figure)
-        self._send(trainer, figure, path)
-
-    @staticmethod
-    def _send(trainer: pl.Trainer, figure: Figure, path: Path) -> None:
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_image("explanation/gallery", [str(path)], step=trainer.global_step)
@@ -178,7 +194,7 @@ class ExplanationCallback(PredictionRecorder):
 
 
 class ExplanationReport(PredictionRecorder):
-    """For an evaluation: joins the trainer's callbacks, and reports once the validation has ended."""
+    """Adds itself to the trainer of an evaluation, and measures explanations after the validation."""
 
     def __init__(self, trainer: pl.Trainer) -> None:
         super().__init__()
@@ -190,20 +206,24 @@ class ExplanationReport(PredictionRecorder):
         module: Classifier,
         data: DataModule,
         options: ExplanationOptions | None,
-        origin: Mapping[str, Any],
-        config: Mapping[str, Any],
+        origin: Origin,
+        config: Mapping[str, object],
         output: Path,
     ) -> None:
-        """Measure what the options ask for, on rank 0; see :func:`~bcos_train.evaluation.report.evaluate_explanations`.
+        """Measure and report, on rank 0; see :func:`~bcos_train.evaluation.report.evaluate_explanations`.
 
         Args:
-            origin: What is evaluated: goes into ``explanations.json``.
-            config: Of the evaluation.
-            output: Folder of the results.
+            origin: Evaluated weights, written to ``explanations.json``.
+            config: Config of the evaluation.
+            output: Folder of the results, with the file of :func:`bcos_train.training.finish.report_evaluation`.
         """
         if options is None or not options.methods or not options.metrics:
             return
-        module.to(self.device)  # a trainer leaves it on the CPU
+        module.to(self.device)  # the trainer has moved it to the CPU
+        identity = {key: config[key] for key in IDENTITY}
+        dataset = identity["dataset"]
+        assert isinstance(dataset, Mapping)
+        identity["dataset"] = {key: value for key, value in dataset.items() if key != "cache"}  # changes no score
         with user_errors_at("explanation"):
             results = evaluate_explanations(
                 make_subject(module, data, origin["model"], options.n_images, self.predictions),
@@ -211,40 +231,11 @@ class ExplanationReport(PredictionRecorder):
                 output,
                 title=f"{origin['model']} on {data.dataset.name}",
                 origin={**origin, "dataset": data.dataset.name},
-                # Where the images are kept changes no score.
-                identity={key: config[key] for key in IDENTITY}
-                | {"dataset": {key: value for key, value in config["dataset"].items() if key != "cache"}},
+                identity=identity,
             )
-        # Beside accuracy, under the names that they have in training.
-        numbers = logged_metrics(results)
-        numbers = {key: value for key, value in numbers.items() if key.count("/") == 1 and math.isfinite(value)}
+        # The main scores are added to the accuracy, under the names that they have during training.
+        metrics = {
+            key: value for key, value in logged_metrics(results).items() if key.count("/") == 1 and math.isfinite(value)
+        }
         path = output / EVALUATION
-        write_json(path, {**json.loads(path.read_text(encoding="utf-8")), **numbers})
-
-
-#: Written by :func:`bcos_train.training.finish.report_evaluation`.
-#: Config keys that scores of explanations depend on, besides the weights and the settings of the metrics.
-IDENTITY = ("model", "dataset", "augmentation", "encoding", "limit_val")
-#: Settings of the config group `explanation` that a data set chooses, since they depend on the size of its images.
-OF_THE_DATASET = (("grid_pointing", "n"), ("grid_pointing", "smooth"), ("perturbation", "block"))
-
-
-def restore_dataset_settings(
-    config: Mapping[str, Any], of_the_run: Mapping[str, Any], given: Sequence[str]
-) -> dict[str, Any]:
-    """With ``explanation=…`` for a run, what the run's data set chose in that group stays.
-
-    The group was composed with the command line's data set, which is another one if only ``run=…`` is given. What the
-    command line sets by itself, or with a data set of its own, isn't touched.
-
-    Args:
-        config: The run's, with what the command line says laid over it.
-        of_the_run: The run's own.
-        given: Keys and groups on the command line.
-    """
-    result = copy.deepcopy(dict(config))
-    for part, key in OF_THE_DATASET:
-        chosen = ((of_the_run.get("explanation") or {}).get(part) or {}).get(key)
-        if "explanation" in given and not {"dataset", f"explanation.{part}.{key}"} & {*given} and chosen is not None:
-            result["explanation"][part][key] = chosen
-    return result
+        write_json(path, {**json.loads(path.read_text(encoding="utf-8")), **metrics})

@@ -1,102 +1,33 @@
-"""Progress with the time that is left: a bar in a terminal, lines elsewhere."""
+"""Progress and remaining time: a bar in a terminal, otherwise lines."""
 
 import time
-from typing import Any
 
 import pytorch_lightning as pl
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from torch.optim import Optimizer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 from bcos_train.dataset.batch import Batch
-from bcos_train.training.callbacks.metrics import CsvLogger, log_now
 from bcos_train.training.module import Classifier
 
 
-class TrainingLog(pl.Callback):
-    """Loss, learning rate, gradient norm and throughput every ``log_every_n_steps`` optimizer steps; loss and
-    accuracy of each epoch.
-
-    ``train/loss_step``, ``lr`` and ``gradient_norm`` (before clipping) in the row of step n are those of the n-th
-    optimizer step, counted from 1; its rate is the schedule's at n - 1.
-    """
-
-    def __init__(self) -> None:
-        self._images = 0
-        self._started = 0.0
-        self._losses: list[float] = []
-        self._lr = float("nan")
-
-    def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        for logger in trainer.loggers:
-            if isinstance(logger, CsvLogger):
-                logger.forget_after(checkpoint["global_step"])
-
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
-    ) -> None:
-        if self._images == 0:
-            self._started = time.perf_counter()
-
-    def on_before_optimizer_step(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
-    ) -> None:
-        self._lr = float(optimizer.param_groups[0]["lr"])  # at the end of the batch it is the next step's
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
-    ) -> None:
-        assert isinstance(pl_module, Classifier)
-        self._images += len(batch[0]) * trainer.world_size
-        self._losses.append(pl_module.last_loss)
-        if (batch_idx + 1) % trainer.accumulate_grad_batches and batch_idx + 1 < trainer.num_training_batches:
-            return
-        loss, self._losses = sum(self._losses) / len(self._losses), []
-        step, every = trainer.global_step, pl_module.log_every_n_steps
-        if step % every:
-            return
-        seconds = time.perf_counter() - self._started
-        metrics = {
-            "train/loss_step": loss,
-            "lr": self._lr,
-            "images_per_second": self._images / seconds,
-        }
-        if pl_module.gradient_norm is not None:
-            metrics["gradient_norm"] = float(pl_module.gradient_norm)
-        metrics |= {f"train/{name}": float(value) for name, value in pl_module.task_logs.items()}
-        log_now(pl_module, metrics)
-        self._images = 0
-
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._images = 0  # the time of a validation is no training time
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert isinstance(pl_module, Classifier)
-        score = pl_module.train_score.compute()
-        pl_module.train_score.reset()
-        log_now(pl_module, {f"train/{key}": value for key, value in score.items() if key != "count"})
-
-
 class ProgressDisplay(pl.Callback):
-    """Where the run is, and a line with the results of each epoch.
+    """Shows progress within an epoch, and a line with the results of each epoch.
 
-    The time left is that of the steps left at the pace so far, validations included.
+    The remaining time is extrapolated from the time per step so far, including validations.
     """
 
     def __init__(self, console: Console, line_every_s: float = 30.0) -> None:
         self.console, self.line_every_s = console, line_every_s
         self._bar: Progress | None = None
-        self._task: Any = None
-        self._done_before = 0
+        self._task = TaskID(0)
+        self._first_batch = 0
         self._started = self._line_at = time.monotonic()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.is_global_zero:
             return
         self._started = self._line_at = time.monotonic()
-        self._done_before = self._batches_done(trainer, 0) + trainer.fit_loop.batch_idx + 1
+        self._first_batch = self._batches_done(trainer, 0) + trainer.fit_loop.batch_idx + 1
         if self.console.is_terminal:
             columns = (
                 TextColumn("{task.description}"),
@@ -109,7 +40,7 @@ class ProgressDisplay(pl.Callback):
             self._bar.start()
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: object, batch: Batch, batch_idx: int
     ) -> None:
         if not trainer.is_global_zero:
             return
@@ -125,14 +56,14 @@ class ProgressDisplay(pl.Callback):
             )
         elif time.monotonic() - self._line_at >= self.line_every_s:
             self._line_at = time.monotonic()
-            place = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
-            self._line(f"{place}  batch {batch_idx + 1}/{trainer.num_training_batches}  {state}")
+            epoch = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
+            self._print(f"{epoch}  batch {batch_idx + 1}/{trainer.num_training_batches}  {state}")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.is_global_zero:
             return
         metrics = trainer.callback_metrics
-        shown = {
+        labels = {
             "train loss": "train/loss",
             "acc1": "train/acc1",
             "val loss": "val/loss",
@@ -140,10 +71,10 @@ class ProgressDisplay(pl.Callback):
             "ema acc1": "val_ema/acc1",
         }
         width = len(str(trainer.max_epochs))
-        parts = [f"{label} {float(metrics[key]):6.4g}" for label, key in shown.items() if key in metrics]
+        parts = [f"{label} {float(metrics[key]):6.4g}" for label, key in labels.items() if key in metrics]
         eta = self._eta(trainer, int(trainer.num_training_batches))
-        place = f"epoch {trainer.current_epoch + 1:{width}d}/{trainer.max_epochs}"
-        self._line("  ".join([place, *parts, f"ETA {eta}"]))
+        epoch = f"epoch {trainer.current_epoch + 1:{width}d}/{trainer.max_epochs}"
+        self._print("  ".join([epoch, *parts, f"ETA {eta}"]))
         self._line_at = time.monotonic()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -152,7 +83,7 @@ class ProgressDisplay(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._stop()
 
-    def _line(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _stop(self) -> None:
@@ -167,14 +98,13 @@ class ProgressDisplay(pl.Callback):
     def _eta(self, trainer: pl.Trainer, in_epoch: int) -> str:
         done = self._batches_done(trainer, in_epoch)
         total = int(trainer.max_epochs or 0) * int(trainer.num_training_batches)
-        here = max(done - self._done_before, 1)
-        return duration((time.monotonic() - self._started) / here * (total - done))
+        in_this_process = max(done - self._first_batch, 1)
+        return duration((time.monotonic() - self._started) / in_this_process * (total - done))
 
 
 def duration(seconds: float) -> str:
-    """``1:02:03`` or ``2:03``; days as ``3 d 01:02:03``."""
-    whole = max(int(seconds + 0.5), 0)
-    days, rest = divmod(whole, 86400)
+    """Format seconds as ``2:03``, ``1:02:03`` or ``3 d 01:02:03``."""
+    days, rest = divmod(max(int(seconds + 0.5), 0), 86400)
     hours, minutes, s = rest // 3600, rest // 60 % 60, rest % 60
     if days:
         return f"{days} d {hours:02d}:{minutes:02d}:{s:02d}"
