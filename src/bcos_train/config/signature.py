@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, get_type_hints
 
-__all__ = ["accepts_any_keyword", "keyword_parameters", "return_type"]
+__all__ = ["keyword_parameters", "return_type"]
 
 
 def keyword_parameters(target: Callable[..., object], node: Mapping[str, object]) -> dict[str, inspect.Parameter]:
@@ -30,17 +30,6 @@ def keyword_parameters(target: Callable[..., object], node: Mapping[str, object]
 def return_type(target: Callable[..., object]) -> object:
     """Return a class itself, or the return annotation of a function (``Any`` if there is none)."""
     return target if inspect.isclass(target) else _hints(target).get("return", Any)
-
-
-def accepts_any_keyword(target: Callable[..., object]) -> bool:
-    """True if ``target`` would swallow a misspelled keyword: ``**kwargs`` without a ``config_signature``.
-
-    False for a class that inherits the ``__init__`` of another package.
-    """
-    kinds = {parameter.kind for parameter in inspect.signature(target).parameters.values()}
-    function = target.__init__ if inspect.isclass(target) else target
-    same_package = function.__module__.partition(".")[0] == target.__module__.partition(".")[0]
-    return inspect.Parameter.VAR_KEYWORD in kinds and same_package and not hasattr(target, "config_signature")
 
 
 def _hints(target: Callable[..., object]) -> dict[str, object]:
