@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from bcos_train.nn.backend import fast
-from bcos_train.nn.functional import PaddingMode, bcos_scale, is_linear, maxout, patch_norm
+from bcos_train.nn.functional import PaddingMode, bcos_transform, is_linear, maxout, patch_norm
 from bcos_train.nn.layer import BcosLayer
 
 __all__ = ["BcosConv2d", "NormedConv2d"]
@@ -91,8 +91,7 @@ class BcosConv2d(BcosLayer):
         out = maxout(self.linear(x), self.max_out, self.unit_dim)
         if is_linear(self.b):
             return out
-        scale = bcos_scale(out, self.input_norm(x), self.b)
-        return (out * (scale.detach() if self.detach else scale)).to(out.dtype)
+        return bcos_transform(out, self.input_norm(x), self.b, self.detach)
 
     def input_norm(self, x: Tensor) -> Tensor:
         """‖x‖ of every patch, (N, C, H, W) -> (N, 1 or O, P, Q)."""

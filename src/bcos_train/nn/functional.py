@@ -13,7 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["PaddingMode", "bcos_scale", "feature_norm", "maxout", "normalize_weight", "patch_norm", "statistics_dtype"]
+__all__ = [
+    "PaddingMode",
+    "bcos_scale",
+    "bcos_transform",
+    "feature_norm",
+    "maxout",
+    "normalize_weight",
+    "patch_norm",
+    "statistics_dtype",
+]
 
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
@@ -67,6 +76,12 @@ def bcos_scale(out: Tensor, norm: Tensor, b: float | Tensor) -> Tensor:
     elif b == 2:
         return out.abs() / norm
     return ((out / norm).abs() + COSINE_EPS).pow(b - 1)
+
+
+def bcos_transform(out: Tensor, norm: Tensor, b: float | Tensor, detach: bool = False) -> Tensor:
+    """|cos(x, w)|^(B-1) ŵ·x in the dtype of ``out``; arguments as for `bcos_scale`, which ``detach`` holds constant."""
+    scale = bcos_scale(out, norm, b)
+    return (out * (scale.detach() if detach else scale)).to(out.dtype)
 
 
 def is_linear(b: float | Tensor) -> bool:

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bcos_train.nn.backend import Accelerated, fast
-from bcos_train.nn.functional import bcos_scale, feature_norm, is_linear, maxout
+from bcos_train.nn.functional import bcos_transform, feature_norm, is_linear, maxout
 from bcos_train.nn.layer import BcosLayer
 
 __all__ = ["BcosLinear", "Linear", "NormedLinear"]
@@ -70,8 +70,7 @@ class BcosLinear(BcosLayer):
         out = maxout(self.linear(x), self.max_out, self.unit_dim)
         if is_linear(self.b):
             return out
-        scale = bcos_scale(out, self.input_norm(x), self.b)
-        return (out * (scale.detach() if self.detach else scale)).to(out.dtype)
+        return bcos_transform(out, self.input_norm(x), self.b, self.detach)
 
     def input_norm(self, x: Tensor) -> Tensor:
         """‖x‖, (*, C) -> (*, 1)."""

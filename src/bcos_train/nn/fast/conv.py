@@ -14,7 +14,7 @@ from torch import Tensor
 from bcos_train.nn.fast.kernels import Kernels, detached_scale, memory_format, scale_backward, scale_output, to_chosen
 from bcos_train.nn.fast.maxout import from_blocked, maxout_with_indices, to_blocked
 from bcos_train.nn.fast.unit_weight import reference_backward
-from bcos_train.nn.functional import PATCH_EPS, bcos_scale, maxout, patch_norm, statistics_dtype
+from bcos_train.nn.functional import PATCH_EPS, bcos_transform, maxout, patch_norm, statistics_dtype
 
 __all__ = ["Convolution", "bcos_conv2d", "can_box", "detached_bcos_conv2d"]
 
@@ -194,7 +194,7 @@ def _reference_conv2d(x: Tensor, weight: Tensor, conv: Convolution, b: float, ca
     norm = patch_norm(x, conv.kernel_size, conv.stride, conv.padding, (1, 1), conv.groups)
     if 1 < conv.groups < out.shape[1]:
         norm = norm.repeat_interleave(out.shape[1] // conv.groups, dim=1)
-    return (out * bcos_scale(out, norm, b)).to(out.dtype)
+    return bcos_transform(out, norm, b)
 
 
 def bcos_conv2d(x: Tensor, weight: Tensor, conv: Convolution, b: float, candidates: int, kernels: Kernels) -> Tensor:

@@ -114,8 +114,8 @@ def unit_weight(module: Any) -> Tensor:
     return normalize(weight)
 
 
-def _weight_in_use(module: Any, normalize_weight: bool = False) -> Tensor:
-    if normalize_weight:
+def _weight_in_use(module: Any, is_unit: bool = False) -> Tensor:
+    if is_unit:
         return unit_weight(module)
     cached = _cached_weight(module)
     return module.weight if cached is None else cached

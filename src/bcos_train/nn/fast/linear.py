@@ -10,7 +10,7 @@ from bcos_train.nn.fast.kernels import Kernels, detached_scale, scale_backward, 
 from bcos_train.nn.fast.matmul import linear_transform
 from bcos_train.nn.fast.maxout import from_blocked, maxout_with_indices, to_blocked
 from bcos_train.nn.fast.unit_weight import reference_backward
-from bcos_train.nn.functional import bcos_scale, feature_norm, maxout
+from bcos_train.nn.functional import bcos_transform, feature_norm, maxout
 
 __all__ = ["bcos_linear", "detached_bcos_linear", "linear"]
 
@@ -87,7 +87,7 @@ def _outer(grad: Tensor, x: Tensor) -> Tensor:
 
 def _reference_linear(x: Tensor, weight: Tensor, b: float, candidates: int) -> Tensor:
     out = maxout(F.linear(x, weight), candidates, -1)
-    return (out * bcos_scale(out, feature_norm(x), b)).to(out.dtype)
+    return bcos_transform(out, feature_norm(x), b)
 
 
 def bcos_linear(x: Tensor, weight: Tensor, b: float, candidates: int, kernels: Kernels) -> Tensor:

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from torch import nn
 
@@ -25,41 +24,29 @@ __all__ = ["NORM_NAMES", "NoBias", "NormFactory", "Unaffine", "make_norm"]
 NormFactory = Callable[..., nn.Module]  # first argument: the number of channels
 
 
-def _remove_parameters(norm: nn.Module, names: tuple[str, ...]) -> nn.Module:
-    for name in names:
-        if getattr(norm, name, None) is None:
-            raise ValueError(f"{type(norm).__name__} has no {name} to remove: was it built with affine=False?")
-        setattr(norm, name, None)
-    return norm
-
-
-# Classes rather than closures, so that a model with a norm factory as an attribute can be pickled.
+# A class rather than closures, so that a model with a norm factory as an attribute can be pickled.
 @dataclass(frozen=True)
-class NoBias:
-    """Norm factory that removes the bias: ``NoBias(make)(64)`` is ``make(64)`` without its bias.
-
-    Raises:
-        ValueError: When called, if the norm has no bias.
-    """
-
+class _WithoutParameters:
+    names: tuple[str, ...]
     make: NormFactory
 
-    def __call__(self, *args: Any, **kwargs: Any) -> nn.Module:
-        return _remove_parameters(self.make(*args, **kwargs), ("bias",))
+    def __call__(self, *args: object, **kwargs: object) -> nn.Module:
+        norm = self.make(*args, **kwargs)
+        for name in self.names:
+            if getattr(norm, name, None) is None:
+                raise ValueError(f"{type(norm).__name__} has no {name} to remove: was it built with affine=False?")
+            setattr(norm, name, None)
+        return norm
 
 
-@dataclass(frozen=True)
-class Unaffine:
-    """Norm factory that removes weight and bias: ``Unaffine(make)(64)`` is ``make(64)`` without them.
+def NoBias(make: NormFactory) -> NormFactory:
+    """Norm factory that removes the bias: ``NoBias(make)(64)`` is ``make(64)`` without it; a ValueError without one."""
+    return _WithoutParameters(("bias",), make)
 
-    Raises:
-        ValueError: When called, if the norm lacks one of them.
-    """
 
-    make: NormFactory
-
-    def __call__(self, *args: Any, **kwargs: Any) -> nn.Module:
-        return _remove_parameters(self.make(*args, **kwargs), ("bias", "weight"))
+def Unaffine(make: NormFactory) -> NormFactory:
+    """As `NoBias`, removing weight and bias."""
+    return _WithoutParameters(("bias", "weight"), make)
 
 
 _NORMS: dict[str, NormFactory] = {
