@@ -27,7 +27,7 @@ from bcos_train.model.conv_net import (
 )
 from bcos_train.model.grad_checkpointing import CheckpointedBlocks
 from bcos_train.model.registry import register_model
-from bcos_train.nn import add_shortcut, make_norm
+from bcos_train.nn import make_norm
 
 
 class ConvNeXtBlock(nn.Module):
@@ -52,8 +52,7 @@ class ConvNeXtBlock(nn.Module):
         self.stochastic_depth = StochasticDepth(stochastic_depth_prob, "row")
 
     def forward(self, x: Tensor) -> Tensor:
-        branch = self.stochastic_depth(self.layer_scale * self.block(x))
-        return add_shortcut(branch, x, self.block[-1], self.stochastic_depth)
+        return x + self.stochastic_depth(self.layer_scale * self.block(x))
 
 
 class BcosConvNeXt(BcosConvNet):

@@ -29,7 +29,6 @@ from bcos_train.model.conv_net import (
 )
 from bcos_train.model.grad_checkpointing import CheckpointedBlocks
 from bcos_train.model.registry import Builder, register_model
-from bcos_train.nn import add_shortcut
 
 
 class ResidualBlock(nn.Module):
@@ -47,13 +46,10 @@ class ResidualBlock(nn.Module):
         self.stochastic_depth = StochasticDepth(stochastic_depth_prob, "row") if stochastic_depth_prob else None
 
     def forward(self, x: Tensor) -> Tensor:
-        branch = self._branch()
         out = x
-        for module in branch:
+        for module in self._branch():
             out = module(out)
-        shortcut = x if self.downsample is None else self.downsample(x)
-        # Convolution, norm, stochastic depth: only these can return or retain the output of the branch.
-        return add_shortcut(out, shortcut, *branch[-3:])
+        return out + (x if self.downsample is None else self.downsample(x))
 
     def _branch(self) -> list[nn.Module]:
         modules = [getattr(self, name) for name in self.branch]

@@ -10,7 +10,7 @@ from bcos_train.nn.logit import LogitLayer
 from bcos_train.nn.norm import *  # noqa: F403
 from bcos_train.nn.norm import __all__ as _NORMS
 
-add_shortcut, cached_weights, live_weights, why = fast.add_shortcut, fast.cached_weights, fast.live_weights, fast.why
+cached_weights, live_weights, why = fast.cached_weights, fast.live_weights, fast.why
 
 __all__ = [
     *_NORMS,
@@ -26,7 +26,6 @@ __all__ = [
     "LogitLayer",
     "NormedConv2d",
     "NormedLinear",
-    "add_shortcut",
     "cached_weights",
     "live_weights",
     "set_backend",

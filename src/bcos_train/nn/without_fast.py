@@ -34,10 +34,6 @@ def moments(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     return mean, var
 
 
-def add_shortcut(branch: Tensor, shortcut: Tensor, *last: nn.Module) -> Tensor:
-    return branch + shortcut
-
-
 @contextlib.contextmanager
 def cached_weights(model: nn.Module) -> Iterator[None]:
     yield

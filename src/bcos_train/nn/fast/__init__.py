@@ -5,7 +5,6 @@
   float16, ŵ·x in its place); the output is saved by the next layer anyway. ‖x‖ is one reduction over the channels and a
   box filter; its derivative is the adjoint box filter and one product with x.
 * `cached_weights`: what depends on the weights alone is computed once, for inference and explanations.
-* `add_shortcut`: residual sums in place.
 
 `dispatch` decides when all this applies. A derivative of a derivative (``create_graph=True``) goes through the
 definitions.
@@ -25,10 +24,8 @@ from bcos_train.nn.fast.dispatch import (
     why,
 )
 from bcos_train.nn.fast.moments import moments
-from bcos_train.nn.fast.residual import add_shortcut
 
 __all__ = [
-    "add_shortcut",
     "batch_norm_forward",
     "bcos_conv2d_forward",
     "bcos_linear_forward",
