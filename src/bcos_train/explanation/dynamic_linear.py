@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.ops import StochasticDepth
 
+from bcos_train.explanation.hooks import forward_hooks
 from bcos_train.explanation.mode import explanation_mode
 from bcos_train.explanation.precision import without_tf32
 from bcos_train.nn import (
@@ -168,12 +169,8 @@ def constant_term(model: nn.Module, x: Tensor, target: Tensor | int | None = Non
     leaves = [module for module in network.modules() if not any(True for _ in module.children())]
     leaves = [module for module in leaves if not _is_zero_at_zero(module)]
     with torch.inference_mode(False), torch.enable_grad(), without_tf32(), explanation_mode(network):
-        handles = [module.register_forward_hook(partial(_record_constant, constants, n_images)) for module in leaves]
-        try:
+        with forward_hooks(leaves, partial(_record_constant, constants, n_images)):
             logits = _check_logits(network(x.detach().clone().requires_grad_()), n_images)
-        finally:
-            for handle in handles:
-                handle.remove()
         indices = logits.detach().argmax(1) if target is None else _as_indices(target, logits)
         selected = logits.gather(1, indices[:, None])[:, 0]
         terms = x.new_zeros(n_images)

@@ -1,12 +1,16 @@
 """Explanation mode: gradients are those of the dynamic linear map W(x)."""
 
-from collections.abc import Callable, Iterator
-from contextlib import ContextDecorator, ExitStack, contextmanager
+import threading
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ContextDecorator, ExitStack, contextmanager
 from types import TracebackType
+from typing import Protocol, cast
 
 from torch import nn
 
-from bcos_train.nn import BcosConv2d, BcosLinear
+from bcos_train.nn import BcosConv2d, BcosLinear, Detachable
+from bcos_train.nn.detachable import DETACHED
 
 __all__ = ["evaluating", "explanation_mode", "is_explainable"]
 
@@ -28,18 +32,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _is_active(module: nn.Module) -> bool:
-    """True if a module is in explanation mode; modules without a state (centered batch norms) count as off."""
-    return bool(getattr(module, "is_in_explanation_mode", getattr(module, "detach", False)))
-
-
 class explanation_mode(ContextDecorator):
-    """Treat the dynamic weights of ``model`` as constants in gradients within the block, so d logit / d x is W(x).
+    """Within the block, gradients treat the dynamic weights of ``model`` as constants, so d logit / d x is W(x).
 
-    Every module with a ``set_explanation_mode`` method takes part. Modules are looked up at each entry, so later
-    replacements are included, and models wrapped in DDP or compiled in place need no unwrapping. On exit, also after an
-    exception, each module's previous state is restored: blocks can be nested, and one instance can be entered again
-    while it is active. Also usable as a decorator::
+    The mode belongs to the calling thread or asyncio task: what others compute with the same model is not affected.
+    Blocks nest, one instance can be entered again while it is active, and it also works as a decorator::
 
         with explanation_mode(model):
             ...
@@ -47,35 +44,128 @@ class explanation_mode(ContextDecorator):
         @explanation_mode(model)
         def contributions(x): ...
 
+    Modules are collected at each entry, so modules that were swapped in later take part, and a model wrapped in DDP or
+    compiled in place works too. Third-party modules with a ``set_explanation_mode`` method, such as those of the
+    official code, are switched through it; they store the mode themselves, so it is on for all threads until the last
+    block ends, and then what it was before.
+
     Args:
-        model: Any module; modules without detachable parts are unchanged.
+        model: Any module; one without detachable parts is left unchanged.
 
     Raises:
-        Exception: As raised by a module's ``set_explanation_mode(True)``, such as that of a centered batch norm in
-            training mode; modules that were already switched on are then restored.
+        RuntimeError: A centered batch norm would use batch statistics (:class:`bcos_train.nn.BatchNorm2d`).
+        Exception: Whatever a third-party module raises in ``set_explanation_mode(True)``; the mode is then off.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self._exits: list[ExitStack] = []
+        self._active = _Stack()
 
     def __enter__(self) -> nn.Module:
-        switches: list[tuple[Callable[[bool], object], bool]] = [
-            (switch, _is_active(module))
-            for module in self.model.modules()
-            if callable(switch := getattr(module, "set_explanation_mode", None))
-        ]
+        modules = [m for m in self.model.modules() if callable(getattr(m, "set_explanation_mode", None))]
+        own = [module for module in modules if _is_context_local(module)]
+        third_party = [cast(_Switchable, module) for module in modules if not _is_context_local(module)]
+        for module in own:
+            module.check_explanation_mode()
         with ExitStack() as stack:
-            # A parent may forward the call to its children, so parents, which come first in `switches`, must be
-            # restored first. An ExitStack runs in reverse order.
-            for switch, was_active in reversed(switches):
-                stack.callback(switch, was_active)
-            for switch, _ in switches:
-                switch(True)
-            self._exits.append(stack.pop_all())
+            if third_party:
+                stack.enter_context(_switched_on(third_party, own))
+            stack.enter_context(_detached(frozenset(own)))
+            self._active.blocks.append(stack.pop_all())
         return self.model
 
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._exits.pop().close()
+        self._active.blocks.pop().__exit__(exc_type, exc, traceback)
+
+
+class _Stack(threading.local):
+    """The blocks that are active in this thread, innermost last."""
+
+    def __init__(self) -> None:
+        self.blocks: list[AbstractContextManager[object]] = []
+
+
+_LOCK = threading.Lock()
+_USERS: Counter[Detachable] = Counter()  # number of blocks, in all threads, in which a module is detached
+
+
+@contextmanager
+def _detached(modules: frozenset[Detachable]) -> Iterator[None]:
+    _count_users(modules, 1)
+    token = DETACHED.set(DETACHED.get() | modules)
+    try:
+        yield
+    finally:
+        DETACHED.reset(token)
+        _count_users(modules, -1)
+
+
+def _count_users(modules: frozenset[Detachable], change: int) -> None:
+    with _LOCK:
+        for module in modules:
+            _USERS[module] += change
+            if _USERS[module]:
+                module._is_in_use = True
+            else:
+                del _USERS[module], module._is_in_use
+
+
+class _Switchable(Protocol):
+    """A third-party module that stores its own explanation mode."""
+
+    def set_explanation_mode(self, activate: bool = True) -> None: ...
+
+
+def _is_context_local(module: nn.Module) -> bool:
+    """True for modules of this package, and for subclasses that don't replace the switch."""
+    return isinstance(module, Detachable) and type(module).set_explanation_mode is Detachable.set_explanation_mode
+
+
+def _is_active(module: _Switchable) -> bool:
+    """State of one module; modules that keep none (a centered batch norm has nothing to detach) count as off."""
+    return bool(getattr(module, "is_in_explanation_mode", getattr(module, "detach", False)))
+
+
+_SWITCHED: dict[_Switchable, tuple[int, bool]] = {}  # number of active blocks in all threads, and the state before them
+
+
+@contextmanager
+def _switched_on(modules: Sequence[_Switchable], own: Iterable[Detachable]) -> Iterator[None]:
+    with _LOCK:
+        first = [module for module in modules if module not in _SWITCHED]
+        before = [(module, _is_active(module)) for module in first]
+        try:
+            _switch([(module, True) for module in first], own)
+        except BaseException:
+            _switch(before, own)
+            raise
+        _SWITCHED.update({module: (0, state) for module, state in before})
+        for module in modules:
+            count, state = _SWITCHED[module]
+            _SWITCHED[module] = count + 1, state
+    try:
+        yield
+    finally:
+        with _LOCK:
+            last = []
+            for module in modules:
+                count, state = _SWITCHED.pop(module)
+                if count > 1:
+                    _SWITCHED[module] = count - 1, state
+                else:
+                    last.append((module, state))
+            _switch(last, own)
+
+
+def _switch(states: Iterable[tuple[_Switchable, bool]], own: Iterable[Detachable]) -> None:
+    """Switch third-party modules, parents first; a parent may pass the call on to its children, also to ours."""
+    flags = [(module, module._is_set) for module in own]
+    try:
+        for module, state in states:
+            module.set_explanation_mode(state)
+    finally:
+        for child, flag in flags:
+            if child._is_set != flag:
+                child._is_set = flag

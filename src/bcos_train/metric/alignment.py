@@ -1,12 +1,12 @@
 """Alignment of the weights of B-cos layers with their inputs."""
 
 from collections import defaultdict
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from bcos_train.explanation import evaluating, without_tf32
+from bcos_train.explanation.hooks import forward_hooks
 from bcos_train.nn.functional import maxout
 from bcos_train.nn.layer import BcosLayer
 
@@ -33,20 +33,14 @@ def cosine_alignment(model: nn.Module, x: Tensor) -> dict[str, float]:
     sums: defaultdict[str, float] = defaultdict(float)
     counts: defaultdict[str, int] = defaultdict(int)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, BcosLayer)}
+    owners: dict[nn.Module, tuple[str, BcosLayer]] = {layer.linear: (name, layer) for name, layer in layers.items()}
 
-    def recorder(name: str, layer: BcosLayer) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def record(_: nn.Module, args: tuple[Tensor, ...], product: Tensor) -> None:
-            cosine = maxout(product, layer.max_out, layer.unit_dim) / layer.input_norm(args[0])
-            sums[name] += cosine.abs().float().mean().item() * cosine.numel()
-            counts[name] += cosine.numel()
+    def record(linear: nn.Module, args: tuple[Tensor, ...], product: Tensor) -> None:
+        name, layer = owners[linear]
+        cosine = maxout(product, layer.max_out, layer.unit_dim) / layer.input_norm(args[0])
+        sums[name] += cosine.abs().float().mean().item() * cosine.numel()
+        counts[name] += cosine.numel()
 
-        return record
-
-    handles = [layer.linear.register_forward_hook(recorder(name, layer)) for name, layer in layers.items()]
-    try:
-        with evaluating(model):
-            model(x)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with evaluating(model), forward_hooks(owners, record):
+        model(x)
     return {name: sums[name] / counts[name] for name in layers if counts[name]}

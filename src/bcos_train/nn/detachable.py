@@ -1,8 +1,13 @@
-"""The explanation switch of a single module."""
+"""The explanation switch: which modules hold their input-dependent factors constant, for the calling context."""
+
+from contextvars import ContextVar
 
 from torch import nn
 
-__all__ = ["Detachable"]
+__all__ = ["DETACHED", "Detachable"]
+
+#: The modules that the calling thread or task has in explanation mode; set by `explanation_mode`.
+DETACHED: ContextVar[frozenset[nn.Module]] = ContextVar("DETACHED", default=frozenset())
 
 
 class Detachable(nn.Module):
@@ -11,15 +16,35 @@ class Detachable(nn.Module):
     In explanation mode the factors that depend on the input (the B-cos scale, the standard deviation of a norm, the
     gate of an activation) are constants to autograd. The gradient of an output is then the dynamic linear map W(x)
     itself, with ``output = W(x) x`` plus the biases of the norms (Böhle et al., 2022, arXiv 2205.10268, eq. 13).
-    Outputs are the same in either mode. `bcos_train.explanation.explanation_mode` switches a whole model.
+    Outputs are the same in either mode.
+
+    `bcos_train.explanation.explanation_mode` switches a whole model for the calling thread or task alone;
+    `set_explanation_mode` switches one module for all of them.
     """
 
-    detach: bool = False  # a class attribute, so that this class can precede any torch module in a list of bases
+    # Class attributes, so that this class can precede any torch module in a list of bases.
+    _is_set = False
+    #: True while any thread has the module in `DETACHED`. Compiled code is guarded by this flag, and need not read the
+    #: context otherwise, which breaks the graph in older compilers.
+    _is_in_use = False
+
+    @property
+    def detach(self) -> bool:
+        """True if the module is in explanation mode, as seen from the calling thread or task."""
+        return self._is_set or (self._is_in_use and self in DETACHED.get())
+
+    is_in_explanation_mode = detach
 
     def set_explanation_mode(self, activate: bool = True) -> None:
         """Switch explanation mode of this module on or off (not of its children)."""
-        self.detach = activate
+        if activate:
+            self.check_explanation_mode()
+        self._is_set = activate
 
-    @property
-    def is_in_explanation_mode(self) -> bool:
-        return self.detach
+    def check_explanation_mode(self) -> None:
+        """Raise a RuntimeError if the output would not be linear in the input in explanation mode."""
+
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        replica = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica._is_set = self.detach  # replicas run in threads of their own
+        return replica

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from bcos_train.explanation.hooks import forward_hooks
 from bcos_train.explanation.method.base import (
     CannotExplain,
     attribution_context,
@@ -111,12 +112,8 @@ def _count_calls(
     """Count the calls of each module of these types in a forward pass."""
     calls: Counter[nn.Module] = Counter()
     modules = [module for module in model.modules() if type(module) in module_types]
-    handles = [module.register_forward_hook(lambda module, *_: calls.update([module])) for module in modules]
-    try:
+    with forward_hooks(modules, lambda module, *_: calls.update([module])):
         select_targets(model(x), targets)  # validates logits and targets
-    finally:
-        for handle in handles:
-            handle.remove()
     return calls
 
 

@@ -76,18 +76,13 @@ class RunningNorm2d(Norm2d):
         self.register_buffer("running_var", var)
         self.register_buffer("num_batches_tracked", count)
 
-    def set_explanation_mode(self, activate: bool = True) -> None:
-        if activate and self.uses_batch_statistics:
-            self._refuse_batch_statistics()
-        super().set_explanation_mode(activate)
-
     def forward(self, x: Tensor) -> Tensor:
         self.check_input(x)
         if not self.uses_batch_statistics:
             return self._normalize_by_running(x)
-        if self.detach:
-            self._refuse_batch_statistics()
-        mean, var, count = self._batch_statistics(x)
+        if detach := self.detach:
+            self.check_explanation_mode()
+        mean, var, count = self._batch_statistics(x.detach() if detach else x)
         if self.training and self.running_var is not None:
             self.update_running_statistics(mean, var, count)
         return normalize(x, mean if self.centered else None, var, self.weight, self.bias, self.eps)
@@ -108,8 +103,8 @@ class RunningNorm2d(Norm2d):
             and dist.get_world_size(self.process_group) > 1
         )
 
-    def _refuse_batch_statistics(self) -> None:
-        if self.centered:
+    def check_explanation_mode(self) -> None:
+        if self.centered and self.uses_batch_statistics:
             raise RuntimeError(
                 f"{type(self).__name__} would use batch statistics in explanation mode: the output of a sample would "
                 "depend on the other samples through the mean. Call model.eval() first, and keep "
@@ -126,10 +121,9 @@ class RunningNorm2d(Norm2d):
 
     def _batch_statistics(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | int]:
         """Return mean, biased variance and the number of values per statistic."""
-        values = x.detach() if self.detach else x
         if self.is_synchronized:
-            return combined_statistics(*local_statistics(values, self.dims), self.process_group)
-        mean, var, count = local_statistics(values, self.dims)
+            return combined_statistics(*local_statistics(x, self.dims), self.process_group)
+        mean, var, count = local_statistics(x, self.dims)
         if self.centered and self.training and count < 2:
             raise ValueError(f"{type(self).__name__} in training needs more than one value, got {tuple(x.shape)}.")
         return mean, var, count
