@@ -87,7 +87,6 @@ def test_logit_is_linear_in_the_input(model: Any) -> None:
         logits = model(x)
     for target in (None, model.num_classes - 1):
         result = explain(model, x, target)
-        # Norms are folded there, and the deepest networks magnify a rounding a million times.
         assert relative_error(result.logits, logits) < 1e-7
         linear, constant = (x * result.weights).sum((1, 2, 3)), constant_term(model, x, target)
         # Relative to the linear part itself, which can be much smaller than the bias of the logits.

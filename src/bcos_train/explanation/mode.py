@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ContextDecorator, ExitStack, contextmanager
 from types import TracebackType
-from typing import Protocol, cast
+from typing import Protocol, TypeGuard, cast
 
 from torch import nn
 
@@ -118,7 +118,7 @@ class _Switchable(Protocol):
     def set_explanation_mode(self, activate: bool = True) -> None: ...
 
 
-def _is_context_local(module: nn.Module) -> bool:
+def _is_context_local(module: nn.Module) -> TypeGuard[Detachable]:
     """True for modules of this package, and for subclasses that don't replace the switch."""
     return isinstance(module, Detachable) and type(module).set_explanation_mode is Detachable.set_explanation_mode
 

@@ -9,7 +9,7 @@ Axes: N images, C channels, H height, W width, K classes.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -54,10 +54,6 @@ class DenseLayer(nn.Module):
     def forward(self, *features: Tensor) -> Tensor:
         out = self.conv1(self.norm1(torch.cat(features, dim=1)))
         return F.dropout(self.conv2(self.norm2(out)), self.drop_rate, self.training)
-
-    def chains(self) -> Iterator[Sequence[nn.Module]]:
-        """Yield sequences of modules for :func:`~bcos_train.nn.cached_weights`."""
-        yield self.norm1, self.conv1, self.norm2, self.conv2
 
 
 class DenseBlock(CheckpointedBlocks):
@@ -173,10 +169,6 @@ class BcosDenseNet(BcosConvNet):
 
     def get_feature_extractor(self) -> nn.Module:
         return self.features
-
-    def chains(self) -> Iterator[Sequence[nn.Module]]:
-        """Yield sequences of modules for :func:`~bcos_train.nn.cached_weights`."""
-        yield list(self.features)
 
     def group_matcher(self, coarse: bool = False) -> GroupMatcher:
         """Group the stem, each layer (``coarse``: each block) with the transition or norm after it, and the head."""

@@ -9,7 +9,7 @@ strictly and the same seed gives the same initial weights.
 Axes: N images, C channels, H height, W width, K classes.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 from torch import Tensor, nn
@@ -54,12 +54,6 @@ class ResidualBlock(nn.Module):
     def _branch(self) -> list[nn.Module]:
         modules = [getattr(self, name) for name in self.branch]
         return modules if self.stochastic_depth is None else [*modules, self.stochastic_depth]
-
-    def chains(self) -> Iterator[Sequence[nn.Module]]:
-        """Yield sequences of modules for :func:`~bcos_train.nn.cached_weights`."""
-        yield self._branch()
-        if isinstance(self.downsample, nn.Sequential):
-            yield list(self.downsample)
 
 
 class BasicBlock(ResidualBlock):
@@ -239,10 +233,6 @@ class BcosResNet(BcosConvNet):
     def group_matcher(self, coarse: bool = False) -> GroupMatcher:
         """Group the stem, each block (``coarse``: each stage) and the head."""
         return {"stem": r"(?:conv1|bn1)\.", "blocks": r"layer(\d+)\." if coarse else r"layer(\d+)\.(\d+)\."}
-
-    def chains(self) -> Iterator[Sequence[nn.Module]]:
-        """Yield sequences of modules for :func:`~bcos_train.nn.cached_weights`."""
-        yield self._feature_modules()
 
     def _feature_modules(self) -> list[nn.Module]:
         # Not one line with `:=`, at which torch.compile would split the graph on Python 3.11.

@@ -9,7 +9,7 @@ official models.
 Axes: N images, C channels, H height, W width, K classes.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 from torch import nn
@@ -97,10 +97,6 @@ class BcosVGG(BcosConvNet):
 
     def get_feature_extractor(self) -> nn.Module:
         return self.features
-
-    def chains(self) -> Iterator[Sequence[nn.Module]]:
-        """Yield sequences of modules for :func:`~bcos_train.nn.cached_weights`."""
-        yield list(self.features)
 
     def group_matcher(self, coarse: bool = False) -> GroupMatcher:
         """Group the stem, each further convolution with its norm (``coarse``: each stage), and the head."""

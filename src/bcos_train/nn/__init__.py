@@ -1,5 +1,6 @@
 """B-cos layers and norms (pure torch)."""
 
+from bcos_train.nn import norm
 from bcos_train.nn.activation import DetachableGELU, DetachableReLU
 from bcos_train.nn.backend import BACKENDS, Backend, fast, set_backend
 from bcos_train.nn.conv import BcosConv2d, NormedConv2d
@@ -8,12 +9,14 @@ from bcos_train.nn.layer import BcosLayer
 from bcos_train.nn.linear import BcosLinear, Linear, NormedLinear
 from bcos_train.nn.logit import LogitLayer
 from bcos_train.nn.norm import *  # noqa: F403
-from bcos_train.nn.norm import __all__ as _NORMS
 
 cached_weights, live_weights, why = fast.cached_weights, fast.live_weights, fast.why
 
 __all__ = [
-    *_NORMS,
+    *norm.base.__all__,
+    *norm.group.__all__,
+    *norm.names.__all__,
+    *norm.running.__all__,
     "BACKENDS",
     "Backend",
     "BcosConv2d",

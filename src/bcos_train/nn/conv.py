@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from bcos_train.nn.backend import fast
+from bcos_train.nn.backend import Accelerated, fast
 from bcos_train.nn.functional import PaddingMode, bcos_transform, is_linear, maxout, patch_norm
 from bcos_train.nn.layer import BcosLayer
 
@@ -12,7 +12,7 @@ __all__ = ["BcosConv2d", "NormedConv2d"]
 Size = int | tuple[int, int]
 
 
-class NormedConv2d(nn.Conv2d):
+class NormedConv2d(Accelerated, nn.Conv2d):
     """`nn.Conv2d` whose weight is scaled to unit norm per output channel at every call: ŵ·x."""
 
     def forward(self, x: Tensor) -> Tensor:

@@ -45,6 +45,6 @@ class Detachable(nn.Module):
         """Raise a RuntimeError if the output would not be linear in the input in explanation mode."""
 
     def _replicate_for_data_parallel(self) -> nn.Module:
-        replica = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica = super()._replicate_for_data_parallel()
         replica._is_set = self.detach  # replicas run in threads of their own
         return replica

@@ -11,7 +11,7 @@ from bcos_train.nn.layer import BcosLayer
 __all__ = ["BcosLinear", "Linear", "NormedLinear"]
 
 
-class NormedLinear(nn.Linear):
+class NormedLinear(Accelerated, nn.Linear):
     """`nn.Linear` whose weight is scaled to unit norm per output unit at every call: ŵ·x."""
 
     def forward(self, x: Tensor) -> Tensor:

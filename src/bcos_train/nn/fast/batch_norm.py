@@ -10,8 +10,7 @@ from torch import Tensor
 
 from bcos_train.nn.fast.gpu_batch_norm import gpu_batch_norm, gpu_batch_norm_backward
 from bcos_train.nn.fast.gpu_device import is_on_gpu
-from bcos_train.nn.fast.kernels import Kernels
-from bcos_train.nn.fast.unit_weight import reference_backward
+from bcos_train.nn.fast.kernels import Kernels, reference_backward
 from bcos_train.nn.functional import statistics_dtype
 
 __all__ = ["uncentered_batch_norm"]

@@ -11,9 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bcos_train.nn.fast.kernels import Kernels, detached_scale, memory_format, scale_backward, scale_output, to_chosen
+from bcos_train.nn.fast.kernels import (
+    Kernels,
+    detached_scale,
+    memory_format,
+    reference_backward,
+    scale_backward,
+    scale_output,
+    to_chosen,
+)
 from bcos_train.nn.fast.maxout import from_blocked, maxout_with_indices, to_blocked
-from bcos_train.nn.fast.unit_weight import reference_backward
 from bcos_train.nn.functional import PATCH_EPS, bcos_transform, maxout, patch_norm, statistics_dtype
 
 __all__ = ["Convolution", "bcos_conv2d", "can_box", "detached_bcos_conv2d"]

@@ -28,9 +28,8 @@ from bcos_train.nn.fast.batch_norm import uncentered_batch_norm
 from bcos_train.nn.fast.conv import Convolution, bcos_conv2d, can_box, detached_bcos_conv2d
 from bcos_train.nn.fast.gpu_device import GPU_TYPES, uses_triton
 from bcos_train.nn.fast.gpu_kernels import GPU
-from bcos_train.nn.fast.kernels import EAGER, Kernels, compiled_kernels
+from bcos_train.nn.fast.kernels import EAGER, Kernels, compiled_kernels, normalize, normalize_on_gpu
 from bcos_train.nn.fast.linear import bcos_linear, detached_bcos_linear, linear
-from bcos_train.nn.fast.unit_weight import normalize, normalize_on_gpu
 from bcos_train.nn.functional import is_linear, normalize_weight
 from bcos_train.utils.compiling import prepare_to_compile
 
@@ -46,7 +45,6 @@ __all__ = [
     "bcos_conv2d_forward",
     "bcos_linear_forward",
     "has_hooks",
-    "is_folded",
     "is_traced_or_transformed",
     "linear_forward",
     "prepare_backend",
@@ -70,7 +68,7 @@ def has_hooks(module: Any) -> bool:
 
 
 class _Cache(threading.local):
-    """Weights and norms that `bcos_train.nn.fast.cached_weights` has replaced, in this thread.
+    """Weights that `bcos_train.nn.fast.cached_weights` has replaced, in this thread.
 
     Not stored in the modules: another thread that uses the same model, or a copy of the model, must not see them.
     """
@@ -78,16 +76,9 @@ class _Cache(threading.local):
     def __init__(self) -> None:
         #: The weight that each module computes with.
         self.weights: dict[nn.Module, Tensor] = {}
-        #: Norms folded into the preceding layer.
-        self.norms: set[nn.Module] = set()
 
 
 CACHE = _Cache()
-
-
-def is_folded(norm: nn.Module) -> bool:
-    """True if the preceding layer has taken over the norm's scaling; see `cached_weights`."""
-    return not is_traced_or_transformed() and norm in CACHE.norms
 
 
 def _cached_weight(module: Any) -> Tensor | None:
@@ -107,7 +98,7 @@ def unit_weight(module: Any) -> Tensor:
     if (cached := _cached_weight(module)) is not None:
         return cached
     weight = module.weight
-    if is_traced_or_transformed():
+    if _obstacle(module) is not None:
         return normalize_weight(weight)
     if weight.device.type in GPU_TYPES:  # in the dtype to which autocast would cast it
         return normalize_on_gpu(weight, _autocast_dtype(weight) or weight.dtype)
@@ -199,8 +190,6 @@ def why(layer: nn.Module, x: Tensor) -> str:
     )
     for kind, decide in deciders:
         if isinstance(layer, kind):
-            if is_folded(layer):
-                return "fast: folded into the preceding convolution"
             obstacle = decide(layer)
             return f"fast: backend={layer.backend!r}" if obstacle is None else f"definition: {obstacle}"
     raise ValueError(
@@ -244,15 +233,7 @@ def linear_forward(layer: "Linear", x: Tensor) -> Tensor | None:
 
 
 def batch_norm_forward(layer: "BatchNormUncentered2d", x: Tensor) -> Tensor | None:
-    """As `bcos_conv2d_forward`; a folded norm returns its input.
-
-    Raises:
-        RuntimeError: The norm has been folded in evaluation mode and is in training mode now.
-    """
-    if is_folded(layer):
-        if layer.uses_batch_statistics:
-            raise RuntimeError(f"{type(layer).__name__} can't be put into training mode within cached_weights().")
-        return x
+    """As `bcos_conv2d_forward`."""
     if _batch_norm_obstacle(layer) is not None:
         return None
     layer.check_input(x)

@@ -6,10 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bcos_train.nn.fast.kernels import Kernels, detached_scale, scale_backward, scale_output, to_chosen
+from bcos_train.nn.fast.kernels import (
+    Kernels,
+    detached_scale,
+    reference_backward,
+    scale_backward,
+    scale_output,
+    to_chosen,
+)
 from bcos_train.nn.fast.matmul import linear_transform
 from bcos_train.nn.fast.maxout import from_blocked, maxout_with_indices, to_blocked
-from bcos_train.nn.fast.unit_weight import reference_backward
 from bcos_train.nn.functional import bcos_transform, feature_norm, maxout
 
 __all__ = ["bcos_linear", "detached_bcos_linear", "linear"]
