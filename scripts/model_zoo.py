@@ -221,14 +221,14 @@ def check_settings(settings: Sequence[str], names: Sequence[str], reserved: Mapp
 
     composer = Composer(ROOT / "configs")
     top_level = inspect.signature(TrainConfig).parameters
-    rewritten, problems = read_overrides(settings, composer, top_level, lambda: composer.compose("train"))
+    rewritten, problems = read_overrides(settings, composer, top_level, lambda: composer.defaults("train"))
     for text in rewritten:
         override, value = composer.parse(text), text.partition("=")[2]
         if option := ({"model": "--models"} | dict(reserved)).get(override.key_or_group):
             problems.append(Problem(override.key_or_group, f"set by {option}", value))
         elif override.is_sweep_override():
             problems.append(Problem(override.key_or_group, "only one value; run the command once for each", value))
-    problems += check_choices(rewritten.values(), composer, may_sweep=True)
+    problems += check_choices(rewritten.values(), composer, lambda: composer.defaults("train"))
     rows: dict[str, list[str]] = {str(problem): list(names) for problem in problems}
     for name in names if not problems else ():
         try:

@@ -59,7 +59,7 @@ def test_command(name: str, arguments: str) -> None:
     if sweep == "-m":  # the first of several values
         texts = [text if "=[" in text else text.partition(",")[0] for text in single]
     keys = inspect.signature(ROOTS[name]).parameters
-    written, problems = read_overrides(texts, COMPOSER, keys, lambda: COMPOSER.compose(name))
-    problems += check_choices(written.values(), COMPOSER)
+    written, problems = read_overrides(texts, COMPOSER, keys, lambda: COMPOSER.defaults(name))
+    problems += check_choices(written.values(), COMPOSER, lambda: COMPOSER.defaults(name))
     assert problems == []
     assert check(COMPOSER.compose(name, list(written.values())), root=ROOTS[name]) == []

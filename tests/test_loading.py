@@ -199,7 +199,7 @@ def test_explanation(target: Any, resnet20: LoadedClassifier) -> None:
         ("nowhere.png", "nowhere.png: no such file"),
         (__file__, "test_loading.py: not an image ("),
         ([picture(20, 18), picture(18, 20)], "images must have the same size after the preprocessing of resnet20, got"),
-        ([], "images must have the same size after the preprocessing of resnet20, got none"),
+        ([], "no images: expected at least one"),
         ([3], "an image is a PIL image or a path, got int"),
         (torch.rand(2, 3, 8, 8), "must be uint8 (N, 3, H, W) or float (N, 6, H, W), N >= 1, got torch.float32 (2, "),
         (torch.zeros(3, 8, 8, dtype=torch.uint8), "got torch.uint8 (3, 8, 8)"),

@@ -160,9 +160,11 @@ class LoadedClassifier:
         if isinstance(images, Tensor):
             return self.encode(images)
         batch = [images] if isinstance(images, (Image.Image, str, os.PathLike)) else list(images)
+        if not batch:
+            raise ValueError("no images: expected at least one")
         crops = [self.preprocess(image) for image in batch]
         if len({crop.shape for crop in crops}) != 1:
-            sizes = ", ".join("x".join(map(str, crop.shape[1:])) for crop in crops) or "none"
+            sizes = ", ".join("x".join(map(str, crop.shape[1:])) for crop in crops)
             raise ValueError(f"images must have the same size after the preprocessing of {self.name}, got {sizes}")
         return self.encode(torch.stack(crops))
 

@@ -48,8 +48,29 @@ MISTAKES = {
     "missing value": (["seed=???"], "seed: needs a value (a whole number): add seed=…"),
     "sweep without -m": (
         ["seed=1,2"],
-        "seed=1,2: several values; add -m for a run with each, or",
+        "seed=1,2: several values; add -m for a run with each\n",
     ),
+    "list without brackets": (
+        ["optimizer.betas=0.9,0.99"],
+        "optimizer.betas=0.9,0.99: several values; add -m for a run with each, or write optimizer.betas=[0.9,0.99] for "
+        "a list\n",
+    ),
+    "comma in a text": (
+        ["dataset=cifar10", "dataset.root=/data/a,b"],
+        "dataset.root=/data/a,b: several values; add -m for a run with each, or quote a value that contains a comma "
+        "twice: 'dataset.root=\"/data/a,b\"'\n",
+    ),
+    "choices without -m": (["model=net,resnet18"], "model=net,resnet18: several values; add -m for a run with each\n"),
+    "recipes without -m": (
+        ["recipe=long,sweep"],
+        "recipe=long,sweep: several values; add -m for a run with each, or write recipe=[long,sweep] for all\n",
+    ),
+    "list of choices": (
+        ["model=[net,resnet18]"],
+        "model=[net,resnet18]: takes one choice; -m model=net,resnet18 starts a run with each\n",
+    ),
+    "list of wrong choices": (["model=[net,vit]"], f"model=vit: no such choice {CHOICES}\n"),
+    "no choice": (["model=null"], f"model=null: no such choice {CHOICES}\n"),
     "flag": (["--lr", "0.1"], "--lr: no such option; settings are written without dashes: lr=…"),
     "flag with value": (["--seed=1"], "--seed=1: no such option; settings are written without dashes: seed=1"),
     "bad flag value": (
@@ -78,9 +99,16 @@ MISTAKES = {
 def test_a_mistake_gives_its_message_and_exit_code_2(command: Command, arguments: list[str], message: str) -> None:
     code, err = command(*arguments)
     assert (code, command.seen) == (2, [])
-    assert err.splitlines()[0].startswith(message)
+    assert err.startswith(message)
     assert "Traceback" not in err
     assert "HYDRA_FULL_ERROR" not in err
+
+
+def test_the_key_from_which_others_are_derived(command: Command) -> None:
+    with (command.configs / "train.yaml").open("a") as file:
+        file.write("trainer: {span: '${trainer.seconds}', seconds: '${seed}'}\n")
+    for key in ("span", "spam", "seconds"):
+        assert command(f"{key}=3") == (2, f"{key}: unknown key or config group; did you mean seed?\n")
 
 
 def test_all_problems_at_once(command: Command) -> None:

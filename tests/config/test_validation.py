@@ -199,3 +199,10 @@ class TestRoot:
 )
 def test_is_compatible(result: Any, annotation: Any, is_partial: bool, expected: bool) -> None:
     assert is_compatible(result, annotation, is_partial) is expected
+
+
+def test_choices_spelled_in_two_ways_are_listed_once() -> None:
+    def root(precision: Literal[32, 16, "32", "16", "bf16"]) -> None: ...
+
+    (problem,) = check({"precision": "16-mixed"}, root=root)
+    assert str(problem) == "precision=16-mixed: expected 32, 16 or bf16; did you mean 16?"

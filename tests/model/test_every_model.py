@@ -52,6 +52,12 @@ def model(request: pytest.FixtureRequest) -> Any:
     return model.eval()
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
+def test_integers_are_refused(model: Any, dtype: torch.dtype) -> None:
+    with pytest.raises(ValueError, match=f"takes floating-point images, got {dtype}"):
+        model(batch(model).to(dtype))
+
+
 def test_cached_weights_change_nothing(model: Any) -> None:
     """Return logits and the dynamic weights of two classes."""
     x = batch(model).requires_grad_()

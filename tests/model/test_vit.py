@@ -390,5 +390,5 @@ def test_a_new_classifier_keeps_the_temperature() -> None:
 @pytest.mark.parametrize("name", ["vitc_ti_patch1_14", "simple_vit_ti_patch16_224", "standard_vitc_ti_patch1_14"])
 @pytest.mark.parametrize("shape", [(1, 4, 32, 32), (6, 32, 32)], ids=str)
 def test_wrong_inputs(name: str, shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="got an input of shape"):
+    with pytest.raises(ValueError, match="the model takes \\(N, 6, H, W\\), got"):
         create_model(name)(torch.zeros(shape))

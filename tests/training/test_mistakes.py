@@ -25,6 +25,7 @@ from .runs import TINY, compose, final_state, run_folder, signal_at
         ("model.b=0.5", "model: .*0.5"),
         ("name=a/b", "name=a/b: expected a prefix"),
         ("name=''", "name=: expected a prefix"),
+        ("dataset.val_fraction=0.999", "dataset: digits has no training images"),
     ],
 )
 def test_one_line_and_no_run_folder(override: str, message: str, tmp_path: Path) -> None:
@@ -32,6 +33,15 @@ def test_one_line_and_no_run_folder(override: str, message: str, tmp_path: Path)
         train(compose(tmp_path, *TINY, override))
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_single_class(tmp_path: Path) -> None:
+    for part in ("train", "val"):
+        (tmp_path / part / "cat").mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(tmp_path / part / "cat" / "0.png")
+    overrides = ("dataset=imagefolder", f"dataset.root={tmp_path}", "augmentation=plain", "trainer.accelerator=cpu")
+    with pytest.raises(UserError, match="dataset: cat is the only class; a classifier needs at least two"):
+        train(compose(tmp_path / "runs", *overrides))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

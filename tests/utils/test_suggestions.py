@@ -21,6 +21,10 @@ MODELS = ["resnet18", "resnet50", "resnet152", "densenet121", "vitc_l_patch1_14"
         ("learning_rate", ["rate", "lr"], "lr"),
         ("wd", ["width", "weight_decay"], "weight_decay"),
         ("adam", ["AdamW", "Adam"], "Adam"),
+        ("epochs", ["warmup_epochs", "max_epochs"], "max_epochs"),
+        ("16-mixed", ["32", "16", "bf16"], "16"),
+        ("bf16-mixed", ["32", "16", "bf16"], "bf16"),
+        ("fp16", ["32", "bf16", "16"], "16"),
         ("adam_w", ["Adam", "AdamW"], "AdamW"),
     ],
 )

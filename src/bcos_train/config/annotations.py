@@ -130,7 +130,7 @@ def describe(annotation: object, for_node: bool = False) -> str:
     origin, arguments = get_origin(annotation) or annotation, get_args(annotation)
     name = getattr(origin, "__name__", str(origin))
     if origin is Literal:
-        return join_words(map(_as_text, arguments))
+        return join_words(dict.fromkeys(map(_as_text, arguments)))
     if inspect.isclass(origin) and origin in _NAMES:
         return _NAMES[origin]
     if origin is tuple and arguments and arguments[-1] is not Ellipsis:
@@ -162,8 +162,7 @@ def _can_be_typed(annotation: object) -> bool:
 
 def _did_you_mean(value: object, annotation: object) -> str:
     inner = _without_metadata(annotation)
-    choices = get_args(inner) if get_origin(inner) is Literal else ()
-    return suggest(str(value), [choice for choice in choices if isinstance(choice, str)])
+    return suggest(str(value), map(_as_text, get_args(inner) if get_origin(inner) is Literal else ()))
 
 
 def _as_text(value: object) -> str:

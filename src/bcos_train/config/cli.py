@@ -26,7 +26,7 @@ from bcos_train.config.composition import (
     to_job_config,
 )
 from bcos_train.config.errors import UserError
-from bcos_train.config.overrides import check_choices, plugins_in_overrides, read_overrides
+from bcos_train.config.overrides import check_choices, check_values, plugins_in_overrides, read_overrides
 from bcos_train.config.plugins import KEY as PLUGINS
 from bcos_train.config.plugins import load_plugins, plugins_in_folder
 from bcos_train.config.validation import Problem, check
@@ -146,14 +146,23 @@ def _preflight(
     if name.removesuffix(".yaml") not in (choices := composer.main_configs):
         raise UserError(f"--config-name {name}: no such config{suggest(name, choices)} (choices: {', '.join(choices)})")
     top_level = inspect.signature(root).parameters
-    rewritten, problems = read_overrides(arguments.overrides, composer, top_level, lambda: _defaults(composer, name))
+    defaults = functools.cache(lambda: _defaults(composer, name))
+    rewritten, problems = read_overrides(arguments.overrides, composer, top_level, defaults)
     _raise(problems)
     overrides = [rewritten[text] for text in arguments.overrides]
-    _raise(check_choices(overrides, composer, may_sweep=True))
+    _raise(check_choices(overrides, composer, defaults))
+
+    def is_valid(job: list[str], key: str) -> bool:
+        try:
+            problems = check(composer.compose(name, job), root=root)
+        except UserError:
+            return False
+        return not any(f"{problem.path}.".startswith(f"{key}.") for problem in problems)
+
     is_sweep = arguments.multirun or composer.is_sweep(name, overrides)
     all_problems: list[Problem] = []
     for job in composer.jobs(name, overrides)[:MAX_PREFLIGHT] if is_sweep else [overrides]:
-        problems = check_choices(job, composer)
+        problems = check_choices(job, composer, defaults) or check_values(job, composer, defaults, is_valid)
         if not problems:
             config = composer.compose(name, job)
             _load_plugins(config, job, composer.extra_dir)
@@ -189,7 +198,7 @@ def _load_plugins(config: Mapping[str, object], overrides: Sequence[str], extra_
 def _defaults(composer: Composer, name: str) -> dict[str, object]:
     """Compose the config without overrides; empty if it is incomplete without them."""
     try:
-        return composer.compose(name)
+        return composer.defaults(name)
     except UserError:
         return {}
 

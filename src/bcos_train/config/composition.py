@@ -153,6 +153,15 @@ class Composer:
         finally:
             hydra_config.cfg = before
 
+    def defaults(self, config_name: str) -> dict[str, Any]:
+        """Return the config without overrides, interpolations unresolved, without the ``hydra`` node.
+
+        Raises:
+            UserError: The files do not make a config.
+        """
+        config: Any = OmegaConf.to_container(self._load(config_name, (), RunMode.RUN), resolve=False)
+        return {key: value for key, value in config.items() if key != "hydra"}
+
     def is_sweep(self, config_name: str, overrides: Sequence[str]) -> bool:
         """True if the config itself asks for several jobs (``hydra.mode: MULTIRUN``)."""
         return self._load(config_name, overrides, RunMode.MULTIRUN).hydra.mode == RunMode.MULTIRUN

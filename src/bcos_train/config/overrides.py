@@ -5,7 +5,8 @@ Keys and values are not validated here: overrides of keys that the config does n
 file lists it.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from bcos_train.config.composition import Composer, Override, OverrideError, OverrideType, parse_override
 from bcos_train.config.containers import join
@@ -13,7 +14,7 @@ from bcos_train.config.plugins import KEY as PLUGINS
 from bcos_train.config.validation import Problem
 from bcos_train.utils.suggestions import join_words, nearest, suggest
 
-__all__ = ["check_choices", "plugins_in_overrides", "read_overrides"]
+__all__ = ["check_choices", "check_values", "plugins_in_overrides", "read_overrides"]
 
 
 def read_overrides(
@@ -25,7 +26,8 @@ def read_overrides(
         overrides: As typed: ``key=value``, ``group=choice``, ``+…``, ``++…``, ``~…``.
         composer: Lists the config groups.
         top_level: The top-level keys of the config.
-        config: Composes the config without overrides; called only to look up where an unknown key belongs.
+        config: Composes the config without overrides, interpolations unresolved; called only to look up where an
+            unknown key belongs.
     """
     rewritten: dict[str, str] = {}
     problems: list[Problem] = []
@@ -44,24 +46,67 @@ def read_overrides(
     return rewritten, problems
 
 
-def check_choices(overrides: Iterable[str], composer: Composer, may_sweep: bool = False) -> list[Problem]:
-    """Return problems: choices that their group does not have, and several values for one key outside a sweep."""
+def check_choices(
+    overrides: Iterable[str], composer: Composer, config: Callable[[], Mapping[str, object]]
+) -> list[Problem]:
+    """Return problems: choices that their group does not have, and several choices of a group that takes one.
+
+    Args:
+        overrides: In any form that the composer parses.
+        composer: Lists the config groups.
+        config: Composes the config without overrides; called only if a group has several choices.
+    """
     problems = []
     for text in overrides:
         override = composer.parse(text)
         group = override.key_or_group
-        if override.is_sweep_override():
-            if not may_sweep:
-                key, _, values = text.lstrip("+").partition("=")
-                hint = f"several values; add -m for a run with each, or write {key}=[{values}] for a list"
-                problems.append(Problem(key, hint, values))
-        elif group in composer.groups and not override.is_delete():
-            value = override.value()
-            problems += [
-                _no_choice(group, str(choice), composer)
-                for choice in (value if isinstance(value, list) else [value])
-                if choice is not None and str(choice).removesuffix(".yaml") not in composer.choices(group)
-            ]
+        if override.is_sweep_override() or group not in composer.groups or override.is_delete():
+            continue
+        value = override.value()
+        choices = [
+            "null" if choice is None else str(choice) for choice in (value if isinstance(value, list) else [value])
+        ]
+        wrong = [
+            _no_choice(group, choice, composer)
+            for choice in choices
+            if choice.removesuffix(".yaml") not in composer.choices(group)
+        ]
+        if len(choices) > 1 and not wrong and not _is_mergeable(group, config()):
+            hint = f"takes one choice; -m {group}={','.join(choices)} starts a run with each"
+            problems.append(Problem(group, hint, f"[{','.join(choices)}]"))
+        problems += wrong
+    return problems
+
+
+def check_values(
+    overrides: Sequence[str],
+    composer: Composer,
+    config: Callable[[], Mapping[str, object]],
+    is_valid: Callable[[list[str], str], bool],
+) -> list[Problem]:
+    """Return a problem for each key that has several values (``key=a,b``), for jobs outside a sweep.
+
+    Args:
+        overrides: All overrides of the job.
+        composer: Lists the config groups.
+        config: Composes the config without overrides.
+        is_valid: Takes overrides without several values, and a key: True if its value is valid.
+    """
+    swept = [text for text in overrides if composer.parse(text).is_sweep_override()]
+    others = [text for text in overrides if text not in swept]
+    problems = []
+    for text in swept:
+        prefix, _, values = text.partition("=")
+        key = prefix.lstrip("+")
+        hint = "several values; add -m for a run with each"
+        quoted = values.replace("'", r"\'")
+        if key in composer.groups:
+            hint += f", or write {key}=[{values}] for all" if _is_mergeable(key, config()) else ""
+        elif is_valid([*others, f"{prefix}=[{values}]"], key):
+            hint += f", or write {key}=[{values}] for a list"
+        elif is_valid([*others, f"{prefix}='{quoted}'"], key):
+            hint += f", or quote a value that contains a comma twice: '{key}=\"{values}\"'"
+        problems.append(Problem(key, hint, values))
     return problems
 
 
@@ -78,6 +123,12 @@ def plugins_in_overrides(overrides: Iterable[str]) -> list[str]:
         value = None if override.is_sweep_override() else override.value()
         names += [str(name) for name in (value if isinstance(value, list) else [])]
     return names
+
+
+def _is_mergeable(group: str, config: Mapping[str, object]) -> bool:
+    """True if choices can be combined, as in ``logger=[tensorboard,wandb]``; False if each describes one object."""
+    node = config.get(group)
+    return not (isinstance(node, Mapping) and "_target_" in node)
 
 
 def _no_choice(group: str, choice: str, composer: Composer) -> Problem:
@@ -122,18 +173,40 @@ def _check_key(
         return None
     if "/" in key:
         return Problem(key, f"unknown config group{suggest(key, composer.groups)}")
-    # The last part is often right and only its prefix missing: lr for optimizer.lr.
-    deeper = [path for path in _paths(config()) if path.endswith(f".{key}")][:3]
     names = [*top_level, *(group for group in composer.groups if not group.startswith("hydra"))]
-    hint = f"; did you mean {join_words(deeper)}?" if deeper else suggest(first, names)
+    values = _paths(config())
+    # The last part is often right and only its prefix missing: lr for optimizer.lr.
+    deeper = [path for path in values if path.endswith(f".{key}")]
+    near = deeper or _nearest_paths(first, names, () if "." in key else values)
+    sources = list(dict.fromkeys(_source(path, values) for path in near))[:3]
+    hint = f"; did you mean {join_words(sources)}?" if sources else "; --help lists them"
     return Problem(key if deeper else first, f"unknown key or config group{hint}")
 
 
-def _paths(config: Mapping[str, object], path: str = "") -> Iterator[str]:
+def _nearest_paths(name: str, top_level: Iterable[str], paths: Iterable[str]) -> list[str]:
+    """Return the nearest of the top-level names, or the paths whose last part is nearer."""
+    by_last = {path: [path] for path in top_level}
+    top_level = set(by_last)
+    for path in paths:
+        if (last := path.rpartition(".")[2]) not in top_level:
+            by_last.setdefault(last, []).append(path)
+    return [path for last in nearest(name, by_last, n=1) for path in by_last[last]]
+
+
+def _source(path: str, values: Mapping[str, object]) -> str:
+    """Return the key from which a key is derived by default, or the key itself if it isn't derived."""
+    interpolation = re.fullmatch(r"\$\{([\w.]+)\}", str(values.get(path)))
+    return _source(interpolation[1], values) if interpolation and interpolation[1] in values else path
+
+
+def _paths(config: Mapping[str, object], path: str = "") -> dict[str, object]:
+    """Return the values of all keys at any depth, by key."""
+    paths: dict[str, object] = {}
     for key, value in config.items():
-        yield join(path, key)
+        paths[join(path, key)] = value
         if isinstance(value, Mapping):
-            yield from _paths(value, join(path, key))
+            paths |= _paths(value, join(path, key))
+    return paths
 
 
 def _as_force_add(text: str, override: Override, composer: Composer) -> str:

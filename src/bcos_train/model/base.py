@@ -153,9 +153,13 @@ class BcosModel(nn.Module):
 
 
 def check_images(x: Tensor, in_chans: int, min_size: int, model_name: str) -> None:
-    """Raise a ValueError unless ``x`` is ``(N, in_chans, H, W)`` with H and W at least ``min_size``."""
+    """Raise a ValueError unless ``x`` is floating-point ``(N, in_chans, H, W)`` with H and W at least ``min_size``."""
     if x.ndim != 4 or x.shape[1] != in_chans:
         raise ValueError(f"the model takes (N, {in_chans}, H, W), got {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise ValueError(
+            f"the model takes floating-point images, got {x.dtype}: model.transform converts an image to its input"
+        )
     if min(x.shape[2:]) < min_size:
         raise ValueError(
             f"an image of {x.shape[2]}x{x.shape[3]} is too small: {model_name} takes at least {min_size}x{min_size}"

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from bcos_train.dataset.encoding import Standardize
-from bcos_train.model.base import BcosModel, GroupMatcher, resolve_pooling
+from bcos_train.model.base import BcosModel, GroupMatcher, check_images, resolve_pooling
 from bcos_train.model.conv_net import LayerFactory, make_logit_layer
 from bcos_train.model.grad_checkpointing import CheckpointedBlocks, set_grad_checkpointing
 from bcos_train.model.registry import Builder, register_model
@@ -98,8 +98,7 @@ class SimpleViT(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Compute the tokens after the transformer: ``(N, in_chans, H, W) -> (N, T, D)``."""
-        if x.ndim != 4 or x.shape[1] != self.in_chans:
-            raise ValueError(f"got an input of shape {tuple(x.shape)}: expected (N, {self.in_chans}, H, W)")
+        check_images(x, self.in_chans, 1, type(self).__name__)
         for name in self.feature_names:
             x = getattr(self, name)(x)
         return x

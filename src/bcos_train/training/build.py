@@ -163,7 +163,11 @@ def choose_num_classes(settings: CommonConfig, data: DataModule) -> int:
 
 
 def load_data(settings: CommonConfig, split: BatchSplit, trainer: pl.Trainer, stage: str = "fit") -> DataModule:
-    """Build the data module and read the index of the data set, on one process of each node first."""
+    """Build the data module and read the index of the data set, on one process of each node first.
+
+    Raises:
+        UserError: The data set is missing or empty, or has a single class, on which any model is always right.
+    """
     with user_errors_at("dataset"):
         data = DataModule(
             settings.dataset,
@@ -182,6 +186,10 @@ def load_data(settings: CommonConfig, split: BatchSplit, trainer: pl.Trainer, st
             data.prepare_data()
         trainer.strategy.barrier("prepare_data")
         data.setup(stage)
+        if data.num_val == 0 or (stage == "fit" and data.num_train == 0):
+            raise ValueError(f"{data.dataset.name} has no {'training' if data.num_val else 'validation'} images")
+        if stage == "fit" and data.num_classes < 2:
+            raise ValueError(f"{', '.join(data.class_names)} is the only class; a classifier needs at least two")
     return data
 
 

@@ -13,8 +13,8 @@ _CUTOFF = 0.65
 def nearest(name: str, allowed: Iterable[str], n: int = 3) -> list[str]:
     """Return up to ``n`` of ``allowed`` that resemble ``name``, nearest first; ties in their original order.
 
-    Case, ``-``, ``_`` and spaces are ignored. Names with a common beginning (``resnet5`` and ``resnet50``) come before
-    names that are only spelled alike.
+    Case, ``-``, ``_`` and spaces are ignored. Names that begin or end with each other (``resnet5`` and ``resnet50``,
+    ``epochs`` and ``max_epochs``) come before names that are only spelled alike.
     """
     scored = [(_similarity(name, candidate), candidate) for candidate in dict.fromkeys(allowed)]
     close = sorted((pair for pair in scored if pair[0] >= _CUTOFF), key=lambda pair: -pair[0])
@@ -36,15 +36,21 @@ def join_words(words: Iterable[str], last: str = "or", limit: int = 12) -> str:
 
 
 def _similarity(name: str, candidate: str) -> float:
-    """Return a value from 0 (nothing in common) to 1 (equal spelling), plus 1 if one name begins with the other."""
+    """Return a value from 0 (nothing in common) to 1 (equal spelling), plus 1 if one begins or ends with the other."""
     a, b = _normalize(name), _normalize(candidate)
     ratio = SequenceMatcher(None, a, b, autojunk=False).ratio()
     if a and (sorted(a) == sorted(b) or a == _initials(candidate) or b == _initials(name)):
         # Swapped letters, or an abbreviation: lr for learning_rate.
         ratio = max(ratio, 0.95)
     short, long = sorted((a, b), key=len)
-    is_prefix = len(short) >= 2 and long.startswith(short) and (short == a or ratio >= _CUTOFF)
-    return ratio + is_prefix
+    is_prefix = long.startswith(short) and (short == a or ratio >= _CUTOFF or _starts_with_words(name, candidate))
+    is_suffix = long.endswith(short) and ratio >= _CUTOFF
+    return ratio + (len(short) >= 2 and (is_prefix or is_suffix))
+
+
+def _starts_with_words(name: str, candidate: str) -> bool:
+    """True if ``candidate`` makes up the first words of ``name``: ``16`` those of ``16-mixed``."""
+    return re.match(rf"{re.escape(candidate)}[-_ ]", name, re.IGNORECASE) is not None
 
 
 def _normalize(name: str) -> str:
