@@ -219,13 +219,14 @@ def load_image(path: str) -> Tensor:
     """Load an image file, resize its shorter side to 256 pixels, crop the center 224 x 224: ``(1, 6, 224, 224)``."""
     from PIL import Image
 
-    image = Image.open(path).convert("RGB")
-    short = min(image.size)
-    image = image.resize([int(256 * side / short) for side in image.size], Image.Resampling.BILINEAR)
+    image = Image.open(path)
+    if image.mode[0] in "IF":  # conversion to RGB would clip
+        raise ValueError(f"{path}: mode {image.mode} has more than 8 bits per channel; convert it to 8 bits first")
+    size = [int(256 * side / min(image.size)) for side in image.size]
+    image = image.convert("RGB").resize(size, Image.Resampling.BILINEAR)
     left, top = (round((side - 224) / 2) for side in image.size)
     pixels = bytearray(image.crop((left, top, left + 224, top + 224)).tobytes())
-    rgb = torch.frombuffer(pixels, dtype=torch.uint8).view(224, 224, 3).permute(2, 0, 1)
-    return add_inverse(rgb[None] / 255)
+    return add_inverse(torch.frombuffer(pixels, dtype=torch.uint8).view(224, 224, 3).permute(2, 0, 1)[None] / 255)
 
 
 def main(name: str = "resnet18", weights: str | None = None, image: str | None = None) -> None:

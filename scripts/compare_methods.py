@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor, nn
 
 from bcos_train import LoadedClassifier, create_model, load
@@ -113,19 +113,6 @@ def val_images(dataset: Any, n: int) -> list[tuple[Image.Image, int]]:
     return [part[i] for i in permutation(len(part), 0, Stream.SUBSET, 1)[:n].tolist()]
 
 
-def read_images(paths: Sequence[Path]) -> list[tuple[Image.Image, int | None]]:
-    """Read image files, which have no labels."""
-    images: list[tuple[Image.Image, int | None]] = []
-    for path in paths:
-        try:
-            images.append((Image.open(path).convert("RGB"), None))
-        except FileNotFoundError:
-            raise ValueError(f"--images {path}: no such file") from None
-        except (UnidentifiedImageError, OSError) as error:
-            raise ValueError(f"--images {path}: not an image ({error})") from None
-    return images
-
-
 def select_classes(logits: Tensor, labels: Sequence[int | None], which: str) -> Tensor:
     """Return the class to explain for each image: (N,)."""
     if which == PREDICTION:
@@ -194,7 +181,8 @@ def check(arguments: argparse.Namespace) -> dict[str, Method]:
 
 def load_images(subject: Subject, arguments: argparse.Namespace) -> tuple[Tensor, list[int | None]]:
     """Return preprocessed images (N, 3, H, W) uint8, and labels."""
-    samples = subject.val(arguments.n) if arguments.images is None else read_images(arguments.images)
+    samples: Sequence[tuple[Image.Image | Path, int | None]]
+    samples = subject.val(arguments.n) if arguments.images is None else [(path, None) for path in arguments.images]
     crops = [subject.classifier.preprocess(image) for image, _ in samples]
     if len({crop.shape for crop in crops}) > 1:
         sizes = ", ".join("x".join(map(str, crop.shape[1:])) for crop in crops)

@@ -196,8 +196,8 @@ def test_explanation(target: Any, resnet20: LoadedClassifier) -> None:
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        ("nowhere.png", "nowhere.png: no such file"),
-        (__file__, "test_loading.py: not an image ("),
+        ("nowhere.png", "cannot read the image nowhere.png: no such file"),
+        (__file__, "test_loading.py: not an image"),
         ([picture(20, 18), picture(18, 20)], "images must have the same size after the preprocessing of resnet20, got"),
         ([], "no images: expected at least one"),
         ([3], "an image is a PIL image or a path, got int"),

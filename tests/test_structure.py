@@ -40,7 +40,7 @@ ALLOWED = {
 FOR_ALL = {f"bcos_train.utils.{name}" for name in ("atomic", "command_line", "compiling", "json_types", "suggestions")}
 #: Modules that a package may import although the rest of their package is out of reach for it.
 ALLOWED_MODULES = {
-    "model": ("bcos_train.augmentation", "bcos_train.dataset.encoding"),
+    "model": ("bcos_train.augmentation", "bcos_train.dataset.encoding", "bcos_train.dataset.image"),
     "evaluation": ("bcos_train.loading", "bcos_train.runs.layout"),
     "task": ("bcos_train.dataset.batch",),
 }

@@ -11,9 +11,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor, nn
 
+from bcos_train.dataset.image import read_image, to_rgb
 from bcos_train.explanation import Explanation, explain, is_explainable
 from bcos_train.explanation.method.base import probability_function
 from bcos_train.model.transform import InferenceTransform
@@ -112,9 +113,16 @@ class LoadedClassifier:
             return the model's input (C, H, W) as float.
 
         Raises:
-            ValueError: There is no such file, or it is not an image.
+            ValueError: There is no such file, it is not an image, or its mode has no defined conversion to RGB.
         """
-        transform, picture = self.model.transform, _read_image(image)
+        transform = self.model.transform
+        exif_orientation = isinstance(transform, InferenceTransform) and transform.exif_orientation
+        if isinstance(image, (str, os.PathLike)):
+            picture = read_image(image, exif_orientation)
+        elif isinstance(image, Image.Image):
+            picture = to_rgb(image, exif_orientation)
+        else:
+            raise ValueError(f"an image is a PIL image or a path, got {type(image).__name__}")
         if isinstance(transform, InferenceTransform):
             return transform.geometry(picture)
         return transform(picture)  # type: ignore[operator]
@@ -270,17 +278,3 @@ def _check_preprocessing(weights: WeightsSource) -> None:
 def pad_class_names(names: Sequence[str], num_classes: int) -> tuple[str, ...]:
     """Return the names of ``num_classes`` classes; a model may have more classes than its data set has names."""
     return (*names[:num_classes], *(f"class {k}" for k in range(len(names), num_classes)))
-
-
-def _read_image(image: ImageLike) -> Image.Image:
-    if isinstance(image, Image.Image):
-        return image.convert("RGB")
-    if not isinstance(image, (str, os.PathLike)):
-        raise ValueError(f"an image is a PIL image or a path, got {type(image).__name__}")
-    try:
-        with Image.open(image) as file:
-            return file.convert("RGB")
-    except FileNotFoundError:
-        raise ValueError(f"{os.fspath(image)}: no such file") from None
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"{os.fspath(image)}: not an image ({error})") from None

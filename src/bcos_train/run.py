@@ -239,6 +239,8 @@ def _silence_lightning() -> None:
     """Suppress messages of Lightning that the banner replaces or that don't apply."""
     for package in ("pytorch_lightning", "lightning_fabric", "lightning.fabric"):
         logging.getLogger(package).setLevel(logging.ERROR)
+    if launch.rank() > 0:  # one line about the data set, not one from each process
+        logging.getLogger("bcos_train").setLevel(logging.ERROR)
     for message in (
         ".*sync_dist=True.*",  # metrics logged on rank 0 are already reduced over the processes
         ".*does not have many workers.*",

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from torchvision import datasets
 
 from bcos_train.dataset import ImageFolder, ImageNet
 from bcos_train.dataset.storage.folder import FolderImages
@@ -74,6 +75,52 @@ def test_a_broken_image_is_named(root: Path, damage: str, suffix: str) -> None:
     val = ImageFolder(root).val()
     with pytest.raises(ValueError, match=rf"cannot read the image .*val/ant/broken\.{suffix}: "):
         val[2]
+
+
+def test_hidden_and_foreign_files(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """macOS's and Jupyter's leftovers are neither images nor classes, and what is left out is counted."""
+    for part in ("train", "val"):
+        _write(root / part / "__MACOSX" / "cat" / "._0.png")
+        _write(root / part / ".ipynb_checkpoints" / "0.png")
+    for path in ("cat/._0.png", "cat/.ipynb_checkpoints/0-checkpoint.png", "cat/deep/@eaDir/0.png", "cat/Thumbs.db"):
+        _write((root / "train" / path).with_name("x.png")).rename(root / "train" / path)
+    _write(root / "train" / "flat.png")
+    for i, suffix in enumerate((".jfif", ".gif", ".JFIF", ".avif")):
+        (root / "train" / "ant" / f"{i}{suffix}").write_bytes(b"")
+    folder = ImageFolder(root)
+    assert folder.class_names == ["ant", "cat"]
+    with caplog.at_level(logging.WARNING):
+        assert len(folder.train()) == 6
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{root / 'train'}: left out 1 images outside of class folders; 6 hidden or system files; files in other "
+        "formats than jpg, jpeg, png, ppm, bmp, pgm, tif, tiff, webp: 2 .jfif, 1 .gif, 1 .avif"
+    ]
+
+
+def test_a_class_in_other_formats(root: Path) -> None:
+    for path in (root / "train" / "cat").iterdir():
+        path.rename(path.with_suffix(".gif"))
+    with pytest.raises(ValueError, match=r"in the class folders cat; it has files in .*: 3 \.gif: set DATA_ROOT"):
+        ImageFolder(root).train()
+
+
+def test_same_order_as_torchvision(root: Path) -> None:
+    for name in ("b/1.png", "b/a/1.png", "b-/1.png", "B/1.png", "b/10.png", "b/2.png"):
+        _write(root / "train" / "cat" / name)
+    train = ImageFolder(root).train()
+    assert isinstance(train, FolderImages)
+    expected = datasets.ImageFolder(str(root / "train")).samples
+    assert [(train.path(i), int(train.labels[i])) for i in range(len(train))] == expected
+
+
+def test_exif_orientation(root: Path) -> None:
+    path = root / "val" / "ant" / "0.png"
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.new("RGB", (6, 5)).save(path, exif=exif)
+    assert ImageFolder(root).val()[0][0].size == (6, 5)
+    assert ImageFolder(root, exif_orientation=True).val()[0][0].size == (5, 6)
+    assert ImageNet(root, exif_orientation=True).val()[0][0].size == (5, 6)
 
 
 def test_without_a_root() -> None:

@@ -56,7 +56,10 @@ def test_maps_are_the_methods(script: ModuleType) -> None:
         (["--model", "resnet20", "--smooth", "2"], "--smooth 2: an odd number"),
         (["--model", "resnet20", "--n", "0"], "--n 0: at least 1"),
         (["--model", "resnet20", "--output", "none/x.png"], "--output none/x.png: no such folder"),
-        (["--model", "resnet20", "--weights", "random", "--images", "none.png"], "--images none.png: no such file"),
+        (
+            ["--model", "resnet20", "--weights", "random", "--images", "none.png"],
+            "cannot read the image none.png: no such file",
+        ),
         (["--model", "resnet20", "--weights", "random"], "resnet20 has 10 classes, which are not ImageNet's"),
         (["--model", "resnet20"], "resnet20 has no official weights"),
         (["--run", "/none"], "/none/config.yaml: No such file"),

@@ -10,11 +10,11 @@ from bcos_train.dataset.device_transform import DeviceTransform, NotCacheable
 from bcos_train.dataset.digits import Digits
 from bcos_train.dataset.encoding import BcosEncoding, Standardize, add_inverse, to_float
 from bcos_train.dataset.folder import ImageFolder
+from bcos_train.dataset.image import UnreadableImage, read_image, to_rgb
 from bcos_train.dataset.imagenet import ImageNet
 from bcos_train.dataset.randomness import Stream, derive_seed, epoch_order, isolated_rng, step_seed
 from bcos_train.dataset.sampler import EvalBatchSampler, TrainBatchSampler
 from bcos_train.dataset.seeded import ImageSizeMismatch, SeededDataset
-from bcos_train.dataset.storage.folder import UnreadableImage
 
 __all__ = [
     "BcosEncoding",
@@ -39,6 +39,8 @@ __all__ = [
     "derive_seed",
     "epoch_order",
     "isolated_rng",
+    "read_image",
     "step_seed",
     "to_float",
+    "to_rgb",
 ]

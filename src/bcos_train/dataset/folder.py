@@ -19,6 +19,7 @@ class ImageFolder:
         train: Folder name of the training part; may equal ``val``, for trials on a small sample.
         val: Folder name of the validation part, for instance ``"test"``.
         cache: Where the images are kept during a run, see :data:`~bcos_train.dataset.base.Cache`.
+        exif_orientation: Rotate and flip images as their EXIF tag says, see :func:`~bcos_train.dataset.image.to_rgb`.
 
     Raises:
         ValueError: ``root`` is None; on use: folders are missing or empty, or the parts differ in their classes.
@@ -27,10 +28,16 @@ class ImageFolder:
     name = "imagefolder"
 
     def __init__(
-        self, root: str | Path | None, train: str = "train", val: str = "val", cache: Cache | None = None
+        self,
+        root: str | Path | None,
+        train: str = "train",
+        val: str = "val",
+        cache: Cache | None = None,
+        exif_orientation: bool = False,
     ) -> None:
         self.root = require_root(root, "the image folder", _HINT)
         self.cache = cache
+        self.exif_orientation = exif_orientation
         self.train_folder = train
         self.val_folder = val
 
@@ -64,4 +71,4 @@ class ImageFolder:
 
     def _part(self, part: str) -> FolderImages:
         labels = {name: label for label, name in enumerate(self.class_names)}
-        return FolderImages(self.root / part, labels, _HINT)
+        return FolderImages(self.root / part, labels, _HINT, self.exif_orientation)

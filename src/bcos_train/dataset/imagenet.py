@@ -29,6 +29,7 @@ class ImageNet:
         root: Folder that contains both parts.
         train: Folder name of the training part.
         val: Folder name of the validation part.
+        exif_orientation: Rotate and flip images as their EXIF tag says, see :func:`~bcos_train.dataset.image.to_rgb`.
 
     Raises:
         ValueError: ``root`` is None; on use: folders are missing, empty, or more than 1000.
@@ -36,10 +37,13 @@ class ImageNet:
 
     name = "imagenet"
 
-    def __init__(self, root: str | Path | None, train: str = "train", val: str = "val") -> None:
+    def __init__(
+        self, root: str | Path | None, train: str = "train", val: str = "val", exif_orientation: bool = False
+    ) -> None:
         self.root = require_root(root, "ImageNet", _HINT)
         self.train_folder = train
         self.val_folder = val
+        self.exif_orientation = exif_orientation
 
     @property
     def num_classes(self) -> int:
@@ -107,7 +111,8 @@ class ImageNet:
             raise ValueError(
                 f"{self.root / part} has class folders that {self.val_folder}/ lacks, such as {unknown[0]}: {_HINT}"
             )
-        images = FolderImages(self.root / part, {name: self._labels[name] for name in folders}, _HINT)
+        labels = {name: self._labels[name] for name in folders}
+        images = FolderImages(self.root / part, labels, _HINT, self.exif_orientation)
         if len(images) != expected:
             _logger.warning(
                 "%s contains %s images, the complete ImageNet %s",

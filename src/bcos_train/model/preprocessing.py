@@ -34,6 +34,7 @@ class Preprocessing:
         crop_size: Side in pixels of the center crop; ``None``: no crop.
         interpolation: ``nearest``, ``bilinear`` or ``bicubic``.
         mean, std: Per channel, for standardized RGB; ``None``: ``[r, g, b, 1-r, 1-g, 1-b]`` in [0, 1].
+        exif_orientation: Rotate and flip images as their EXIF tag says.
     """
 
     resize_size: int | tuple[int, int] | None = None
@@ -41,13 +42,14 @@ class Preprocessing:
     interpolation: str = "bilinear"
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    exif_orientation: bool = False
 
     @classmethod
     def from_transform(cls, transform: object) -> "Preprocessing | None":
         """Describe a model's ``transform``; ``None`` if it is not an :class:`InferenceTransform`."""
         if not isinstance(transform, InferenceTransform):
             return None
-        result = cls()
+        result = cls(exif_orientation=transform.exif_orientation)
         for step in transform.geometry.transforms:
             if isinstance(step, v2.Resize):
                 size = step.size[0] if len(step.size) == 1 else (step.size[0], step.size[1])
@@ -62,18 +64,20 @@ class Preprocessing:
         return result
 
     @classmethod
-    def from_config(cls, augmentation: object, encoding: object) -> "Preprocessing | None":
+    def from_config(cls, augmentation: object, encoding: object, dataset: object = None) -> "Preprocessing | None":
         """Describe the evaluation transform of a run's config; ``None`` if it is not one of this package.
 
         Args:
             augmentation: The config's node ``augmentation``.
             encoding: The config's node ``encoding``.
+            dataset: The config's node ``dataset``, if any.
         """
         if not isinstance(augmentation, Mapping):
             return None
         try:
             geometry = _build(_GEOMETRIES, augmentation["eval"])
-            return cls.from_transform(_transform(geometry, _build(_ENCODINGS, encoding)))
+            exif_orientation = isinstance(dataset, Mapping) and dataset.get("exif_orientation", False) is True
+            return cls.from_transform(_transform(geometry, _build(_ENCODINGS, encoding), exif_orientation))
         except (KeyError, TypeError, ValueError):
             return None
 
@@ -107,7 +111,7 @@ class Preprocessing:
             steps.append(v2.CenterCrop(self.crop_size))
         is_bcos = self.mean is None or self.std is None
         encoding = BcosEncoding() if is_bcos else Standardize(self.mean, self.std)  # type: ignore[arg-type]
-        return _transform(v2.Compose([*steps, v2.PILToTensor()]), encoding)
+        return _transform(v2.Compose([*steps, v2.PILToTensor()]), encoding, self.exif_orientation)
 
     def to_sentence(self) -> str:
         """Describe the preprocessing in a sentence."""
@@ -115,7 +119,9 @@ class Preprocessing:
         first = f"Resize the shorter side to {size} pixels" if isinstance(size, int) else ""
         if isinstance(size, tuple):
             first = f"Resize to {size[0]} x {size[1]} pixels"
-        steps = [f"{first} ({self.interpolation}, antialiased)" if first else "Keep the image's size"]
+        steps = ["Apply the EXIF orientation"] if self.exif_orientation else []
+        first = f"{first} ({self.interpolation}, antialiased)" if first else "Keep the image's size"
+        steps.append(first[0].lower() + first[1:] if steps else first)
         if self.crop_size is not None:
             steps.append(f"crop the central {self.crop_size} x {self.crop_size} pixels")
         steps.append("scale to [0, 1]")
@@ -126,8 +132,10 @@ class Preprocessing:
         return ", ".join(steps) + "."
 
 
-def _transform(geometry: v2.Compose, encoding: BcosEncoding | Standardize) -> InferenceTransform:
-    transform = InferenceTransform(None, 224, encoding)
+def _transform(
+    geometry: v2.Compose, encoding: BcosEncoding | Standardize, exif_orientation: bool
+) -> InferenceTransform:
+    transform = InferenceTransform(None, 224, encoding, exif_orientation)
     transform.geometry = geometry
     return transform
 

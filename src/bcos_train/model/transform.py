@@ -5,6 +5,7 @@ from torch import Tensor
 
 from bcos_train.augmentation import imagenet_eval, plain
 from bcos_train.dataset.encoding import BcosEncoding, Standardize
+from bcos_train.dataset.image import to_rgb
 
 
 class InferenceTransform:
@@ -14,14 +15,22 @@ class InferenceTransform:
         resize_size: Shorter side after resizing, in pixels; ``None``: neither resize nor crop.
         crop_size: Side of the center crop in pixels.
         encoding: Encoding of RGB as the model's input.
+        exif_orientation: Rotate and flip images as their EXIF tag says, as the data set did in training.
     """
 
-    def __init__(self, resize_size: int | None, crop_size: int, encoding: BcosEncoding | Standardize) -> None:
+    def __init__(
+        self,
+        resize_size: int | None,
+        crop_size: int,
+        encoding: BcosEncoding | Standardize,
+        exif_orientation: bool = False,
+    ) -> None:
         self.geometry = plain() if resize_size is None else imagenet_eval(resize_size, crop_size)
         self.encoding = encoding
+        self.exif_orientation = exif_orientation
 
     def __call__(self, image: Image.Image) -> Tensor:
-        return self.encoding(self.geometry(image.convert("RGB"))[None])[0]
+        return self.encoding(self.geometry(to_rgb(image, self.exif_orientation))[None])[0]
 
     def __repr__(self) -> str:
         return f"InferenceTransform({self.geometry}, {self.encoding})"

@@ -270,7 +270,9 @@ def _read_run(path: Path, label: str, folder: Path, config: Mapping[str, Any], u
         folder=folder,
         model_name=name,
         options=options,
-        preprocessing=Preprocessing.from_config(config.get("augmentation"), config.get("encoding")),
+        preprocessing=Preprocessing.from_config(
+            config.get("augmentation"), config.get("encoding"), config.get("dataset")
+        ),
         activation=run_source.activation_of(config),
         class_names=None if dataset is None else run_source.class_names_of(dataset),
         dataset=dataset,

@@ -1,0 +1,104 @@
+"""Read images as 8-bit RGB: the one place of the project that opens image files.
+
+What becomes of each mode:
+
+* 8 bits per channel (gray, palette, RGB, CMYK, …): Pillow's conversion to RGB.
+* 16 bits per channel: the most significant 8 bits, as Pillow does for color. With fewer bits in a 16-bit file (12, for
+  instance), the most significant 8 of those.
+* Transparency: the image on white, as browsers show it. Opaque images are unchanged.
+* 32-bit integers, floating point and signed integers are refused, since nothing says what white is.
+* Several frames or pages: the first one.
+"""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+__all__ = ["UnreadableImage", "read_image", "to_rgb"]
+
+_TIFF_BITS_PER_SAMPLE, _TIFF_PHOTOMETRIC, _TIFF_SAMPLE_FORMAT = 258, 262, 339
+_TIFF_WHITE_IS_ZERO, _TIFF_SIGNED = 0, 2
+
+
+class UnreadableImage(ValueError):
+    """A file is not an image, is damaged, or has no defined conversion to 8-bit RGB."""
+
+
+def read_image(path: str | os.PathLike[str], exif_orientation: bool = False) -> Image.Image:
+    """Read an image file as 8-bit RGB.
+
+    Args:
+        path: The file.
+        exif_orientation: As for :func:`to_rgb`.
+
+    Raises:
+        UnreadableImage: There is no such file, it is not an image or damaged, it has too many pixels, or
+            :func:`to_rgb` refuses it. The message is one line with the path.
+    """
+    try:
+        with Image.open(path) as image:
+            return to_rgb(image, exif_orientation)
+    # For a damaged file Pillow raises nearly anything, depending on the format.
+    except Exception as error:
+        raise UnreadableImage(f"cannot read the image {os.fspath(path)}: {_reason(error)}") from error
+
+
+def to_rgb(image: Image.Image, exif_orientation: bool = False) -> Image.Image:
+    """Convert an image to 8-bit RGB by the rules of this module.
+
+    Args:
+        image: Any mode.
+        exif_orientation: Rotate and flip the image as its EXIF tag says. False, the convention of torchvision, timm and
+            the official code, keeps the pixels as they are stored. (The orientation of a TIFF is always applied, by
+            Pillow.)
+
+    Raises:
+        ValueError: The mode has no defined conversion.
+    """
+    source = image
+    # Pillow decodes lazily, and some modes and tags are only final after that.
+    image.load()
+    if exif_orientation:
+        image = ImageOps.exif_transpose(image)
+    tiff_tags = getattr(source, "tag_v2", {})
+    if image.mode == "F":
+        raise ValueError(_refusal(image, "floating point"))
+    if _TIFF_SIGNED in np.atleast_1d(tiff_tags.get(_TIFF_SAMPLE_FORMAT, ())):
+        raise ValueError(_refusal(image, "signed integers"))
+    # Pillow opens 16-bit PGM files, and in earlier versions 16-bit PNG files, in the 32-bit mode.
+    if image.mode.startswith("I;16") or (image.mode == "I" and source.format in ("PNG", "PPM")):
+        bits = int(np.max(tiff_tags.get(_TIFF_BITS_PER_SAMPLE, 16)))
+        gray = (np.asarray(image) >> (bits - 8)).astype(np.uint8)
+        if tiff_tags.get(_TIFF_PHOTOMETRIC) == _TIFF_WHITE_IS_ZERO:
+            gray = 255 - gray
+        return Image.fromarray(gray).convert("RGB")
+    if image.mode == "I":
+        raise ValueError(_refusal(image, "32-bit integers"))
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        if rgba.getchannel("A").getextrema() != (255, 255):
+            rgba = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+        return rgba.convert("RGB")
+    return image.convert("RGB")
+
+
+def _refusal(image: Image.Image, kind: str) -> str:
+    return f"mode {image.mode} ({kind}) has no defined black and white: save it as unsigned 8- or 16-bit integers"
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
+        pixels = (Image.MAX_IMAGE_PIXELS or 0) * (2 if isinstance(error, Image.DecompressionBombError) else 1)
+        return f"more than {pixels:,} pixels, the limit of Pillow: scale it down"
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image, or in a format that Pillow can't read"
+    if isinstance(error, MemoryError):
+        return "out of memory"
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
