@@ -150,6 +150,32 @@ def test_asyncio_tasks() -> None:
     assert all(inside)
 
 
+def test_one_instance_in_two_tasks() -> None:
+    model = small_model()
+    mode = explanation_mode(model)
+
+    async def explaining(own: asyncio.Event, other: asyncio.Event) -> list[bool]:
+        with mode:
+            own.set()
+            await other.wait()
+            return is_on(model)
+
+    async def main() -> list[list[bool]]:
+        first, second = asyncio.Event(), asyncio.Event()
+        return await asyncio.gather(explaining(first, second), explaining(second, first))
+
+    assert all(map(all, asyncio.run(main())))
+    assert not any(is_on(model))
+
+
+def test_leaving_in_another_thread_is_an_error() -> None:
+    mode = explanation_mode(small_model())
+    mode.__enter__()
+    with Other() as other, pytest.raises(RuntimeError, match="another thread or task"):
+        other(mode.__exit__, None, None, None)
+    mode.__exit__(None, None, None)
+
+
 class ThirdParty(nn.Module):
     """As the modules of the official code: the mode is a flag of the module."""
 

@@ -3,7 +3,8 @@
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ContextDecorator, ExitStack, contextmanager
+from contextlib import ContextDecorator, ExitStack, contextmanager
+from contextvars import ContextVar
 from types import TracebackType
 from typing import Protocol, TypeGuard, cast
 
@@ -59,7 +60,6 @@ class explanation_mode(ContextDecorator):
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self._active = _Stack()
 
     def __enter__(self) -> nn.Module:
         modules = [m for m in self.model.modules() if callable(getattr(m, "set_explanation_mode", None))]
@@ -71,20 +71,22 @@ class explanation_mode(ContextDecorator):
             if third_party:
                 stack.enter_context(_switched_on(third_party, own))
             stack.enter_context(_detached(frozenset(own)))
-            self._active.blocks.append(stack.pop_all())
+            _BLOCKS.set((*_BLOCKS.get(), (self, stack.pop_all())))
         return self.model
 
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._active.blocks.pop().__exit__(exc_type, exc, traceback)
+        blocks = _BLOCKS.get()
+        index = max((i for i, (mode, _) in enumerate(blocks) if mode is self), default=None)
+        if index is None:
+            raise RuntimeError("explanation_mode was left in another thread or task than it was entered in")
+        _BLOCKS.set(blocks[:index] + blocks[index + 1 :])
+        blocks[index][1].__exit__(exc_type, exc, traceback)
 
 
-class _Stack(threading.local):
-    """The blocks that are active in this thread, innermost last."""
-
-    def __init__(self) -> None:
-        self.blocks: list[AbstractContextManager[object]] = []
+#: The active blocks of the calling thread or task, innermost last.
+_BLOCKS: ContextVar[tuple[tuple[explanation_mode, ExitStack], ...]] = ContextVar("_BLOCKS", default=())
 
 
 _LOCK = threading.Lock()
@@ -98,8 +100,8 @@ def _detached(modules: frozenset[Detachable]) -> Iterator[None]:
     try:
         yield
     finally:
-        DETACHED.reset(token)
         _count_users(modules, -1)
+        DETACHED.reset(token)
 
 
 def _count_users(modules: frozenset[Detachable], change: int) -> None:

@@ -1,4 +1,4 @@
-"""Compute in full float32 on CUDA."""
+"""Compute in full float32."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -67,7 +67,7 @@ def _forbid_tf32() -> Callable[[], None]:
 
     try:
         allow_tf32(False)
-        for part in (matmul, cudnn.conv, cudnn.rnn):
+        for part in previous:
             part.fp32_precision = "ieee"  # not "none", which inherits the setting for all backends
     except BaseException:
         restore()
