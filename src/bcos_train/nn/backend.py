@@ -5,16 +5,17 @@ A layer asks ``fast`` for its output and computes its definition where the answe
 then computes the same, more slowly.
 """
 
+from importlib.util import find_spec
 from typing import Literal, get_args
 
 from torch import nn
 
 from bcos_train.utils.suggestions import suggest
 
-try:
-    from bcos_train.nn import fast
-except ImportError:
-    from bcos_train.nn import without_fast as fast  # type: ignore[no-redef]
+if find_spec("bcos_train.nn.fast") is None:  # not `except ImportError`, which would hide faults of the package
+    from bcos_train.nn import without_fast as fast
+else:
+    from bcos_train.nn import fast  # type: ignore[no-redef]
 
 __all__ = ["BACKENDS", "Accelerated", "Backend", "fast", "set_backend"]
 

@@ -1,6 +1,7 @@
 """The decision which code computes a layer: the whole table, and how many files a forward pass reads in."""
 
 import contextlib
+import copy
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from bcos_train.nn import (
     Linear,
     LogitLayer,
     NoBias,
+    NormedConv2d,
     cached_weights,
     set_backend,
     why,
@@ -147,3 +149,35 @@ def test_a_forward_pass_reads_in_few_files(backend: Any, most: int, options: dic
         layer(x)
     assert "nn/conv.py" in files
     assert len(files) <= most, sorted(files)
+
+
+class Doubled(NormedConv2d):
+    """A user's replacement of ``linear``, such as an adapter."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class OtherNorm(BcosConv2d):
+    def input_norm(self, x: Tensor) -> Tensor:
+        return 3 * super().input_norm(x)
+
+
+def test_replaced_parts_are_computed_as_they_are() -> None:
+    x = torch.rand(IMAGE)
+    replaced = BcosConv2d(4, 4)
+    plain = copy.deepcopy(replaced)
+    replaced.linear = Doubled(4, 4, 1, bias=False)
+    replaced.linear.load_state_dict(plain.linear.state_dict())
+    other = OtherNorm(4, 4)
+    other.load_state_dict(plain.state_dict())
+    for layer, factor in ((replaced, 4), (other, 1 / 3)):  # with B = 2 the output is quadratic in that of `linear`
+        torch.testing.assert_close(layer(x), factor * plain(x))
+        assert "replaced" in why(layer, x)
+
+
+def test_float64_stays_float64_under_autocast() -> None:
+    layer, x = BcosConv2d(4, 4).double(), torch.rand(IMAGE, dtype=torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = layer(x)
+    torch.testing.assert_close(out, layer(x))

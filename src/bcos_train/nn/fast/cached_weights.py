@@ -24,7 +24,7 @@ def cached_weights(model: nn.Module) -> Iterator[None]:
     """
     # Tensors made in inference mode could not be used for explanations.
     with torch.inference_mode(False), torch.no_grad():
-        weights = {module: weight for module, weight in _weights_in_use(model) if module not in CACHE.weights}
+        weights = dict(_weights_in_use(model))
     CACHE.weights.update(weights)
     try:
         yield
@@ -51,6 +51,8 @@ def _weights_in_use(model: nn.Module) -> Iterator[tuple[nn.Module, Tensor]]:
     from bcos_train.nn.linear import Linear, NormedLinear
 
     for module in model.modules():
+        if module in CACHE.weights:  # of an enclosing block
+            continue
         if isinstance(module, NormedConv2d | NormedLinear):
             yield module, normalize_weight(module.weight)
         elif isinstance(module, Linear):

@@ -3,8 +3,8 @@
 | layer | computed by its definition if |
 |---|---|
 | all | ``backend="reference"``; under torch.compile/export, torch.func or forward-mode AD |
-| B-cos layers | a hook on ``linear``, or any global module hook; B = 1 or learnable; a bias; explanation mode without \
-`cached_weights` |
+| B-cos layers | a replaced ``linear`` or ``input_norm``; a hook on ``linear``, or any global module hook; B = 1 or \
+learnable; a bias; explanation mode without `cached_weights` |
 | `BcosConv2d` | dilation; padding other than zeros, by name, or wider than half the kernel |
 | `Linear` | a bias |
 | `BatchNormUncentered2d` | running statistics; explanation mode; a bias; statistics over several processes |
@@ -128,6 +128,8 @@ def _bcos_obstacle(layer: "BcosLayer") -> str | None:
     linear: Any = layer.linear
     if (obstacle := _obstacle(layer)) is not None:
         return obstacle
+    if _is_customized(layer):
+        return "a replaced `linear` or `input_norm`"
     if has_hooks(linear):
         return "a hook on `linear`, or a global module hook, waits for the output of `linear`"
     if is_linear(layer.b):
@@ -139,6 +141,14 @@ def _bcos_obstacle(layer: "BcosLayer") -> str | None:
     if layer.detach and _cached_weight(linear) is None:
         return "explanation mode outside cached_weights()"
     return None
+
+
+def _is_customized(layer: "BcosLayer") -> bool:
+    """True if a subclass or the user has replaced a part of the layer that the fast path does not call."""
+    linear, kind = layer.linear, type(layer)
+    is_known = type(linear).__module__.startswith(("bcos_train.nn.", "torch.nn.modules."))
+    is_known = is_known and isinstance(linear, nn.Conv2d | nn.Linear) and "forward" not in vars(linear)
+    return not is_known or not kind.input_norm.__module__.startswith("bcos_train.nn.")
 
 
 def _conv_obstacle(layer: "BcosConv2d") -> str | None:
@@ -258,7 +268,8 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast asks for, or None where it is off."""
     kind = _autocast_type(x)
     is_on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return torch.get_autocast_dtype(kind) if is_on else None
+    # As everywhere in torch, float64 stays float64.
+    return torch.get_autocast_dtype(kind) if is_on and x.dtype != torch.float64 else None
 
 
 def _apply_in_autocast_dtype(function: Callable[..., Tensor], x: Tensor, weight: Tensor, *options: Any) -> Tensor:
