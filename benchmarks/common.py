@@ -91,3 +91,12 @@ def write(path: Path, content: Mapping[str, object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def check_writable(path: Path) -> None:
+    """Exit with one line unless a file can be written at ``path``: before hours of work, not after."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()
+    except OSError as error:
+        raise SystemExit(f"--output {path}: can't write there ({error.strerror})") from error

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, positive, write
+from common import ROOT, check_writable, positive, write
 from gpu_measurements import (
     DRY,
     ON_GPU,
@@ -227,6 +227,7 @@ def main() -> None:
     arguments = parse()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that child processes are killed
     output = arguments.output or ROOT / f"benchmarks/results/gpu-check{'-dry' if arguments.dry else ''}.json"
+    check_writable(output)
     check = Check(output, arguments.seconds, arguments.dry)
     check.run(arguments.steps or (DRY_STEPS if arguments.dry else list(STEPS)))
     text = report(check.results)

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import ROOT, environment, positive, write
+from common import ROOT, check_writable, environment, positive, write
 from PIL import Image
 
 #: By norm: top-1 accuracy in percent, median of the grid pointing game (3x3).
@@ -141,8 +141,9 @@ def command(norm: str, data: Path, runs: Path, arguments: argparse.Namespace) ->
         "explanation.every_n_epochs": epochs // 2 if epochs % 20 == 0 else epochs,
         "explanation.grid_pointing.n_grids": 250,
     }
+    overrides["dataset.cache"] = "device"
     if not arguments.dry:
-        overrides |= {"dataset.cache": "device", "trainer.compile": "true"}
+        overrides["trainer.compile"] = "true"
     settings = [f"{key}={value}" for key, value in overrides.items()]
     return [sys.executable, "train.py", "model=resnet20", "dataset=cifar10", *settings, *arguments.overrides]
 
@@ -158,7 +159,11 @@ def train(commands: dict[str, list[str]], logs: Path, seconds: float) -> dict[st
     ended: dict[str, tuple[int, float]] = {}
     is_stopping = False
     while len(ended) < len(processes):
-        time.sleep(0.2)
+        try:
+            time.sleep(0.2)
+        except KeyboardInterrupt:  # the trainings got it, too: their results until now are written
+            seconds = min(seconds, time.monotonic() - started)
+            is_stopping = True
         passed = time.monotonic() - started
         for name, process in processes.items():
             if name not in ended and process.poll() is not None:
@@ -172,14 +177,13 @@ def train(commands: dict[str, list[str]], logs: Path, seconds: float) -> dict[st
     return ended
 
 
-def final_metrics(runs: Path, norm: str) -> dict[str, float | None]:
-    """Return the last value of each of the `METRICS`; None if it is missing or not finite."""
+def final_metrics(runs: Path) -> dict[str, float | None]:
+    """Return the last value of each of the `METRICS` of the only run in ``runs``; None if missing or not finite."""
     latest: dict[str, float] = {}
     for path in runs.glob("*/*/*/metrics.csv"):
-        if f"norm_layer: {norm}\n" in (path.parent / "config.yaml").read_text():
-            with path.open(newline="") as file:
-                for row in csv.DictReader(file):
-                    latest |= {key: float(text) for key, text in row.items() if text}
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                latest |= {key: float(text) for key, text in row.items() if text}
     values = {name: latest.get(key, math.nan) for name, key in METRICS.items()}
     values["epochs"] += 1  # the logged number counts from 0
     return {key: value if math.isfinite(value) else None for key, value in values.items()}
@@ -196,6 +200,8 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    output = arguments.output or ROOT / f"benchmarks/results/gpu-cifar10{'-dry' if arguments.dry else ''}.json"
+    check_writable(output)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         packed = arguments.packed
@@ -205,8 +211,9 @@ def run(arguments: argparse.Namespace) -> None:
         started = time.monotonic()
         unpack(packed, folder / "data")
         print(f"unpacked in {time.monotonic() - started:.1f} s", flush=True)
-        runs = (arguments.runs or folder / "runs").resolve()
-        commands = {norm: command(norm, folder / "data", runs, arguments) for norm in arguments.norms}
+        # A folder for each run, so that the metrics of another one are never taken for its own.
+        runs = (arguments.runs or folder / "runs").resolve() / f"batch-{arguments.batch_size}-epochs-{arguments.epochs}"
+        commands = {norm: command(norm, folder / "data", runs / norm, arguments) for norm in arguments.norms}
         ended = train(commands, folder, arguments.seconds - (time.monotonic() - started))
         rows: dict[str, dict[str, Any]] = {}
         for norm, (code, seconds) in ended.items():
@@ -214,14 +221,13 @@ def run(arguments: argparse.Namespace) -> None:
             rows[norm] = {
                 "published top-1, %": accuracy,
                 "published GridPG, median": grid_pointing,
-                **final_metrics(runs, norm),
+                **final_metrics(runs / norm),
                 "minutes": round(seconds / 60, 2),
                 "exit code": code,
                 "command": " ".join(commands[norm][1:]),
             }
             if code:
                 rows[norm]["log"] = (folder / f"{norm}.log").read_text()[-3000:]
-    output = arguments.output or ROOT / f"benchmarks/results/gpu-cifar10{'-dry' if arguments.dry else ''}.json"
     content = {"environment": environment("cpu" if arguments.dry else "cuda"), "results": rows}
     write(output, content)
     print(f"{table(rows)}\n\nwritten: {os.path.relpath(output)}")

@@ -219,7 +219,7 @@ def training_step(variant: str, setting: Setting, scale: Scale) -> Callable[[], 
     if variant == "blocks":
         from bcos_train.training.compilation import CompiledNetwork
 
-        forward = CompiledNetwork(network)
+        forward = CompiledNetwork(network, setting.batch_size)
     x = images(variant, setting)
     target = torch.rand(len(x), 10 if setting.model == "resnet20" else 1000, device=setting.device)
     network.train()
@@ -375,7 +375,7 @@ def grid_pointing(scale: Scale, n_grids: int) -> Pairs:
 
 
 def train_run(scale: Scale, seconds: float, overrides: Sequence[str]) -> Pairs:
-    """Run ``train.py``; after ``seconds``, SIGTERM makes it save and exit."""
+    """Run ``train.py``; after ``seconds`` (not in a dry run), SIGTERM makes it save and exit."""
     with tempfile.TemporaryDirectory() as runs:
         log = Path(runs) / "log"
         command = [sys.executable, "train.py", f"runs={runs}", "trainer.progress=false", *overrides]
@@ -386,13 +386,15 @@ def train_run(scale: Scale, seconds: float, overrides: Sequence[str]) -> Pairs:
         with log.open("w") as file:
             process = subprocess.Popen(command, cwd=ROOT, env=variables, stdout=file, stderr=subprocess.STDOUT)
             try:
-                code = process.wait(seconds)
+                code = process.wait(None if scale.small else seconds)
             except subprocess.TimeoutExpired:
                 process.send_signal(signal.SIGTERM)
                 code = process.wait()
         yield "exit code", code
         yield "seconds", rounded(time.perf_counter() - started)
-        if code:
+        if code == 128 + signal.SIGTERM:
+            yield "error", f"stopped after the limit of {seconds} s"
+        elif code:
             yield "error", log.read_text()[-1500:]
         for path in Path(runs).rglob("metrics.csv"):
             yield "metrics.csv", path.read_text().splitlines()[-1]

@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bcos_train.model import create_model
+from bcos_train.model import create_model, list_models
 from bcos_train.nn.fast.gpu_device import GPU_TYPES
 from bcos_train.optimizer.clipping import adaptive_clip_grad_
 
@@ -212,6 +212,9 @@ def main() -> None:
     print(f"| model | per step | x standard | operations | {' | '.join(PARTS)} |")
     print("| --- " + "| ---: " * (3 + len(PARTS)) + "|")
     details = []
+    for model in args.models:
+        if f"standard_{model}" not in list_models() or model not in list_models():
+            parser.error(f"--models {model}: no such B-cos model with a standard counterpart")
     for model in args.models:
         standard = count_step(f"standard_{model}", args.batch_size, args.size)
         ours = count_step(model, args.batch_size, args.size)

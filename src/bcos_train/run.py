@@ -8,11 +8,12 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
+import pytorch_lightning as pl
 import torch
 from rich.console import Console
 from torch import nn
@@ -22,7 +23,8 @@ from bcos_train.config import load as load_config
 from bcos_train.config.overrides import plugins_in_overrides
 from bcos_train.dataset import ImageSizeMismatch, NotCacheable, UnreadableImage
 from bcos_train.runs import launch
-from bcos_train.runs.folder import RunFolder, find_checkpoint, find_run_folder
+from bcos_train.runs.checkpoint import DamagedCheckpoint
+from bcos_train.runs.folder import RunFolder, find_checkpoint, find_run_folder, remove_leftovers
 from bcos_train.runs.hash import run_hash
 from bcos_train.runs.interrupt import Interrupted, StopFlag
 from bcos_train.runs.layout import CHECKPOINTS, RUN_CONFIG
@@ -79,7 +81,7 @@ def train(config: Mapping[str, object], folder: Path | None = None) -> int:
     with user_errors_at(""):
         split_batch(settings.batch_size, options.world_size, options.max_batch_per_device)
     if world is None and options.world_size > 1:
-        return _restart(config, settings.plugins, options.processes_per_node)
+        return _restart(config, folder, settings.plugins, options.processes_per_node)
     stop = StopFlag()
     with stop.handling_signals():
         try:
@@ -107,7 +109,7 @@ def _as_user_errors() -> Iterator[None]:
         raise UserError(str(error).strip().splitlines()[-1].rpartition(f"{type(error).__name__}: ")[2]) from error
     except NotCacheable as error:
         raise UserError(f"dataset: {error}") from error
-    except UnknownMonitor as error:
+    except (DamagedCheckpoint, UnknownMonitor) as error:
         raise UserError(str(error)) from error
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -116,12 +118,14 @@ def _as_user_errors() -> Iterator[None]:
         raise UserError(f"{error}: {text}") from error
 
 
-def _restart(config: Mapping[str, object], plugins: Sequence[str], processes: int) -> int:
-    """Train with the same config in several processes."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / RUN_CONFIG
+def _restart(config: Mapping[str, object], folder: Path | None, plugins: Sequence[str], processes: int) -> int:
+    """Train with the same config, in the same folder, in several processes."""
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(temporary) / RUN_CONFIG
         save(config, path)
         arguments = [f"plugins=[{','.join(plugins)}]"] if plugins else []
+        if folder is not None:
+            arguments.append(f"folder={folder}")
         return launch.run_under_torchrun("bcos_train.run", path, processes, arguments)
 
 
@@ -135,15 +139,13 @@ def _train(settings: TrainConfig, config: Mapping[str, object], stop: StopFlag, 
     model = build_model(settings, data)
     check_image_size(model, data, settings.encoding, config)
     with user_errors_at(""):
-        compiled = should_compile(settings.trainer, model)
+        compiled_batch_size = split.per_device if should_compile(settings.trainer, model) else None
     with user_errors_at("optimizer"):
         settings.optimizer([nn.Parameter(torch.zeros(1, 1))])  # raises for invalid values before files are written
     base = Path(settings.runs, settings.dataset.name, settings.model_name, f"{settings.name}-{run_hash(config)}")
-    folder: RunFolder | None = None
-    if trainer.is_global_zero:  # one process only: all checkpoints are read
-        folder = find_run_folder(base, settings.resume) if resumed is None else find_run_folder(resumed, resume=True)
-    folder = trainer.strategy.broadcast(folder)
-    assert folder is not None
+    resume = settings.resume or resumed is not None  # a folder that is given is the one to resume in
+    # One process only: all checkpoints are read.
+    folder = _from_rank_zero(trainer, lambda: find_run_folder(resumed or base, resume))
     for warning in folder.warnings:
         console.print(f"skipped: {warning}", style="yellow", highlight=False, soft_wrap=True)
     if folder.finished:
@@ -151,11 +153,8 @@ def _train(settings: TrainConfig, config: Mapping[str, object], stop: StopFlag, 
         console.print(text, highlight=False, markup=False, soft_wrap=True)
         return 0
     with contextlib.ExitStack() as stack:
-        if trainer.is_global_zero:
-            with user_errors_at(""):
-                stack.enter_context(locked(folder.path))
-            save(config, folder.path / RUN_CONFIG)
-        module = build_module(settings, model, data, compiled)
+        _from_rank_zero(trainer, lambda: _open_folder(stack, folder, config))
+        module = build_module(settings, model, data, compiled_batch_size)
         csv_logger = CsvLogger(folder.path)
         extra_loggers = build_loggers(settings, folder) if trainer.is_global_zero else []
         stack.callback(loggers.close, extra_loggers)
@@ -172,6 +171,30 @@ def _train(settings: TrainConfig, config: Mapping[str, object], stop: StopFlag, 
         if trainer.is_global_zero:
             finish(trainer, module, folder, settings.model_name, console, time.monotonic() - started)
     return 0
+
+
+T = TypeVar("T")
+
+
+def _from_rank_zero(trainer: pl.Trainer, compute: Callable[[], T]) -> T:
+    """Compute in rank 0 and return the result in all ranks, or raise its ``ValueError`` there as :class:`UserError`."""
+    outcome: tuple[T | None, str | None] = (None, None)
+    if trainer.is_global_zero:
+        try:
+            outcome = (compute(), None)
+        except ValueError as error:
+            outcome = (None, str(error))
+    result, problem = trainer.strategy.broadcast(outcome)
+    if problem is not None:
+        raise UserError(problem)
+    return cast(T, result)
+
+
+def _open_folder(stack: contextlib.ExitStack, folder: RunFolder, config: Mapping[str, object]) -> None:
+    """Lock the run folder until the end of ``stack``, and prepare it."""
+    stack.enter_context(locked(folder.path))
+    remove_leftovers(folder.path)
+    save(config, folder.path / RUN_CONFIG)
 
 
 def evaluate(config: Mapping[str, Any], overridden: Sequence[str] = ()) -> int:
@@ -254,19 +277,26 @@ def _silence_lightning() -> None:
 def main() -> int:
     """Train with a saved config, in its run folder if it is in one: ``python -m bcos_train.run config.yaml``.
 
-    Plugins in the config must be repeated: ``python -m bcos_train.run config.yaml plugins=[my_package]``.
+    Plugins in the config must be repeated: ``python -m bcos_train.run config.yaml plugins=[my_package]``. A run folder
+    elsewhere is given by ``folder=<path>``.
     """
     launch.report_pid()
     try:
-        plugins = plugins_in_overrides(sys.argv[2:])
-        if len(sys.argv) != (3 if plugins else 2):
-            raise UserError("usage: python -m bcos_train.run <config.yaml> [plugins=[my_package]]")
+        arguments = sys.argv[2:]
+        plugins = plugins_in_overrides(arguments)
+        folders = [Path(argument.removeprefix("folder=")) for argument in arguments if argument.startswith("folder=")]
+        if len(sys.argv) < 2 or len(arguments) != bool(plugins) + len(folders) or len(folders) > 1:
+            raise UserError(
+                "usage: python -m bcos_train.run <config.yaml> [plugins=[my_package]] [folder=<run folder>]"
+            )
         load_plugins(plugins)
         path = Path(sys.argv[1])
         config = load_config(path)
         if problems := check(config, root=TrainConfig):
             raise UserError("\n".join(map(str, problems)))
-        return train(config, path.parent if (path.parent / CHECKPOINTS).is_dir() else None)
+        if not folders and (path.parent / CHECKPOINTS).is_dir():
+            folders = [path.parent]
+        return train(config, folders[0] if folders else None)
     except UserError as error:
         if launch.rank() == 0:
             print(error, file=sys.stderr)

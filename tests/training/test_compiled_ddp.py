@@ -46,7 +46,7 @@ def run(folder: Path, layers: tuple[int, ...]) -> None:
         torch.manual_seed(0)
         model = create_model("resnet20", num_classes=4, layers=layers, max_out=1)
         optimizer = partial(torch.optim.SGD, lr=1e-2)
-        module = make_module(data, model, compiled=compiled, optimizer=optimizer)
+        module = make_module(data, model, compiled_batch_size=4 if compiled else None, optimizer=optimizer)
         fit(folder / str(compiled), data=data, module=module, devices=2)
     assert str(module.compilation) == ("block by block, 10 parts" if layers[0] > 1 else "as a whole")
     torch.save(model.state_dict(), folder / f"{os.environ['RANK']}.pt")

@@ -193,7 +193,9 @@ def load_data(settings: CommonConfig, split: BatchSplit, trainer: pl.Trainer, st
     return data
 
 
-def build_module(settings: TrainConfig, model: nn.Module, data: DataModule, compiled: bool) -> Classifier:
+def build_module(
+    settings: TrainConfig, model: nn.Module, data: DataModule, compiled_batch_size: int | None
+) -> Classifier:
     """Build the module that trains ``model``."""
     augmentation, options = settings.augmentation, settings.trainer
     with user_errors_at("augmentation"):
@@ -211,7 +213,7 @@ def build_module(settings: TrainConfig, model: nn.Module, data: DataModule, comp
         gradient_clip_val=options.gradient_clip_val,
         gradient_clip_algorithm=options.gradient_clip_algorithm,
         channels_last=options.uses_channels_last,
-        compiled=compiled,
+        compiled_batch_size=compiled_batch_size,
         log_every_n_steps=options.log_every_n_steps,
         seed=settings.seed,
     )

@@ -63,17 +63,18 @@ class CompiledNetwork:
     Otherwise validation and explanations would compile it again for each of their modes. The model's modules and keys
     are unchanged.
 
-    The graphs are static. A batch that is smaller than an earlier one, such as the last of an epoch, runs uncompiled: a
+    The graphs are static. A batch of another size than ``batch_size``, such as the last of an epoch, runs uncompiled: a
     second graph would be compiled for one step per epoch, and with a dynamic graph, PyTorch's default, all later
-    batches would run this slower one.
+    batches would run this slower one. Which batches are compiled depends on their size alone, so that a resumed run
+    computes the same as an uninterrupted one.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, batch_size: int) -> None:
         self.model = model
+        self.batch_size = batch_size
         self.parts = parts_to_compile(model)
         # Values of the attribute that `nn.Module.compile` sets; here it is set only during a call.
         self._compiled = [torch.compile(_call_function(part), dynamic=False) for part in self.parts]
-        self._full_batch = 0
         config = torch._dynamo.config
         # Each type of block is a graph of the same `forward`, of which PyTorch compiles 8 by default.
         config.recompile_limit = max(config.recompile_limit, 2 * len(self.parts))
@@ -83,8 +84,7 @@ class CompiledNetwork:
 
     def __call__(self, x: Tensor) -> Tensor:
         """``(N, C, H, W) -> (N, K)``."""
-        self._full_batch = max(self._full_batch, len(x))
-        if len(x) < self._full_batch:
+        if len(x) != self.batch_size:
             return self.model(x)
         try:
             for part, compiled in zip(self.parts, self._compiled, strict=True):

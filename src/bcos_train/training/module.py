@@ -95,7 +95,8 @@ class Classifier(pl.LightningModule):
         mix: MixUp/CutMix on float RGB.
         gradient_clip_val, gradient_clip_algorithm: ``"agc"`` with its clip factor, or ``"norm"``/``"value"``.
         channels_last: Memory format of the input.
-        compiled: Compile the model for training steps; see :class:`~bcos_train.training.compilation.CompiledNetwork`.
+        compiled_batch_size: Compile the model for training steps with batches of this size; see
+            :class:`~bcos_train.training.compilation.CompiledNetwork`. ``None``: don't compile.
         log_every_n_steps: Optimizer steps between computations of ``gradient_norm``.
         seed: Seeds dropout, stochastic depth and mixing of each step by f(seed, step, rank).
     """
@@ -114,7 +115,7 @@ class Classifier(pl.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str = "agc",
         channels_last: bool = False,
-        compiled: bool = False,
+        compiled_batch_size: int | None = None,
         log_every_n_steps: int = 50,
         seed: int = 42,
     ) -> None:
@@ -126,7 +127,7 @@ class Classifier(pl.LightningModule):
         self.clip_val, self.clip_algorithm = gradient_clip_val, gradient_clip_algorithm
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         # Not a submodule, which would duplicate each entry of the state dict.
-        self._compiled = CompiledNetwork(model) if compiled else None
+        self._compiled = None if compiled_batch_size is None else CompiledNetwork(model, compiled_batch_size)
         self._evaluation = contextlib.ExitStack()
         self.log_every_n_steps = log_every_n_steps
         self.seed = seed
