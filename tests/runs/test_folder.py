@@ -8,16 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from training.runs import TINY, compose, run_folder, signal_at
 
-from bcos_train.runs.layout import LAST
-from bcos_train.runs import checkpoint as files
 from bcos_train.config import UserError
 from bcos_train.run import train
-from bcos_train.runs.folder import find_run_folder
+from bcos_train.runs import checkpoint as files
+from bcos_train.runs.folder import find_checkpoint, find_run_folder, remove_leftovers
 from bcos_train.runs.hash import run_hash
+from bcos_train.runs.layout import LAST
 from bcos_train.runs.lock import locked
-
-from training.runs import TINY, compose, run_folder, signal_at
 
 SMALL = (*TINY, "limit_train=16", "limit_val=9", "trainer.max_epochs=1")
 
@@ -129,6 +128,94 @@ def test_resume_state(tmp_path: Path) -> None:
 
 
 @pytest.fixture
+def unverified(tmp_path: Path) -> Path:
+    """A run folder whose checkpoints were copied without their checksums."""
+    for n in (1, 2):
+        files.save({"n": n}, tmp_path / "checkpoints" / LAST)
+    for path in (tmp_path / "checkpoints").glob("*.sha256"):
+        path.unlink()
+    return tmp_path
+
+
+def test_a_run_without_a_valid_checkpoint_does_not_start_again(unverified: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"no valid checkpoint among 2 in .*last\.ckpt has no .*resume=adopt"
+    ) as caught:
+        find_run_folder(unverified, resume=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_newest_checkpoint_without_a_checksum_is_adopted(unverified: Path) -> None:
+    folder = find_run_folder(unverified, resume="adopt")
+    assert folder.resume_from == unverified / "checkpoints" / LAST
+    assert files.load(folder.resume_from) == {"n": 2}
+    assert find_run_folder(unverified, resume=True).resume_from == folder.resume_from
+
+
+def test_only_files_that_can_be_read_are_adopted(unverified: Path) -> None:
+    (unverified / "checkpoints" / LAST).write_bytes(b"not a checkpoint")
+    with pytest.raises(ValueError, match=r"can't adopt .*last\.ckpt: it can't be read"):
+        find_run_folder(unverified, resume="adopt")
+
+
+def test_a_file_that_differs_from_its_checksum_is_not_adopted(tmp_path: Path) -> None:
+    files.save({"n": 1}, tmp_path / "checkpoints" / LAST)
+    (tmp_path / "checkpoints" / LAST).write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=r"no checkpoint to adopt in .*is damaged"):
+        find_run_folder(tmp_path, resume="adopt")
+
+
+def test_saving_sets_a_checkpoint_aside_that_was_not_verified(unverified: Path) -> None:
+    folder = unverified / "checkpoints"
+    good = (folder / LAST).read_bytes()
+    for n in (3, 4):
+        files.save({"n": n}, folder / LAST)
+    assert (folder / f"{LAST}.unverified-1").read_bytes() == good
+    assert [files.load(folder / name)["n"] for name in (LAST, files.PREVIOUS)] == [4, 3]
+
+
+def test_leftovers_of_killed_processes_are_removed(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+    mine, theirs = tmp_path / f".metrics.csv.{os.getpid()}.tmp", tmp_path / "checkpoints" / f".last.ckpt.{child}.tmp"
+    for path in (mine, theirs, tmp_path / "notes.tmp"):
+        path.touch()
+    remove_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.rglob("*.tmp")) == [mine.name, "notes.tmp"]
+
+
+@pytest.mark.parametrize(
+    "name", ["../../evil.ckpt", "/etc/passwd", "epoch-0001-x.ckpt/../../y.ckpt", "last.ckpt", 7, None]
+)
+def test_names_in_the_list_of_best_checkpoints_are_not_paths(name: object, tmp_path: Path) -> None:
+    (tmp_path / "best.json").write_text(json.dumps([{"file": name, "score": 1.0, "epoch": 1}]))
+    with pytest.raises(ValueError, match="not the name of a checkpoint of this run"):
+        find_checkpoint(tmp_path, "best")
+
+
+def test_a_child_process_does_not_hold_the_lock(tmp_path: Path) -> None:
+    """Loader workers outlive a killed run for some seconds."""
+    started = tmp_path / "started"
+    with locked(tmp_path):
+        child = os.fork()
+        if child == 0:
+            started.touch()
+            time.sleep(60)
+            os._exit(0)
+    while not started.exists():
+        time.sleep(0.01)
+    try:
+        with locked(tmp_path):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+@pytest.fixture
 def other_process(tmp_path: Path) -> Iterator[tuple[int, Path]]:
     """A process that holds the lock of a folder."""
     folder, ready = tmp_path / "run", tmp_path / "ready"
@@ -147,7 +234,9 @@ def other_process(tmp_path: Path) -> Iterator[tuple[int, Path]]:
 
 def test_second_process_is_refused(other_process: tuple[int, Path]) -> None:
     _, folder = other_process
-    with pytest.raises(ValueError, match=r"another process is training in .*: wait, stop it, or set another name=") as caught:
+    with pytest.raises(
+        ValueError, match=r"another process is training in .*: wait, stop it, or set another name="
+    ) as caught:
         locked(folder).__enter__()
     assert "\n" not in str(caught.value)
 

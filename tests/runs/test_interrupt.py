@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from training.runs import TINY, assert_same_state, compose, final_state, metric_rows, run_folder, signal_at
 
-from bcos_train.runs import checkpoint as files
 from bcos_train.dataset.data_module import DataModule
 from bcos_train.run import train
+from bcos_train.runs import checkpoint as files
+from bcos_train.runs.interrupt import StopFlag
+from bcos_train.runs.launch import SIGNALS
 from bcos_train.training import Classifier
-from bcos_train.runs.interrupt import SIGNALS, StopFlag
-
-from training.runs import TINY, assert_same_state, compose, final_state, metric_rows, run_folder, signal_at
 
 SMALL = (*TINY, "limit_train=24", "limit_val=17")
 STEPS = 3  # an epoch
@@ -53,7 +53,7 @@ def steps_saved(runs: Path) -> int:
 
 @pytest.mark.parametrize(
     ("signum", "code"),
-    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 128 + signal.SIGUSR1)],
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), *((s, 128 + s) for s in SIGNALS[2:])],
     ids=lambda value: value.name if isinstance(value, signal.Signals) else "",
 )
 def test_exit_codes(

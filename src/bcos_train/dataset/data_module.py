@@ -276,13 +276,14 @@ def _fixed_subset(dataset: ImageDataset, limit: int | None) -> ImageDataset:
 
 
 def _init_worker(worker_id: int) -> None:
-    """Ignore Ctrl-C and the signals that Slurm sends to all processes of a job: the main process handles them.
+    """Ignore the signals of a terminal or of Slurm, which reach all processes of a job: the main process handles them.
 
     SIGTERM is ignored unless the main process sent it; otherwise the loader would fail before the main process could
     finish its batch and write a checkpoint. (A worker exits by itself when its main process has ended.)
     """
-    for ignored in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(ignored, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP", "SIGQUIT"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_exit_on_sigterm, args=(os.getppid(),), daemon=True).start()

@@ -6,7 +6,8 @@ The contract:
 * ``model`` holds the model's ``state_dict``, and ``model_ema`` that of its moving average if there is one.
 * It is written to a temporary file in the same folder, flushed to disk and then renamed over the target. Its SHA-256 is
   stored beside it in ``<name>.sha256`` (readable by ``sha256sum -c``) and verified on loading.
-* A ``last.ckpt`` that is replaced becomes ``previous.ckpt``. All files are fully on disk before the first one is
+* A ``last.ckpt`` that is replaced becomes ``previous.ckpt``; one that fails the verification is renamed to
+  ``last.ckpt.unverified-1``, for it may be good after all. All files are fully on disk before the first one is
   renamed, so one of the two is valid whenever the machine crashes or the disk is full.
 """
 
@@ -49,6 +50,8 @@ def save(checkpoint: Mapping[str, object], path: Path) -> None:
         if path.name == LAST and (digest := _valid_digest(path)) is not None:
             previous = path.with_name(PREVIOUS)
             moves = [(_stage_digest(stage, previous, digest), digest_path(previous)), (path, previous), *moves]
+        elif path.is_file():
+            _set_aside(path)
         # Digests are renamed before their files: in between, only the older file at that path fails verification.
         for source, target in moves:
             os.replace(source, target)
@@ -107,6 +110,28 @@ def _age(path: Path) -> tuple[bool, float]:
         return path.name != LAST, -path.stat().st_mtime_ns
     except OSError:  # a broken link
         return True, 0.0
+
+
+def adopt(folder: Path) -> Path:
+    """Write the digest of the newest checkpoint without one, if no checkpoint in ``folder`` is valid.
+
+    Raises:
+        ValueError: There is no checkpoint without a digest, or it can't be read.
+    """
+    newest, problems = newest_valid(folder)
+    if newest is not None:
+        return newest
+    paths = [path for path in sorted(folder.glob(f"*{CHECKPOINT_SUFFIX}"), key=_age) if path.is_file()]
+    path = next((path for path in paths if not digest_path(path).exists()), None)
+    if path is None:
+        raise ValueError(f"no checkpoint to adopt in {folder}: {'; '.join(problems) or 'it has none'}")
+    try:
+        torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"can't adopt {path}: it can't be read ({type(error).__name__})") from error
+    with _staging() as stage:
+        os.replace(_stage_digest(stage, path, file_sha256(path)), digest_path(path))
+    return path
 
 
 def delete(path: Path) -> None:
@@ -181,6 +206,15 @@ def _temporary(target: Path) -> Path:
 def _stage_digest(stage: Stage, path: Path, digest: str) -> Path:
     line = f"{digest}  {path.name}\n".encode()
     return stage(digest_path(path), lambda file: file.write(line))
+
+
+def _set_aside(path: Path) -> None:
+    n = 1
+    while (target := path.with_name(f"{path.name}.unverified-{n}")).exists():
+        n += 1
+    if digest_path(path).exists():
+        os.replace(digest_path(path), digest_path(target))
+    os.replace(path, target)
 
 
 def _valid_digest(path: Path) -> str | None:

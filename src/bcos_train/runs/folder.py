@@ -1,13 +1,15 @@
 """Run folder: path, resume state and checkpoints."""
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from bcos_train.runs import checkpoint
-from bcos_train.runs.layout import BEST, CHECKPOINTS, SUMMARY
+from bcos_train.runs.layout import BEST, CHECKPOINTS, SUMMARY, check_checkpoint_name
 
-__all__ = ["RunFolder", "find_checkpoint", "find_run_folder"]
+__all__ = ["Resume", "RunFolder", "find_checkpoint", "find_run_folder", "remove_leftovers"]
 
 
 @dataclass(frozen=True)
@@ -35,16 +37,50 @@ class RunFolder:
         return self.path.name
 
 
-def find_run_folder(base: Path, resume: bool) -> RunFolder:
-    """Return ``base``, or with ``resume=False`` the first of ``base``, ``base-2``, … that doesn't exist."""
-    if not resume:
+#: True, False, or ``"adopt"``: as True, and a checkpoint without a digest is accepted if it can be read.
+Resume = bool | Literal["adopt"]
+
+
+def find_run_folder(base: Path, resume: Resume) -> RunFolder:
+    """Return ``base``, or with ``resume=False`` the first of ``base``, ``base-2``, … that doesn't exist.
+
+    Raises:
+        ValueError: The run has checkpoints, but none of them is valid; or there is none to adopt.
+    """
+    if resume is False:
         path, n = base, 1
         while path.exists():
             n += 1
             path = base.with_name(f"{base.name}-{n}")
         return RunFolder(path)
+    is_finished = (base / SUMMARY).exists()
+    if resume == "adopt" and not is_finished:
+        checkpoint.adopt(base / CHECKPOINTS)
     newest, problems = checkpoint.newest_valid(base / CHECKPOINTS)
-    return RunFolder(base, newest, (base / SUMMARY).exists(), tuple(problems))
+    if newest is None and problems and not is_finished:
+        raise ValueError(
+            f"no valid checkpoint among {len(problems)} in {base / CHECKPOINTS}: {'; '.join(problems)}. Restore the "
+            "files, use resume=adopt to accept one without a checksum, or resume=false to train again in a new folder"
+        )
+    return RunFolder(base, newest, is_finished, tuple(problems))
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove temporary files of processes that were killed while writing in a run folder."""
+    for path in folder.rglob(".*.tmp"):
+        pid = path.name.split(".")[-2]
+        if pid.isdigit() and not _is_running(int(pid)):
+            path.unlink(missing_ok=True)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # of another user
+        return True
+    return True
 
 
 def find_checkpoint(folder: Path, which: str) -> Path:
@@ -66,7 +102,7 @@ def find_checkpoint(folder: Path, which: str) -> Path:
     if which == "best":
         if not (folder / BEST).exists() or not (best := json.loads((folder / BEST).read_text())):
             raise ValueError(f"no best checkpoint in {folder}; use checkpoint=last")
-        path = folder / best[0]["file"]
+        path = folder / check_checkpoint_name(best[0]["file"])
         if not path.is_file():
             raise ValueError(f"the best checkpoint, {path.name}, is missing in {folder}; use checkpoint=last")
         return path

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-from bcos_train.runs.launch import SIGNALS, rank, signal_handler
+from bcos_train.runs.launch import install_handlers, rank, signal_handler
 
 
 class Interrupted(Exception):
@@ -38,8 +38,7 @@ class StopFlag:
     def install_handlers(self) -> None:
         """Install the signal handlers (again, after Lightning has installed its own)."""
         if threading.current_thread() is threading.main_thread():
-            for signum in SIGNALS:
-                signal.signal(signum, self._handle)
+            install_handlers(self._handle)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if self.signum is not None and signum == signal.SIGINT:

@@ -9,20 +9,36 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
+from bcos_train.runs.orphans import GRACE, end_with_parent
 from bcos_train.utils.atomic import atomic_write
 
 #: Environment variable with the file in which rank 0 reports its pid and, at the end, its exit code to the process that
 #: restarted the command.
 REPORT = "BCOS_TRAIN_REPORT"
-#: Signals that stop a run: Ctrl-C, a scheduler's request, and Slurm's usual warning before the time limit.
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+#: Signals that stop a run: Ctrl-C and Ctrl-\\, a scheduler's request, the warnings of Slurm and submitit before the
+#: time limit, and the end of the terminal.
+SIGNALS = tuple(
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP", "SIGQUIT")
+    if hasattr(signal, name)
+)
+
+
+def install_handlers(handler: Callable[[int, FrameType | None], None]) -> dict[signal.Signals, Any]:
+    """Handle :data:`SIGNALS` by ``handler``, except a SIGHUP that ``nohup`` ignores; returns the previous handlers."""
+    return {signum: signal.signal(signum, handler) for signum in SIGNALS if not _is_ignored_hangup(signum)}
+
+
+def _is_ignored_hangup(signum: signal.Signals) -> bool:
+    return signum.name == "SIGHUP" and signal.getsignal(signum) is signal.SIG_IGN
 
 
 @contextlib.contextmanager
 def signal_handler(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     """Handle :data:`SIGNALS` by ``handler`` within the block, and restore the previous handlers afterwards."""
-    previous = {signum: signal.signal(signum, handler) for signum in SIGNALS}
+    previous = install_handlers(handler)
     try:
         yield
     finally:
@@ -48,23 +64,31 @@ def _under_srun() -> bool:
 
 
 def run_under_torchrun(module: str, config_path: Path, processes: int, arguments: Sequence[str] = ()) -> int:
-    """Run ``python -m <module> <config_path> <arguments>`` in several processes and return the exit code of rank 0.
+    """Run ``python -m <module> <config_path> <arguments>`` in several processes.
 
     Signals are forwarded to rank 0 alone, which agrees with the other ranks on the step to stop at. torchrun would
     terminate them one by one.
+
+    Returns:
+        The exit code of the first process that crashed, or the one that rank 0 reported: 0 only if all ended well.
     """
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        command = [sys.executable, "-m", "bcos_train.runs.agent", "--standalone", f"--nproc-per-node={processes}"]
         environment = {**os.environ, REPORT: str(report)}
         # Divide the cores among the processes, unless the user has set the number of threads.
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
         command += ["-m", module, str(config_path), *arguments]
         child = subprocess.Popen(command, env=environment, start_new_session=True)
         with _forwarding(child, report):
-            code = child.wait()
+            code = shell_code(child.wait())
         lines = report.read_text().split() if report.exists() else []
-        return int(lines[1]) if len(lines) > 1 else code
+        return code or (int(lines[1]) if len(lines) > 1 else 0)
+
+
+def shell_code(code: int) -> int:
+    """Return the exit code of a child process as shells do: 128 plus the signal number if a signal ended it."""
+    return code if code >= 0 else 128 - code
 
 
 @contextlib.contextmanager
@@ -86,8 +110,14 @@ def _forwarding(child: "subprocess.Popen[bytes]", report: Path) -> Iterator[None
 
 
 def report_pid() -> None:
-    """Report the pid of rank 0 to the process that restarted the command, which forwards signals to it."""
-    if rank() == 0 and REPORT in os.environ:
+    """Report the pid of rank 0 to the process that restarted the command, which forwards signals to it.
+
+    If that process ends early, this one saves and ends, too.
+    """
+    if REPORT not in os.environ:
+        return
+    end_with_parent(GRACE)
+    if rank() == 0:
         _write(f"{os.getpid()}")
 
 
@@ -104,5 +134,6 @@ def report_exit_code(code: int) -> int:
 
 
 def _write(text: str) -> None:
-    with atomic_write(Path(os.environ[REPORT])) as temporary:
+    # The folder is missing if the process that waits for the report has ended.
+    with contextlib.suppress(FileNotFoundError), atomic_write(Path(os.environ[REPORT])) as temporary:
         temporary.write_text(text)

@@ -13,6 +13,7 @@
 """
 
 import csv
+import re
 from pathlib import Path
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "SUMMARY",
     "WEIGHTS",
     "WEIGHTS_SUFFIX",
+    "check_checkpoint_name",
     "checkpoints_by_epoch",
     "read_metrics",
 ]
@@ -65,6 +67,17 @@ def checkpoints_by_epoch(run: Path) -> dict[int, Path]:
     """Return the best checkpoints of a run folder by their epoch, in order."""
     paths = sorted((run / CHECKPOINTS).glob(f"epoch-*{CHECKPOINT_SUFFIX}"))
     return {int(path.name.split("-")[1]): path for path in paths if path.name.split("-")[1].isdigit()}
+
+
+def check_checkpoint_name(name: object) -> str:
+    """Return the name of a best checkpoint as read from a file, which may be anything.
+
+    Raises:
+        ValueError: It isn't a bare name of the form ``epoch-0001-….ckpt``.
+    """
+    if isinstance(name, str) and re.fullmatch(r"epoch-\d+-[^/\\\0]*" + re.escape(CHECKPOINT_SUFFIX), name):
+        return name
+    raise ValueError(f"{name!r} is not the name of a checkpoint of this run")
 
 
 def _number(text: str) -> float | int:

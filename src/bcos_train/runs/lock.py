@@ -1,12 +1,28 @@
 """Lock of a run folder."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from bcos_train.runs.layout import LOCK
 
 __all__ = ["locked"]
+
+#: Open lock files of this process.
+_HELD: set[IO[str]] = set()
+
+
+def _release_in_child() -> None:
+    # Loader workers outlive a killed run for some seconds; the lock must end with the run.
+    for file in _HELD:
+        file.close()
+    _HELD.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_release_in_child)
 
 
 @contextlib.contextmanager
@@ -33,4 +49,8 @@ def locked(folder: Path) -> Iterator[None]:
             raise ValueError(f"another process is training in {folder}: wait, stop it, or set another name=…") from None
         except OSError:
             pass  # the file system doesn't support locks
-        yield
+        _HELD.add(file)
+        try:
+            yield
+        finally:
+            _HELD.discard(file)

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from bcos_train.augmentation import Augmentation
 from bcos_train.dataset import BcosEncoding, ImageSource, Standardize
 from bcos_train.evaluation import ExplanationOptions
+from bcos_train.runs.folder import Resume
 from bcos_train.schedule import Schedule
 from bcos_train.training.callbacks.checkpoint import Checkpointing
 from bcos_train.training.callbacks.ema import Ema
@@ -79,7 +80,8 @@ class TrainConfig(CommonConfig):
         loss: ``(logits, target) -> scalar`` for training.
         name: Prefix of the run folder's name.
         runs: Folder of all runs.
-        resume: Resume the run that has the same config; otherwise use a new folder.
+        resume: Resume the run that has the same config; False: use a new folder; ``"adopt"``: also from a checkpoint
+            without a checksum, if it can be read.
     """
 
     loss: nn.Module
@@ -90,7 +92,7 @@ class TrainConfig(CommonConfig):
     logger: dict[str, Callable[..., Logger]] | None = None
     name: str = "default"
     runs: str = "runs"
-    resume: bool = True
+    resume: Resume = True
 
 
 @dataclass(frozen=True, kw_only=True)

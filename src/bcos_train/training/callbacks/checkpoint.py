@@ -14,7 +14,7 @@ from bcos_train.evaluation.store import write_json
 from bcos_train.runs import checkpoint as files
 from bcos_train.runs.interrupt import Interrupted, StopFlag
 from bcos_train.runs.launch import SIGNALS
-from bcos_train.runs.layout import BEST, CHECKPOINT_SUFFIX, LAST
+from bcos_train.runs.layout import BEST, CHECKPOINT_SUFFIX, LAST, check_checkpoint_name
 from bcos_train.training.distributed import is_distributed, max_over_processes
 from bcos_train.training.module import Classifier
 from bcos_train.utils.suggestions import join_words, suggest
@@ -213,5 +213,12 @@ class Checkpointer(Checkpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # Scores of different metrics can't be compared; the files of another metric are kept.
         if (state_dict["monitor"], state_dict["mode"]) == (self.options.monitor, self.options.mode):
-            self.best = list(state_dict["best"])
+            self.best = [
+                {
+                    "file": check_checkpoint_name(entry["file"]),
+                    "score": float(entry["score"]),
+                    "epoch": int(entry["epoch"]),
+                }
+                for entry in state_dict["best"]
+            ]
             self._has_score = bool(self.best)
