@@ -221,7 +221,7 @@ def test_patches_are_read_row_by_row() -> None:
 
 
 @pytest.mark.parametrize("kind", ["simple_vit", "standard_simple_vit"])
-@pytest.mark.parametrize("size", [(224, 223), (15, 16), (8, 8), (0, 16)], ids=str)
+@pytest.mark.parametrize("size", [(224, 223), (15, 16), (8, 8)], ids=str)
 def test_sizes_must_be_multiples_of_the_patch_size(kind: str, size: tuple[int, int]) -> None:
     model = create_model(KINDS[kind][0], **SMALL)
     x = torch.rand(1, model.in_chans, *size)
@@ -232,7 +232,7 @@ def test_sizes_must_be_multiples_of_the_patch_size(kind: str, size: tuple[int, i
 
 @pytest.mark.parametrize("shape", [(1, 3, 32, 32), (6, 32, 32)], ids=str)
 def test_inputs_of_another_shape(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"expected \(N, 6, H, W\)"):
+    with pytest.raises(ValueError, match=r"the model takes \(N, 6, H, W\), got"):
         create_model("simple_vit_ti_patch16_224", **SMALL)(torch.rand(shape))
 
 
@@ -390,5 +390,6 @@ def test_a_new_classifier_keeps_the_temperature() -> None:
 @pytest.mark.parametrize("name", ["vitc_ti_patch1_14", "simple_vit_ti_patch16_224", "standard_vitc_ti_patch1_14"])
 @pytest.mark.parametrize("shape", [(1, 4, 32, 32), (6, 32, 32)], ids=str)
 def test_wrong_inputs(name: str, shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="the model takes \\(N, 6, H, W\\), got"):
+    channels = 3 if name.startswith("standard_") else 6
+    with pytest.raises(ValueError, match=rf"the model takes \(N, {channels}, H, W\), got"):
         create_model(name)(torch.zeros(shape))

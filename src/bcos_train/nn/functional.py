@@ -6,6 +6,7 @@ P Q output size; ``*`` any leading axes.
 Squares, sums and norms are computed in float32 at least: 300² overflows float16, and 1e-6 vanishes in it.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -154,6 +155,9 @@ def _window_sum(x: Tensor, kernel_size: Sequence[int], stride: Sequence[int], di
     if kernel_size == (1, 1):
         return x if stride == (1, 1) else x[..., :: stride[0], :: stride[1]]
     if dilation == (1, 1):
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():
+            # ONNX's average has no other divisor, and both exporters ignore it without a warning.
+            return F.avg_pool2d(x, kernel_size, stride) * math.prod(kernel_size)
         return F.avg_pool2d(x, kernel_size, stride, divisor_override=1)
     # Rows, then columns, through strided views. A convolution with ones might run in TF32 on a GPU.
     for axis in (2, 3):

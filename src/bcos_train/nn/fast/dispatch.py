@@ -2,7 +2,7 @@
 
 | layer | computed by its definition if |
 |---|---|
-| all | ``backend="reference"``; under torch.compile/export, torch.func or forward-mode AD |
+| all | ``backend="reference"``; under torch.compile/export, tracing, torch.func or forward-mode AD |
 | B-cos layers | a replaced ``linear`` or ``input_norm``; a hook on ``linear``, or any global module hook; B = 1 or \
 learnable; a bias; explanation mode without `cached_weights` |
 | `BcosConv2d` | dilation; padding other than zeros, by name, or wider than half the kernel |
@@ -28,7 +28,13 @@ from bcos_train.nn.fast.batch_norm import uncentered_batch_norm
 from bcos_train.nn.fast.conv import Convolution, bcos_conv2d, can_box, detached_bcos_conv2d
 from bcos_train.nn.fast.gpu_device import GPU_TYPES, uses_triton
 from bcos_train.nn.fast.gpu_kernels import GPU
-from bcos_train.nn.fast.kernels import EAGER, Kernels, compiled_kernels, normalize, normalize_on_gpu
+from bcos_train.nn.fast.kernels import (
+    EAGER,
+    Kernels,
+    compiled_kernels,
+    normalize,
+    normalize_on_gpu,
+)
 from bcos_train.nn.fast.linear import bcos_linear, detached_bcos_linear, linear
 from bcos_train.nn.functional import is_linear, normalize_weight
 from bcos_train.utils.compiling import prepare_to_compile
@@ -55,10 +61,21 @@ __all__ = [
 # --- what is going on around the call ---------------------------------------------------------------------------------
 
 
+_PROXY = torch._C._TorchDispatchModeKey.PROXY
+
+
 def is_traced_or_transformed() -> bool:
-    """True under torch.compile/export, torch.func or forward-mode AD."""
+    """True under torch.compile, torch.export, torch.jit.trace, make_fx, torch.func or forward-mode AD."""
     is_transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    return torch.compiler.is_compiling() or is_transformed
+    return torch.compiler.is_compiling() or is_transformed or _is_recorded()
+
+
+def _is_recorded() -> bool:
+    """True under torch.jit.trace (so in the older ONNX exporter and TensorBoard's ``add_graph`` too) or make_fx."""
+    if torch._C._get_tracing_state() is not None:
+        return True
+    # The second call takes longer, and is needed under a mode only.
+    return torch._C._len_torch_dispatch_stack() > 0 and torch._C._get_dispatch_mode(_PROXY) is not None
 
 
 def has_hooks(module: Any) -> bool:
@@ -120,7 +137,7 @@ def _obstacle(layer: Any) -> str | None:
     if layer.backend == "reference":
         return 'backend="reference"'
     if is_traced_or_transformed():
-        return "under torch.compile, torch.export, torch.func or forward-mode AD"
+        return "under torch.compile, torch.export, torch.jit.trace, make_fx, torch.func or forward-mode AD"
     return None
 
 
