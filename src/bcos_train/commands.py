@@ -20,7 +20,7 @@ def train(config: dict[str, object]) -> int:
     return run.train(config)
 
 
-@entry_point(config_name="evaluate", root=EvaluateConfig)
+@entry_point(config_name="evaluate", root=EvaluateConfig, rebase=run.rebase_on_run)
 def evaluate(config: dict[str, object]) -> int:
     """Evaluate a network: ``bcos-evaluate run=<run folder>`` or ``model=… dataset=… weights=official|<path>``."""
     return run.evaluate(config, overridden_keys())

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import logging
+import os
 import signal
 import sys
 import tempfile
@@ -21,6 +22,7 @@ from torch import nn
 from bcos_train.config import UserError, check, instantiate, load_plugins, overlay, save, user_errors_at
 from bcos_train.config import load as load_config
 from bcos_train.config.overrides import plugins_in_overrides
+from bcos_train.config.targets import resolve
 from bcos_train.dataset import ImageSizeMismatch, NotCacheable, UnreadableImage
 from bcos_train.runs import launch
 from bcos_train.runs.checkpoint import DamagedCheckpoint
@@ -214,11 +216,7 @@ def evaluate(config: Mapping[str, Any], overridden: Sequence[str] = ()) -> int:
     if folder is not None:
         if config["weights"] is not None:
             raise UserError("give run=<run folder> or weights=<path>, not both")
-        evaluation = {key: config[key] for key in ("run", "checkpoint", "weights", "use_ema", "output")}
-        # Recipes and launchers are not keys of the config.
-        keys = [key for key in overridden if key.partition(".")[0] in config]
-        run_config = load_config(folder / RUN_CONFIG)
-        config = restore_dataset_settings(overlay(run_config, config, keys) | evaluation, run_config, keys)
+        config = rebase_on_run(config, overridden)
         if problems := check(config, root=EvaluateConfig):
             raise UserError("\n".join(f"{folder / RUN_CONFIG}: {problem}" for problem in problems))
     # Initial weights of the training aren't downloaded: they would be overwritten.
@@ -256,6 +254,45 @@ def evaluate(config: Mapping[str, Any], overridden: Sequence[str] = ()) -> int:
         report_evaluation(module, data, origin, output, time.monotonic() - started)
         explanations.write(module, data, settings.explanation, origin, config, output)
     return 0
+
+
+def rebase_on_run(config: Mapping[str, Any], overridden: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the config of the run that ``config`` names, if any, with the keys of the command line.
+
+    A data set that is no longer where the run found it is looked for in the folder of ``DATA_ROOT`` or
+    ``IMAGENET_PATH``.
+
+    Args:
+        config: Composed from ``configs/evaluate.yaml``.
+        overridden: Keys overridden on the command line.
+
+    Raises:
+        UserError: ``run`` is not a run folder, or a key's group has no settings in the run.
+    """
+    if config["run"] is None:
+        return dict(config)
+    folder = Path(config["run"])
+    if folder.is_file():
+        run = folder.parent.parent if folder.parent.name == CHECKPOINTS else folder.parent
+        raise UserError(f"run={folder}: a file, expected the run folder: run={run} checkpoint={folder}")
+    if not (folder / RUN_CONFIG).is_file():
+        parent = f"; did you mean run={folder.parent}?" if (folder.parent / RUN_CONFIG).is_file() else ""
+        problem = f"not a run folder, since it has no {RUN_CONFIG}" if folder.is_dir() else "no such folder"
+        raise UserError(f"run={folder}: {problem}{parent}")
+    run_config = load_config(folder / RUN_CONFIG)
+    # Recipes and launchers are not keys of the config.
+    keys = [key for key in overridden if key.partition(".")[0] in config]
+    for key in keys:
+        group = key.partition(".")[0]
+        if group != key and group not in overridden and run_config.get(group, {}) is None:
+            raise UserError(f"{key}: {group} is null in the run, so it has no keys")
+    evaluation = {key: config[key] for key in ("run", "checkpoint", "weights", "use_ema", "output")}
+    rebased = restore_dataset_settings(overlay(run_config, config, keys) | evaluation, run_config, keys)
+    root = rebased["dataset"].get("root")
+    if root is not None and not {"dataset", "dataset.root"} & set(overridden) and not Path(root).expanduser().is_dir():
+        variable = getattr(resolve(rebased["dataset"]["_target_"]), "root_variable", None)
+        rebased["dataset"]["root"] = os.environ.get(variable or "") or root
+    return rebased
 
 
 def _silence_lightning() -> None:

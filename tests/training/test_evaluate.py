@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from bcos_train.config import UserError
-from bcos_train.run import evaluate, train
+from bcos_train import commands
+from bcos_train.config import UserError, save
+from bcos_train.run import evaluate, rebase_on_run, train
 from bcos_train.runs import checkpoint as files
 from bcos_train.runs.layout import LAST
 from bcos_train.training.callbacks.metrics import read_metrics
@@ -168,7 +170,7 @@ def test_nothing_to_evaluate(tmp_path: Path, plain_run: Path) -> None:
 
 
 def test_folder_that_is_no_run(tmp_path: Path) -> None:
-    assert "No such file or directory" in mistake(tmp_path, run=tmp_path / "none")
+    assert "no such folder" in mistake(tmp_path, run=tmp_path / "none")
     shutil.copy(Path(__file__), tmp_path / "config.yaml")
     assert "config.yaml: not a config" in mistake(tmp_path, run=tmp_path)
 
@@ -240,3 +242,60 @@ def test_weights_of_the_model_with_other_options(part: str, tmp_path: Path, plai
         train(config)
     assert str(caught.value) == f"model: {told}"
     assert not (tmp_path / "runs").exists()
+
+
+def _run_on_images(folder: Path, root: Path) -> Path:
+    """Write the config of a run on an image folder."""
+    config = compose(folder, "dataset=imagefolder", f"dataset.root={root}", "explanation=none")
+    (folder / "checkpoints").mkdir(parents=True)
+    save(config, folder / "config.yaml")
+    return folder
+
+
+def _evaluate(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[int, list[Any]]:
+    seen: list[Any] = []
+    monkeypatch.setattr("bcos_train.run.evaluate", lambda config, keys: seen.append(rebase_on_run(config, keys)))
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments])
+    try:
+        commands.evaluate()
+    except SystemExit as stop:
+        return int(str(stop.code)), seen
+    return 0, seen
+
+
+def test_keys_beside_a_run_are_those_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = _run_on_images(tmp_path / "run", tmp_path)
+    code, seen = _evaluate(monkeypatch, f"run={run}", "dataset.root=/other", "dataset.val=test")
+    assert (code, capsys.readouterr().err) == (0, "")
+    assert (seen[0]["dataset"]["root"], seen[0]["dataset"]["val"]) == ("/other", "test")
+    mistakes = {
+        "dataset.size=8": "dataset.size=8: unknown key (allowed: root, train, val, cache)",
+        "ema.decay=0.5": "ema.decay: ema is null in the run, so it has no keys",
+    }
+    for text, message in mistakes.items():
+        assert _evaluate(monkeypatch, f"run={run}", text) == (2, [])
+        assert capsys.readouterr().err.startswith(message)
+
+
+def test_what_is_no_run_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = _run_on_images(tmp_path / "run", tmp_path)
+    (last := run / "checkpoints" / LAST).touch()
+    for path, message in {
+        last: f"a file, expected the run folder: run={run} checkpoint={last}",
+        run / "checkpoints": f"not a run folder, since it has no config.yaml; did you mean run={run}?",
+        tmp_path / "none": "no such folder",
+    }.items():
+        assert _evaluate(monkeypatch, f"run={path}") == (2, [])
+        assert capsys.readouterr().err == f"run={path}: {message}\n"
+
+
+def test_a_moved_data_set_is_found_by_its_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATA_ROOT", "/moved")
+    for stored, found in ((tmp_path, str(tmp_path)), (tmp_path / "gone", "/moved")):
+        run = _run_on_images(tmp_path / f"run-{found.replace('/', '')}", stored)
+        assert _evaluate(monkeypatch, f"run={run}")[1][0]["dataset"]["root"] == found
+        assert _evaluate(monkeypatch, f"run={run}", "dataset.root=/own")[1][0]["dataset"]["root"] == "/own"

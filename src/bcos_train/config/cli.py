@@ -35,6 +35,8 @@ from bcos_train.utils.suggestions import suggest
 __all__ = ["entry_point", "overridden_keys"]
 
 Task = Callable[[dict[str, object]], int | None]
+#: Composed config and keys on the command line -> config to validate.
+Rebase = Callable[[Mapping[str, object], Sequence[str]], dict[str, object]]
 
 #: Exit codes: user error; interrupt and closed pipe as shells report them (128 + signal).
 MISTAKE, INTERRUPTED, PIPE_CLOSED = 2, 130, 141
@@ -61,7 +63,11 @@ class SweepStopped(BaseException):
 
 
 def entry_point(
-    *, config_name: str, root: Callable[..., object], config_dir: str | os.PathLike[str] | None = None
+    *,
+    config_name: str,
+    root: Callable[..., object],
+    config_dir: str | os.PathLike[str] | None = None,
+    rebase: Rebase = lambda config, _: dict(config),
 ) -> Callable[[Task], Callable[[], None]]:
     """Turn ``main(config) -> exit code`` into a command with Hydra's command line.
 
@@ -73,6 +79,8 @@ def entry_point(
         config_name: Main config.
         root: Callable whose parameters are the top-level keys of the config.
         config_dir: Folder of the configs; :func:`project_config_dir` by default.
+        rebase: Returns the config that is validated in place of the composed one, such as that of a saved run with the
+            keys of the command line. ``main`` receives the composed one.
 
     The decorated function receives plain containers with all interpolations resolved.
     """
@@ -81,7 +89,8 @@ def entry_point(
         @functools.wraps(main)
         def command() -> None:
             try:
-                code = _run(main, config_name, root, project_config_dir() if config_dir is None else Path(config_dir))
+                folder = project_config_dir() if config_dir is None else Path(config_dir)
+                code = _run(main, config_name, root, folder, rebase)
             except KeyboardInterrupt:
                 code = INTERRUPTED
             except BrokenPipeError:  # `--help | head`
@@ -100,10 +109,14 @@ def entry_point(
 
 def overridden_keys() -> list[str]:
     """Return the keys and config groups that the command line of the current job sets, as typed."""
-    return [text.lstrip("+~").partition("=")[0].partition("@")[0] for text in job_overrides()]
+    return _keys(job_overrides())
 
 
-def _run(main: Task, config_name: str, root: Callable[..., object], config_dir: Path) -> int:
+def _keys(overrides: Iterable[str]) -> list[str]:
+    return [text.lstrip("+~").partition("=")[0].partition("@")[0] for text in overrides]
+
+
+def _run(main: Task, config_name: str, root: Callable[..., object], config_dir: Path, rebase: Rebase) -> int:
     arguments = parse_command_line()
     if arguments.config_path is not None:
         config_dir = Path(arguments.config_path).absolute()
@@ -112,10 +125,10 @@ def _run(main: Task, config_name: str, root: Callable[..., object], config_dir: 
     rewritten: dict[str, str] = {}
     if not (arguments.help or arguments.hydra_help or arguments.info or arguments.shell_completion):
         composer = Composer(config_dir, arguments.config_dir)
-        rewritten = _preflight(composer, arguments, config_name, root)
+        rewritten = _preflight(composer, arguments, config_name, root, rebase)
     outcome = _Outcome()
     extra_dir = None if arguments.config_dir is None else Path(arguments.config_dir).absolute()
-    task = _make_task(main, root, outcome, extra_dir, full_error=os.environ.get(FULL_ERROR))
+    task = _make_task(main, root, rebase, outcome, extra_dir, full_error=os.environ.get(FULL_ERROR))
     argv = sys.argv
     sys.argv = [argv[0], *(rewritten.get(argument, argument) for argument in argv[1:])]
     if arguments.config_path is not None:
@@ -135,7 +148,7 @@ def _run(main: Task, config_name: str, root: Callable[..., object], config_dir: 
 
 
 def _preflight(
-    composer: Composer, arguments: Namespace, config_name: str, root: Callable[..., object]
+    composer: Composer, arguments: Namespace, config_name: str, root: Callable[..., object], rebase: Rebase
 ) -> dict[str, str]:
     """Compose and validate every job; returns what to pass to Hydra in place of each override.
 
@@ -154,7 +167,7 @@ def _preflight(
 
     def is_valid(job: list[str], key: str) -> bool:
         try:
-            problems = check(composer.compose(name, job), root=root)
+            problems = check(rebase(composer.compose(name, job), _keys(job)), root=root)
         except UserError:
             return False
         return not any(f"{problem.path}.".startswith(f"{key}.") for problem in problems)
@@ -167,7 +180,7 @@ def _preflight(
             config = composer.compose(name, job)
             _load_plugins(config, job, composer.extra_dir)
             # --cfg prints invalid configs too, for debugging.
-            problems = [] if arguments.cfg else check(config, root=root)
+            problems = [] if arguments.cfg else check(rebase(config, _keys(job)), root=root)
         all_problems += problems
     _raise(all_problems)
     return rewritten
@@ -212,7 +225,12 @@ class _Outcome:
 
 
 def _make_task(
-    main: Task, root: Callable[..., object], outcome: _Outcome, extra_dir: Path | None, full_error: str | None
+    main: Task,
+    root: Callable[..., object],
+    rebase: Rebase,
+    outcome: _Outcome,
+    extra_dir: Path | None,
+    full_error: str | None,
 ) -> Callable[[DictConfig], None]:
     """Return the function that Hydra calls for each job, in this process or, through a launcher, in another."""
     parent_pid = os.getpid()
@@ -224,7 +242,7 @@ def _make_task(
             try:
                 job = to_job_config(config)
                 _load_plugins(job, job_overrides(), extra_dir)  # in another process, or beyond MAX_PREFLIGHT
-                _raise(check(job, root=root))
+                _raise(check(rebase(job, overridden_keys()), root=root))
                 code = main(job) or 0
             except UserError as error:
                 _report(error)

@@ -28,6 +28,7 @@ class Cifar10:
     """
 
     name = "cifar10"
+    root_variable = "DATA_ROOT"
 
     def __init__(self, root: str | Path | None, download: bool = True, cache: Cache | None = None) -> None:
 

@@ -26,6 +26,8 @@ class ImageFolder:
     """
 
     name = "imagefolder"
+    #: Environment variable that sets ``root`` in the config.
+    root_variable = "DATA_ROOT"
 
     def __init__(
         self,

@@ -36,6 +36,7 @@ class ImageNet:
     """
 
     name = "imagenet"
+    root_variable = "IMAGENET_PATH"
 
     def __init__(
         self, root: str | Path | None, train: str = "train", val: str = "val", exif_orientation: bool = False
