@@ -271,7 +271,7 @@ def test_keys_beside_a_run_are_those_of_the_run(
     assert (code, capsys.readouterr().err) == (0, "")
     assert (seen[0]["dataset"]["root"], seen[0]["dataset"]["val"]) == ("/other", "test")
     mistakes = {
-        "dataset.size=8": "dataset.size=8: unknown key (allowed: root, train, val, cache)",
+        "dataset.size=8": "dataset.size=8: unknown key (allowed: root, train, val, cache,",
         "ema.decay=0.5": "ema.decay: ema is null in the run, so it has no keys",
     }
     for text, message in mistakes.items():
