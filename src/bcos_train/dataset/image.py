@@ -50,7 +50,7 @@ def to_rgb(image: Image.Image, exif_orientation: bool = False) -> Image.Image:
     """Convert an image to 8-bit RGB by the rules of this module.
 
     Args:
-        image: Any mode.
+        image: In any mode.
         exif_orientation: Rotate and flip the image as its EXIF tag says. False, the convention of torchvision, timm and
             the official code, keeps the pixels as they are stored. (The orientation of a TIFF is always applied, by
             Pillow.)

@@ -40,6 +40,7 @@ from bcos_train.nn.functional import is_linear, normalize_weight
 from bcos_train.utils.compiling import prepare_to_compile
 
 if TYPE_CHECKING:
+    from bcos_train.nn.backend import Accelerated
     from bcos_train.nn.conv import BcosConv2d
     from bcos_train.nn.layer import BcosLayer
     from bcos_train.nn.linear import BcosLinear, Linear
@@ -78,7 +79,7 @@ def _is_recorded() -> bool:
     return torch._C._len_torch_dispatch_stack() > 0 and torch._C._get_dispatch_mode(_PROXY) is not None
 
 
-def has_hooks(module: Any) -> bool:
+def has_hooks(module: nn.Module) -> bool:
     """True if this module has hooks, or global module hooks are registered."""
     own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return bool(own or _has_any_global_hook())
@@ -132,7 +133,7 @@ def _weight_in_use(module: Any, is_unit: bool = False) -> Tensor:
 # --- the decision -----------------------------------------------------------------------------------------------------
 
 
-def _obstacle(layer: Any) -> str | None:
+def _obstacle(layer: "Accelerated") -> str | None:
     """Reason why the definition must compute this layer, or None; the part that is common to all layers."""
     if layer.backend == "reference":
         return 'backend="reference"'
