@@ -87,8 +87,9 @@ def test_processes_under_torchrun_get_the_plugins(monkeypatch: pytest.MonkeyPatc
     calls = []
     monkeypatch.setattr(bcos_train.run.launch, "run_under_torchrun", lambda *arguments: calls.append(arguments) or 0)
     for plugins in ([], ["my_package", "another.one"]):
-        assert bcos_train.run._restart({"plugins": plugins}, plugins, 2) == 0
-    assert [call[2:] for call in calls] == [(2, []), (2, ["plugins=[my_package,another.one]"])]
+        assert bcos_train.run._restart({"plugins": plugins}, Path("runs/x"), plugins, 2) == 0
+    folder = f"folder={Path('runs/x')}"
+    assert [call[2:] for call in calls] == [(2, [folder]), (2, ["plugins=[my_package,another.one]", folder])]
 
 
 def test_a_metric_of_ones_own() -> None:

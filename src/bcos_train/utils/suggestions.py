@@ -39,12 +39,15 @@ def _similarity(name: str, candidate: str) -> float:
     """Return a value from 0 (nothing in common) to 1 (equal spelling), plus 1 if one begins or ends with the other."""
     a, b = _normalize(name), _normalize(candidate)
     ratio = SequenceMatcher(None, a, b, autojunk=False).ratio()
+    is_alike = ratio >= _CUTOFF
     if a and (sorted(a) == sorted(b) or a == _initials(candidate) or b == _initials(name)):
         # Swapped letters, or an abbreviation: lr for learning_rate.
         ratio = max(ratio, 0.95)
+    if _starts_with_words(name, candidate):
+        ratio = max(ratio, 0.9)  # less than a misprint of a longer name: bnu-liner
     short, long = sorted((a, b), key=len)
-    is_prefix = long.startswith(short) and (short == a or ratio >= _CUTOFF or _starts_with_words(name, candidate))
-    is_suffix = long.endswith(short) and ratio >= _CUTOFF
+    is_prefix = long.startswith(short) and (short == a or is_alike)
+    is_suffix = long.endswith(short) and is_alike
     return ratio + (len(short) >= 2 and (is_prefix or is_suffix))
 
 
