@@ -9,12 +9,11 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from rich.console import Console
 from torch import nn
@@ -26,7 +25,7 @@ from bcos_train.config.targets import resolve
 from bcos_train.dataset import ImageSizeMismatch, NotCacheable, UnreadableImage
 from bcos_train.runs import launch
 from bcos_train.runs.checkpoint import DamagedCheckpoint
-from bcos_train.runs.folder import RunFolder, find_checkpoint, find_run_folder, remove_leftovers
+from bcos_train.runs.folder import RunFolder, find_checkpoint, find_run_folder
 from bcos_train.runs.hash import run_hash
 from bcos_train.runs.interrupt import Interrupted, StopFlag
 from bcos_train.runs.layout import CHECKPOINTS, RUN_CONFIG
@@ -46,10 +45,12 @@ from bcos_train.training.callbacks.explanations import ExplanationReport, Origin
 from bcos_train.training.callbacks.metrics import CsvLogger
 from bcos_train.training.compilation import should_compile
 from bcos_train.training.config import CommonConfig, EvaluateConfig, TrainConfig, restore_dataset_settings
+from bcos_train.training.distributed import from_rank_zero
 from bcos_train.training.finish import finish, report_evaluation
 from bcos_train.training.image_size import check_image_size
 from bcos_train.training.module import Classifier, NonFiniteLoss
 from bcos_train.training.options import split_batch
+from bcos_train.utils.atomic import remove_leftovers
 from bcos_train.weights.model_options import model_of_config
 from bcos_train.weights.source import read_model_weights
 from bcos_train.weights.state_dict import load_weights
@@ -147,7 +148,7 @@ def _train(settings: TrainConfig, config: Mapping[str, object], stop: StopFlag, 
     base = Path(settings.runs, settings.dataset.name, settings.model_name, f"{settings.name}-{run_hash(config)}")
     resume = settings.resume or resumed is not None  # a folder that is given is the one to resume in
     # One process only: all checkpoints are read.
-    folder = _from_rank_zero(trainer, lambda: find_run_folder(resumed or base, resume))
+    folder = from_rank_zero(trainer, lambda: find_run_folder(resumed or base, resume))
     for warning in folder.warnings:
         console.print(f"skipped: {warning}", style="yellow", highlight=False, soft_wrap=True)
     if folder.finished:
@@ -155,7 +156,7 @@ def _train(settings: TrainConfig, config: Mapping[str, object], stop: StopFlag, 
         console.print(text, highlight=False, markup=False, soft_wrap=True)
         return 0
     with contextlib.ExitStack() as stack:
-        _from_rank_zero(trainer, lambda: _open_folder(stack, folder, config))
+        from_rank_zero(trainer, lambda: _open_folder(stack, folder, config))
         module = build_module(settings, model, data, compiled_batch_size)
         csv_logger = CsvLogger(folder.path)
         extra_loggers = build_loggers(settings, folder) if trainer.is_global_zero else []
@@ -173,23 +174,6 @@ def _train(settings: TrainConfig, config: Mapping[str, object], stop: StopFlag, 
         if trainer.is_global_zero:
             finish(trainer, module, folder, settings.model_name, console, time.monotonic() - started)
     return 0
-
-
-T = TypeVar("T")
-
-
-def _from_rank_zero(trainer: pl.Trainer, compute: Callable[[], T]) -> T:
-    """Compute in rank 0 and return the result in all ranks, or raise its ``ValueError`` there as :class:`UserError`."""
-    outcome: tuple[T | None, str | None] = (None, None)
-    if trainer.is_global_zero:
-        try:
-            outcome = (compute(), None)
-        except ValueError as error:
-            outcome = (None, str(error))
-    result, problem = trainer.strategy.broadcast(outcome)
-    if problem is not None:
-        raise UserError(problem)
-    return cast(T, result)
 
 
 def _open_folder(stack: contextlib.ExitStack, folder: RunFolder, config: Mapping[str, object]) -> None:

@@ -13,10 +13,11 @@ from training.runs import TINY, compose, run_folder, signal_at
 from bcos_train.config import UserError
 from bcos_train.run import train
 from bcos_train.runs import checkpoint as files
-from bcos_train.runs.folder import find_checkpoint, find_run_folder, remove_leftovers
+from bcos_train.runs.folder import find_checkpoint, find_run_folder
 from bcos_train.runs.hash import run_hash
 from bcos_train.runs.layout import LAST
 from bcos_train.runs.lock import locked
+from bcos_train.utils.atomic import remove_leftovers
 
 SMALL = (*TINY, "limit_train=16", "limit_val=9", "trainer.max_epochs=1")
 

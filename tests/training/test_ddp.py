@@ -86,3 +86,12 @@ def test_wrong_number_of_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_several_nodes_need_a_launcher(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="needs a launcher"):
         train(compose(tmp_path, *SMALL, "trainer.num_nodes=2"))
+
+
+def test_a_mistake_that_rank_zero_finds_is_one_line(tmp_path: Path) -> None:
+    mistake = ("dataset=imagefolder", f"dataset.root={tmp_path / 'missing'}", f"runs={tmp_path}")
+    result = start(SELF_START, "trainer.accelerator=cpu", *mistake)
+    assert result.returncode == 2
+    (line,) = [line for line in result.stderr.splitlines() if line]
+    assert line.startswith("dataset: ")
+    assert "missing" in line

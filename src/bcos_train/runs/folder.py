@@ -1,7 +1,6 @@
 """Run folder: path, resume state and checkpoints."""
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -9,7 +8,7 @@ from typing import Literal
 from bcos_train.runs import checkpoint
 from bcos_train.runs.layout import BEST, CHECKPOINTS, SUMMARY, check_checkpoint_name
 
-__all__ = ["Resume", "RunFolder", "find_checkpoint", "find_run_folder", "remove_leftovers"]
+__all__ = ["Resume", "RunFolder", "find_checkpoint", "find_run_folder"]
 
 
 @dataclass(frozen=True)
@@ -63,24 +62,6 @@ def find_run_folder(base: Path, resume: Resume) -> RunFolder:
             "files, use resume=adopt to accept one without a checksum, or resume=false to train again in a new folder"
         )
     return RunFolder(base, newest, is_finished, tuple(problems))
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove temporary files of processes that were killed while writing in a run folder."""
-    for path in folder.rglob(".*.tmp"):
-        pid = path.name.split(".")[-2]
-        if pid.isdigit() and not _is_running(int(pid)):
-            path.unlink(missing_ok=True)
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # of another user
-        return True
-    return True
 
 
 def find_checkpoint(folder: Path, which: str) -> Path:

@@ -34,6 +34,7 @@ from bcos_train.training.callbacks.explanations import ExplanationCallback
 from bcos_train.training.callbacks.metrics import TrainingLog
 from bcos_train.training.callbacks.progress import ProgressDisplay
 from bcos_train.training.config import CommonConfig, TrainConfig
+from bcos_train.training.distributed import from_rank_zero
 from bcos_train.training.module import Classifier, EndEvaluation
 from bcos_train.training.options import BatchSplit, TrainerOptions, default_workers
 
@@ -182,8 +183,9 @@ def load_data(settings: CommonConfig, split: BatchSplit, trainer: pl.Trainer, st
             limit_train=settings.limit_train,
             limit_val=settings.limit_val,
         )
-        if trainer.local_rank == 0:
+        if trainer.local_rank == 0 and not trainer.is_global_zero:
             data.prepare_data()
+        from_rank_zero(trainer, lambda: _prepare(data))
         trainer.strategy.barrier("prepare_data")
         data.setup(stage)
         if data.num_val == 0 or (stage == "fit" and data.num_train == 0):
@@ -191,6 +193,11 @@ def load_data(settings: CommonConfig, split: BatchSplit, trainer: pl.Trainer, st
         if stage == "fit" and data.num_classes < 2:
             raise ValueError(f"{', '.join(data.class_names)} is the only class; a classifier needs at least two")
     return data
+
+
+def _prepare(data: DataModule) -> None:
+    with user_errors_at("dataset"):
+        data.prepare_data()
 
 
 def build_module(

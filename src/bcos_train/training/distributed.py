@@ -1,15 +1,38 @@
-"""Reductions over the processes of a run."""
+"""Communication between the processes of a run."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar, cast
 
+import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from bcos_train.config import UserError
+
+T = TypeVar("T")
 
 
 def is_distributed() -> bool:
     """True if a process group with more than one process is initialized."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def from_rank_zero(trainer: pl.Trainer, compute: Callable[[], T]) -> T:
+    """Compute in rank 0 and return the result in all ranks, or raise its ``ValueError`` there as :class:`UserError`.
+
+    If rank 0 alone raised it, the others would wait for rank 0 and fail with a traceback.
+    """
+    result, cause = None, None
+    if trainer.is_global_zero:
+        try:
+            result = compute()
+        except ValueError as error:
+            cause = error
+    result, problem = trainer.strategy.broadcast((result, None if cause is None else str(cause)))
+    if problem is not None:
+        raise UserError(problem) from cause
+    return cast(T, result)
 
 
 def broadcast_buffers(module: nn.Module) -> None:
