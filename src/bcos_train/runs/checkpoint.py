@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 import torch
 
 from bcos_train.runs.layout import CHECKPOINT_SUFFIX, DIGEST_SUFFIX, LAST, PREVIOUS
+from bcos_train.utils.atomic import temporary_path
 
 # Exact types: a subclass, such as numpy's float64 of float, is pickled as an object, which can't be loaded.
 _SCALARS = (type(None), str, int, float, bool, torch.Tensor, torch.nn.Parameter)
@@ -94,7 +95,7 @@ def verify(path: Path) -> None:
 def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
     """Return the newest valid checkpoint in ``folder``, and a message for each damaged one that was skipped."""
     problems = []
-    for path in sorted(folder.glob(f"*{CHECKPOINT_SUFFIX}"), key=_age):
+    for path in _newest_first(folder):
         try:
             verify(path)
         except DamagedCheckpoint as error:
@@ -104,12 +105,16 @@ def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
     return None, problems
 
 
-def _age(path: Path) -> tuple[bool, float]:
-    """Return a sort key for newest first; ``last.ckpt`` is first, since copying a folder may change the times."""
-    try:
-        return path.name != LAST, -path.stat().st_mtime_ns
-    except OSError:  # a broken link
-        return True, 0.0
+def _newest_first(folder: Path) -> list[Path]:
+    """Return the checkpoints in ``folder``; ``last.ckpt`` is first, since copying a folder may change the times."""
+
+    def key(path: Path) -> tuple[bool, float]:
+        try:
+            return path.name != LAST, -path.stat().st_mtime_ns
+        except OSError:  # a broken link
+            return True, 0.0
+
+    return sorted(folder.glob(f"*{CHECKPOINT_SUFFIX}"), key=key)
 
 
 def adopt(folder: Path) -> Path:
@@ -121,8 +126,8 @@ def adopt(folder: Path) -> Path:
     newest, problems = newest_valid(folder)
     if newest is not None:
         return newest
-    paths = [path for path in sorted(folder.glob(f"*{CHECKPOINT_SUFFIX}"), key=_age) if path.is_file()]
-    path = next((path for path in paths if not digest_path(path).exists()), None)
+    unsigned = (path for path in _newest_first(folder) if path.is_file() and not digest_path(path).exists())
+    path = next(unsigned, None)
     if path is None:
         raise ValueError(f"no checkpoint to adopt in {folder}: {'; '.join(problems) or 'it has none'}")
     try:
@@ -149,7 +154,7 @@ def copy(source: Path, target: Path) -> None:
             shutil.copyfileobj(original, file)
 
     with _staging() as stage:
-        temporary = _temporary(target)
+        temporary = temporary_path(target)
         temporary.unlink(missing_ok=True)
         try:
             os.link(source, temporary)
@@ -184,7 +189,7 @@ def _staging() -> Iterator[Stage]:
     staged: list[Path] = []
 
     def stage(target: Path, write: Callable[[BinaryIO], object]) -> Path:
-        temporary = _temporary(target)
+        temporary = temporary_path(target)
         staged.append(temporary)
         with temporary.open("wb") as file:
             write(file)
@@ -197,10 +202,6 @@ def _staging() -> Iterator[Stage]:
     finally:
         for temporary in staged:
             temporary.unlink(missing_ok=True)
-
-
-def _temporary(target: Path) -> Path:
-    return target.with_name(f".{target.name}.{os.getpid()}.tmp")
 
 
 def _stage_digest(stage: Stage, path: Path, digest: str) -> Path:

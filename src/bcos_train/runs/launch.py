@@ -17,7 +17,7 @@ from bcos_train.utils.atomic import atomic_write
 #: Environment variable with the file in which rank 0 reports its pid and, at the end, its exit code to the process that
 #: restarted the command.
 REPORT = "BCOS_TRAIN_REPORT"
-#: Signals that stop a run: Ctrl-C and Ctrl-\\, a scheduler's request, the warnings of Slurm and submitit before the
+#: Signals that stop a run: Ctrl-C and Ctrl-\, a scheduler's request, the warnings of Slurm and submitit before the
 #: time limit, and the end of the terminal.
 SIGNALS = tuple(
     getattr(signal, name)

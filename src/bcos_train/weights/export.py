@@ -32,6 +32,7 @@ from bcos_train.runs.layout import (
     WEIGHTS,
     WEIGHTS_SUFFIX,
 )
+from bcos_train.utils.atomic import temporary_path
 from bcos_train.utils.suggestions import join_words, suggest
 from bcos_train.weights.build import with_num_classes
 from bcos_train.weights.files import read_weights
@@ -239,7 +240,7 @@ def _stage_files(target: Path, files: Mapping[str, bytes]) -> Iterator[Path]:
     """
     target = target.absolute()
     created = [folder for folder in target.parents if not folder.exists()]
-    stage = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    stage = temporary_path(target)
     try:
         stage.mkdir(parents=True)
         for name, content in files.items():

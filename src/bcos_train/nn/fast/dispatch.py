@@ -28,13 +28,7 @@ from bcos_train.nn.fast.batch_norm import uncentered_batch_norm
 from bcos_train.nn.fast.conv import Convolution, bcos_conv2d, can_box, detached_bcos_conv2d
 from bcos_train.nn.fast.gpu_device import GPU_TYPES, uses_triton
 from bcos_train.nn.fast.gpu_kernels import GPU
-from bcos_train.nn.fast.kernels import (
-    EAGER,
-    Kernels,
-    compiled_kernels,
-    normalize,
-    normalize_on_gpu,
-)
+from bcos_train.nn.fast.kernels import EAGER, Kernels, compiled_kernels, normalize, normalize_on_gpu
 from bcos_train.nn.fast.linear import bcos_linear, detached_bcos_linear, linear
 from bcos_train.nn.functional import is_linear, normalize_weight
 from bcos_train.utils.compiling import prepare_to_compile
