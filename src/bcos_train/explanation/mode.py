@@ -109,9 +109,9 @@ def _count_users(modules: frozenset[Detachable], change: int) -> None:
         for module in modules:
             _USERS[module] += change
             if _USERS[module]:
-                module._is_in_use = True
+                module._detached_somewhere = True
             else:
-                del _USERS[module], module._is_in_use
+                del _USERS[module], module._detached_somewhere
 
 
 class _Switchable(Protocol):
@@ -163,11 +163,11 @@ def _switched_on(modules: Sequence[_Switchable], own: Iterable[Detachable]) -> I
 
 def _switch(states: Iterable[tuple[_Switchable, bool]], own: Iterable[Detachable]) -> None:
     """Switch third-party modules, parents first; a parent may pass the call on to its children, also to ours."""
-    flags = [(module, module._is_set) for module in own]
+    flags = [(module, module._detached_everywhere) for module in own]
     try:
         for module, state in states:
             module.set_explanation_mode(state)
     finally:
         for child, flag in flags:
-            if child._is_set != flag:
-                child._is_set = flag
+            if child._detached_everywhere != flag:
+                child._detached_everywhere = flag

@@ -23,15 +23,16 @@ class Detachable(nn.Module):
     """
 
     # Class attributes, so that this class can precede any torch module in a list of bases.
-    _is_set = False
-    #: True while any thread has the module in `DETACHED`. Compiled code is guarded by this flag, and need not read the
-    #: context otherwise, which breaks the graph in older compilers.
-    _is_in_use = False
+    #: True if `set_explanation_mode` has switched the module on, which holds for all threads and tasks.
+    _detached_everywhere = False
+    #: True while at least one thread or task has the module in `DETACHED`. While it is False, compiled code, which is
+    #: guarded by this flag, does not read the context: reading it breaks the graph in older compilers.
+    _detached_somewhere = False
 
     @property
     def detach(self) -> bool:
         """True if the module is in explanation mode, as seen from the calling thread or task."""
-        return self._is_set or (self._is_in_use and self in DETACHED.get())
+        return self._detached_everywhere or (self._detached_somewhere and self in DETACHED.get())
 
     is_in_explanation_mode = detach
 
@@ -39,12 +40,12 @@ class Detachable(nn.Module):
         """Switch explanation mode of this module on or off (not of its children)."""
         if activate:
             self.check_explanation_mode()
-        self._is_set = activate
+        self._detached_everywhere = activate
 
     def check_explanation_mode(self) -> None:
         """Raise a RuntimeError if the output would not be linear in the input in explanation mode."""
 
     def _replicate_for_data_parallel(self) -> nn.Module:
         replica = super()._replicate_for_data_parallel()
-        replica._is_set = self.detach  # replicas run in threads of their own
+        replica._detached_everywhere = self.detach  # replicas run in threads of their own
         return replica

@@ -17,7 +17,7 @@ def no_fast_path(layer: nn.Module, x: Tensor) -> Tensor | None:
 batch_norm_forward = bcos_conv2d_forward = bcos_linear_forward = linear_forward = no_fast_path
 
 
-def why(layer: nn.Module, x: Tensor) -> str:
+def why(layer: nn.Module, x: Tensor) -> str:  # x as in `bcos_train.nn.fast.dispatch.why`
     return "definition: bcos_train.nn.fast is missing"
 
 

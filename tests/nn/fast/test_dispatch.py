@@ -92,6 +92,23 @@ def test_table(make: Callable[[], nn.Module], shape: tuple[int, ...], reason: st
     assert reason is None or reason in said
 
 
+def test_operations_depend_on_the_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = BcosConv2d(4, 4), torch.rand(IMAGE)
+    assert why(layer, x) == "fast: eager operations, float32 on cpu"
+    assert why(Linear(4, 3, bias=False), torch.rand(TOKENS)) == "fast: matrix product, float32 on cpu"
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert why(layer, x) == "fast: eager operations, bfloat16 on cpu"
+        assert why(layer, x.double()) == "fast: eager operations, float64 on cpu"
+    explaining(layer)
+    with cached_weights(layer):
+        assert why(layer, x.requires_grad_()) == "fast: linear map with a constant scale, float32 on cpu"
+    monkeypatch.setattr("bcos_train.nn.fast.gpu_device.GPU_TYPES", {"meta"})
+    monkeypatch.setattr("bcos_train.nn.fast.dispatch.GPU_TYPES", {"meta"})
+    layer = BcosConv2d(4, 4, device="meta")
+    assert why(layer, x.to("meta")) == "fast: Triton kernels, float32 on meta"
+    assert why(layer, x.to("meta").double()) == "fast: eager operations, float64 on meta"
+
+
 def test_global_hooks_are_seen() -> None:
     layer, x = BcosConv2d(4, 4), torch.rand(IMAGE)
     handle = nn.modules.module.register_module_forward_hook(lambda *_: None)

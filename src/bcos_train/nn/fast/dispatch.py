@@ -9,9 +9,9 @@ learnable; a bias; explanation mode without `cached_weights` |
 | `Linear` | a bias |
 | `BatchNormUncentered2d` | running statistics; explanation mode; a bias; statistics over several processes |
 
-`why` names the reason for a layer and an input. Compilers and transforms need the definitions, which they fuse or
-differentiate themselves; a hook on ``linear`` waits for ŵ·x, which the fast path never hands out; in explanation mode
-only `cached_weights` guarantees that nobody wants a gradient of the weight.
+`why` names the reason for a layer, or else the operations for an input. Compilers and transforms need the definitions,
+which they fuse or differentiate themselves; a hook on ``linear`` expects ŵ·x, which the fast path never returns; in
+explanation mode only `cached_weights` guarantees that no gradient of the weight is needed.
 """
 
 import threading
@@ -193,8 +193,12 @@ def _batch_norm_obstacle(norm: "BatchNormUncentered2d") -> str | None:
 def why(layer: nn.Module, x: Tensor) -> str:
     """Say which code computes ``layer(x)`` at this moment, and why if it is the definition.
 
+    Args:
+        x: The input. Its device, dtype and ``requires_grad`` select the operations of the fast path; its values and
+            shape don't matter.
+
     Returns:
-        ``"fast: …"`` or ``"definition: <reason>"``.
+        ``"fast: <operations>"``, with the dtype and device they run in, or ``"definition: <reason>"``.
 
     Raises:
         ValueError: The layer has no fast path.
@@ -213,10 +217,23 @@ def why(layer: nn.Module, x: Tensor) -> str:
     for kind, decide in deciders:
         if isinstance(layer, kind):
             obstacle = decide(layer)
-            return f"fast: backend={layer.backend!r}" if obstacle is None else f"definition: {obstacle}"
+            return f"fast: {_operations(layer, x)}" if obstacle is None else f"definition: {obstacle}"
     raise ValueError(
         f"{type(layer).__name__} has no fast path; BcosConv2d, BcosLinear, Linear and BatchNormUncentered2d have one"
     )
+
+
+def _operations(layer: Any, x: Tensor) -> str:
+    """Describe the operations of the fast path."""
+    if getattr(layer, "detach", False) and x.requires_grad:
+        operations = "linear map with a constant scale"
+    elif not hasattr(layer, "detach"):
+        operations = "matrix product"
+    elif layer.backend == "compiled":
+        operations = "compiled kernels"
+    else:
+        operations = "Triton kernels" if _kernels(layer, x) is GPU else "eager operations"
+    return f"{operations}, {str(_autocast_dtype(x) or x.dtype).removeprefix('torch.')} on {x.device.type}"
 
 
 # --- the fast paths ---------------------------------------------------------------------------------------------------
