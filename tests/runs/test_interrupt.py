@@ -63,7 +63,7 @@ def test_exit_codes(
     assert train(compose(tmp_path, *SMALL)) == code
     assert steps_saved(tmp_path) == 2, "the batch was finished, and no other begun"
     name = signal.Signals(signum).name
-    assert f"{name}: saving after this batch, then stopping (Ctrl-C again stops immediately)" in capfd.readouterr().err
+    assert f"{name}: saving after this step, then stopping (Ctrl-C again stops immediately)" in capfd.readouterr().err
 
 
 def in_validation(patch: pytest.MonkeyPatch) -> None:
@@ -75,6 +75,10 @@ def in_validation(patch: pytest.MonkeyPatch) -> None:
         return original(self, batch, batch_idx)
 
     patch.setattr(Classifier, "validation_step", validation_step)
+
+
+def in_last_batch(patch: pytest.MonkeyPatch) -> None:
+    signal_at(patch, STEPS - 1)
 
 
 def in_setup(patch: pytest.MonkeyPatch) -> None:
@@ -94,20 +98,36 @@ def while_saving(patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("moment", "steps"),
+    ("moment", "steps", "when"),
     [
-        pytest.param(in_validation, STEPS, id="in validation: saved after the epoch"),
-        pytest.param(in_setup, 1, id="while setting up"),
-        pytest.param(before_the_model_is_built, 1, id="before the model is built"),
-        pytest.param(while_saving, STEPS + 1, id="while saving: after the next batch"),
+        pytest.param(in_last_batch, STEPS, "the end of this epoch", id="in the last batch: saved after the epoch"),
+        pytest.param(in_validation, STEPS, "this validation", id="in validation: saved after the epoch"),
+        pytest.param(in_setup, 1, "the first step", id="while setting up"),
+        pytest.param(before_the_model_is_built, 1, "the first step", id="before the model is built"),
+        pytest.param(while_saving, STEPS + 1, "the next step", id="while saving: after the next step"),
     ],
 )
-def test_moments(moment: Callable[[pytest.MonkeyPatch], None], steps: int, uninterrupted: Path, tmp_path: Path) -> None:
+def test_moments(
+    moment: Callable[[pytest.MonkeyPatch], None],
+    steps: int,
+    when: str,
+    uninterrupted: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     with pytest.MonkeyPatch.context() as patch:
         moment(patch)
         assert train(compose(tmp_path, *SMALL)) == 143
+    assert f"SIGTERM: saving after {when}, then stopping (" in capfd.readouterr().err
     assert steps_saved(tmp_path) == steps
     assert_resumes(tmp_path, uninterrupted)
+
+
+def test_a_signal_after_the_last_epoch_does_not_stop(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        while_saving(patch)
+        assert train(compose(tmp_path, *SMALL, "trainer.max_epochs=1", "checkpointing.every_n_minutes=null")) == 0
+    assert "SIGTERM: all epochs are done, finishing (" in capfd.readouterr().err
 
 
 def test_second_ctrl_c_stops_immediately(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

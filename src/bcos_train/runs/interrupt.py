@@ -1,4 +1,4 @@
-"""Graceful stop: leave at the end of a batch after a signal.
+"""Graceful stop: after a signal, save at the end of the step and leave.
 
 A signal handler may run between any two lines of the program, even in the middle of a step. So it only sets a flag: a
 checkpoint saved in the handler could hold an inconsistent state.
@@ -29,11 +29,14 @@ class StopFlag:
     Attributes:
         signum: The signal that requested the stop; ``None``: no request so far.
         immediate: True after Ctrl-C that followed another signal: stop without saving.
+        response: What the run does next if a signal arrives now, for the message. The checkpoint callback keeps it up
+            to date.
     """
 
     def __init__(self) -> None:
         self.signum: int | None = None
         self.immediate = False
+        self.response = "saving after the first step, then stopping"
 
     def install_handlers(self) -> None:
         """Install the signal handlers (again, after Lightning has installed its own)."""
@@ -47,7 +50,7 @@ class StopFlag:
         self.signum = signum
         if rank() == 0:
             name = signal.Signals(signum).name
-            text = f"\n{name}: saving after this batch, then stopping (Ctrl-C again stops immediately)\n"
+            text = f"\n{name}: {self.response} (Ctrl-C again stops immediately)\n"
             # Not through sys.stderr, which may be in the middle of a write, or closed with its terminal.
             with contextlib.suppress(OSError):
                 os.write(2, text.encode())

@@ -86,6 +86,17 @@ class Checkpointer(Checkpoint):
         if trainer.is_global_zero and trainer.ckpt_path is not None:
             self._restore_best(Path(trainer.ckpt_path), trainer.global_step, pl_module.steps_per_epoch)
 
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int
+    ) -> None:
+        n_left = int(trainer.num_training_batches) - batch_idx
+        # The last step of an epoch is saved with the epoch.
+        when = "this step" if n_left > trainer.accumulate_grad_batches else "the end of this epoch"
+        self.stop.response = f"saving after {when}, then stopping"
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.stop.response = "saving after this validation, then stopping"
+
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
@@ -115,7 +126,8 @@ class Checkpointer(Checkpoint):
         due = due or self._is_step(trainer) or self._is_time()
         error = self._monitor_error(trainer, pl_module.epoch_metrics) if not self._has_score else None
         is_unknown = max_over_processes(int(error is not None), trainer.strategy.root_device)
-        # After the last epoch there is nothing left to stop.
+        # From here on the next chance to stop is the next step; after the last epoch there is nothing left to stop.
+        self.stop.response = "all epochs are done, finishing" if is_end else "saving after the next step, then stopping"
         signum = max_over_processes(0 if is_end else self.stop.signum or 0, trainer.strategy.root_device)
         due = bool(is_unknown or max_over_processes(int(due), trainer.strategy.root_device))
         self._save_if(trainer, pl_module, due, signum, name)
