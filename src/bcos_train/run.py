@@ -25,8 +25,8 @@ from bcos_train.config.targets import resolve
 from bcos_train.dataset import ImageSizeMismatch, NotCacheable, UnreadableImage
 from bcos_train.runs import launch
 from bcos_train.runs.checkpoint import DamagedCheckpoint
-from bcos_train.runs.folder import RunFolder, find_checkpoint, find_run_folder
-from bcos_train.runs.hash import run_hash
+from bcos_train.runs.folder import Resume, RunFolder, find_checkpoint, is_finished, read_run_folder, unused_folder
+from bcos_train.runs.hash import run_hash, with_absolute_paths
 from bcos_train.runs.interrupt import Interrupted, StopFlag
 from bcos_train.runs.layout import CHECKPOINTS, RUN_CONFIG
 from bcos_train.runs.lock import locked
@@ -38,6 +38,7 @@ from bcos_train.training.build import (
     build_model,
     build_module,
     build_trainer,
+    check_monitor,
     load_data,
 )
 from bcos_train.training.callbacks.checkpoint import UnknownMonitor
@@ -70,6 +71,7 @@ def train(config: Mapping[str, object], folder: Path | None = None) -> int:
         UserError: The config or the data is invalid.
     """
     _silence_lightning()
+    config = with_absolute_paths(config)  # the run can then be resumed from any folder
     settings = TrainConfig(**instantiate(config))
     options = settings.trainer
     if not settings.name or "/" in settings.name:
@@ -83,6 +85,7 @@ def train(config: Mapping[str, object], folder: Path | None = None) -> int:
         )
     with user_errors_at(""):
         split_batch(settings.batch_size, options.world_size, options.max_batch_per_device)
+    check_monitor(settings)
     if world is None and options.world_size > 1:
         return _restart(config, folder, settings.plugins, options.processes_per_node)
     stop = StopFlag()
@@ -138,6 +141,12 @@ def _train(settings: TrainConfig, config: Mapping[str, object], stop: StopFlag, 
     with user_errors_at(""):
         trainer = build_trainer(settings.trainer, split.accumulate)
     trainer.strategy.setup_environment()
+    base = resumed or Path(
+        settings.runs, settings.dataset.name, settings.model_name, f"{settings.name}-{run_hash(config)}"
+    )
+    resume = settings.resume or resumed is not None  # a folder that is given is the one to resume in
+    if resume and from_rank_zero(trainer, lambda: is_finished(base)):
+        return _report_finished(console, base)
     data = load_data(settings, split, trainer)
     model = build_model(settings, data)
     check_image_size(model, data, settings.encoding, config)
@@ -145,18 +154,12 @@ def _train(settings: TrainConfig, config: Mapping[str, object], stop: StopFlag, 
         compiled_batch_size = split.per_device if should_compile(settings.trainer, model) else None
     with user_errors_at("optimizer"):
         settings.optimizer([nn.Parameter(torch.zeros(1, 1))])  # raises for invalid values before files are written
-    base = Path(settings.runs, settings.dataset.name, settings.model_name, f"{settings.name}-{run_hash(config)}")
-    resume = settings.resume or resumed is not None  # a folder that is given is the one to resume in
-    # One process only: all checkpoints are read.
-    folder = from_rank_zero(trainer, lambda: find_run_folder(resumed or base, resume))
-    for warning in folder.warnings:
-        console.print(f"skipped: {warning}", style="yellow", highlight=False, soft_wrap=True)
-    if folder.finished:
-        text = f"already finished: {folder.path} (resume=false trains again in another folder)"
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
-        return 0
     with contextlib.ExitStack() as stack:
-        from_rank_zero(trainer, lambda: _open_folder(stack, folder, config))
+        folder = from_rank_zero(trainer, lambda: _open_folder(stack, base, resume, config))
+        for warning in folder.warnings:
+            console.print(f"skipped: {warning}", style="yellow", highlight=False, soft_wrap=True)
+        if folder.finished:  # in the meantime, by another process
+            return _report_finished(console, folder.path)
         module = build_module(settings, model, data, compiled_batch_size)
         csv_logger = CsvLogger(folder.path)
         extra_loggers = build_loggers(settings, folder) if trainer.is_global_zero else []
@@ -176,11 +179,21 @@ def _train(settings: TrainConfig, config: Mapping[str, object], stop: StopFlag, 
     return 0
 
 
-def _open_folder(stack: contextlib.ExitStack, folder: RunFolder, config: Mapping[str, object]) -> None:
-    """Lock the run folder until the end of ``stack``, and prepare it."""
-    stack.enter_context(locked(folder.path))
-    remove_leftovers(folder.path)
-    save(config, folder.path / RUN_CONFIG)
+def _report_finished(console: Console, path: Path) -> int:
+    text = f"already finished: {path} (resume=false trains again in another folder)"
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    return 0
+
+
+def _open_folder(stack: contextlib.ExitStack, base: Path, resume: Resume, config: Mapping[str, object]) -> RunFolder:
+    """Lock the run folder until the end of ``stack``, then read its state and prepare it."""
+    path = base if resume else unused_folder(base)
+    stack.enter_context(locked(path))
+    folder = read_run_folder(path, adopt=resume == "adopt")
+    if not folder.finished:
+        remove_leftovers(path)
+        save(config, path / RUN_CONFIG)
+    return folder
 
 
 def evaluate(config: Mapping[str, Any], overridden: Sequence[str] = ()) -> int:

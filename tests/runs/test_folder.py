@@ -6,15 +6,18 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from training.runs import TINY, compose, run_folder, signal_at
 
 from bcos_train.config import UserError
+from bcos_train.config.signature import keyword_parameters
+from bcos_train.config.targets import TARGETS, resolve
 from bcos_train.run import train
 from bcos_train.runs import checkpoint as files
-from bcos_train.runs.folder import find_checkpoint, find_run_folder
-from bcos_train.runs.hash import run_hash
+from bcos_train.runs.folder import find_checkpoint, read_run_folder, unused_folder
+from bcos_train.runs.hash import PATHS, run_hash, with_absolute_paths
 from bcos_train.runs.layout import LAST
 from bcos_train.runs.lock import locked
 from bcos_train.utils.atomic import remove_leftovers
@@ -92,6 +95,38 @@ def test_root_is_hashed_where_it_defines_the_data(dataset: str, counts: bool, tm
     assert named('"~/x"') == named(os.path.expanduser("~/x"))
 
 
+def test_relative_weights_are_hashed_and_kept_as_absolute_paths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def named(weights: str) -> str:
+        return run_hash(compose(tmp_path, f"model.weights={weights}"))
+
+    monkeypatch.chdir(tmp_path)
+    here = named("w.pth")
+    assert here == named(f"{tmp_path}/w.pth") == named(f"{tmp_path}/../{tmp_path.name}/w.pth")
+    config = compose(tmp_path, "model.weights=w.pth", "dataset=imagefolder", "dataset.root=data")
+    absolute = with_absolute_paths(config)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert named("w.pth") != here == named("../w.pth")
+    assert (absolute["model"]["weights"], absolute["dataset"]["root"]) == (f"{tmp_path}/w.pth", f"{tmp_path}/data")
+    assert with_absolute_paths(absolute) == absolute
+    official = compose(tmp_path, "model.weights=official")
+    assert with_absolute_paths(official) == official
+
+
+def test_every_path_of_the_config_is_known() -> None:
+    """Parameters of targets that are annotated as paths."""
+    known = {path.rpartition(".")[2] for path in PATHS}
+    for name in TARGETS:
+        target = resolve(name)
+        nodes: dict[str, Any] = {"name": "resnet20"} if name.endswith("create_model") else {}
+        for key, parameter in keyword_parameters(target, nodes).items():
+            # The run passes its folder to loggers.
+            is_path = "Path" in str(parameter.annotation) and key != "folder"
+            assert not is_path or key in known, f"{name}: {key}"
+
+
 def test_hash_does_not_change_the_config(tmp_path: Path) -> None:
     config = compose(tmp_path, "dataset=imagefolder", "dataset.root=x")
     before = json.dumps(config)
@@ -104,25 +139,24 @@ def test_hash_does_not_change_the_config(tmp_path: Path) -> None:
 
 def test_new_folders_are_numbered(tmp_path: Path) -> None:
     base = tmp_path / "name-1234"
-    assert find_run_folder(base, resume=True).path == base
-    assert find_run_folder(base, resume=False).path == base
+    assert unused_folder(base) == base
     base.mkdir()
-    assert find_run_folder(base, resume=False).path == tmp_path / "name-1234-2"
+    assert unused_folder(base) == tmp_path / "name-1234-2"
     (tmp_path / "name-1234-2").mkdir()
-    folder = find_run_folder(base, resume=False)
-    assert folder.path == tmp_path / "name-1234-3"
+    assert unused_folder(base) == tmp_path / "name-1234-3"
+    folder = read_run_folder(tmp_path / "name-1234-3")
     assert (folder.resume_from, folder.finished, folder.warnings) == (None, False, ())
 
 
 def test_resume_state(tmp_path: Path) -> None:
     files.save({"n": 1}, tmp_path / "checkpoints" / LAST)
     files.save({"n": 2}, tmp_path / "checkpoints" / LAST)
-    folder = find_run_folder(tmp_path, resume=True)
+    folder = read_run_folder(tmp_path)
     assert folder.resume_from == folder.checkpoints / LAST
     assert not folder.finished
     (tmp_path / "checkpoints" / LAST).write_bytes(b"")
     (tmp_path / "summary.json").write_text("{}")
-    folder = find_run_folder(tmp_path, resume=True)
+    folder = read_run_folder(tmp_path)
     assert folder.resume_from == folder.checkpoints / files.PREVIOUS
     assert folder.finished
     assert len(folder.warnings) == 1
@@ -142,28 +176,28 @@ def test_a_run_without_a_valid_checkpoint_does_not_start_again(unverified: Path)
     with pytest.raises(
         ValueError, match=r"no valid checkpoint among 2 in .*last\.ckpt has no .*resume=adopt"
     ) as caught:
-        find_run_folder(unverified, resume=True)
+        read_run_folder(unverified)
     assert "\n" not in str(caught.value)
 
 
 def test_the_newest_checkpoint_without_a_checksum_is_adopted(unverified: Path) -> None:
-    folder = find_run_folder(unverified, resume="adopt")
+    folder = read_run_folder(unverified, adopt=True)
     assert folder.resume_from == unverified / "checkpoints" / LAST
     assert files.load(folder.resume_from) == {"n": 2}
-    assert find_run_folder(unverified, resume=True).resume_from == folder.resume_from
+    assert read_run_folder(unverified).resume_from == folder.resume_from
 
 
 def test_only_files_that_can_be_read_are_adopted(unverified: Path) -> None:
     (unverified / "checkpoints" / LAST).write_bytes(b"not a checkpoint")
     with pytest.raises(ValueError, match=r"can't adopt .*last\.ckpt: it can't be read"):
-        find_run_folder(unverified, resume="adopt")
+        read_run_folder(unverified, adopt=True)
 
 
 def test_a_file_that_differs_from_its_checksum_is_not_adopted(tmp_path: Path) -> None:
     files.save({"n": 1}, tmp_path / "checkpoints" / LAST)
     (tmp_path / "checkpoints" / LAST).write_bytes(b"damaged")
     with pytest.raises(ValueError, match=r"no checkpoint to adopt in .*is damaged"):
-        find_run_folder(tmp_path, resume="adopt")
+        read_run_folder(tmp_path, adopt=True)
 
 
 def test_saving_sets_a_checkpoint_aside_that_was_not_verified(unverified: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Literal
 from bcos_train.runs import checkpoint
 from bcos_train.runs.layout import BEST, CHECKPOINTS, SUMMARY, check_checkpoint_name
 
-__all__ = ["Resume", "RunFolder", "find_checkpoint", "find_run_folder"]
+__all__ = ["Resume", "RunFolder", "find_checkpoint", "is_finished", "read_run_folder", "unused_folder"]
 
 
 @dataclass(frozen=True)
@@ -40,28 +40,40 @@ class RunFolder:
 Resume = bool | Literal["adopt"]
 
 
-def find_run_folder(base: Path, resume: Resume) -> RunFolder:
-    """Return ``base``, or with ``resume=False`` the first of ``base``, ``base-2``, … that doesn't exist.
+def is_finished(path: Path) -> bool:
+    """True if the run in this folder has ended."""
+    return (path / SUMMARY).exists()
+
+
+def unused_folder(base: Path) -> Path:
+    """Return the first of ``base``, ``base-2``, ``base-3``, … that doesn't exist."""
+    path, n = base, 1
+    while path.exists():
+        n += 1
+        path = base.with_name(f"{base.name}-{n}")
+    return path
+
+
+def read_run_folder(path: Path, *, adopt: bool = False) -> RunFolder:
+    """Read the state of a run, which may not have begun. The caller holds the lock, so that the state can't change.
+
+    Args:
+        path: The run folder, which need not exist.
+        adopt: Accept a checkpoint without a digest if it can be read, and write its digest.
 
     Raises:
         ValueError: The run has checkpoints, but none of them is valid; or there is none to adopt.
     """
-    if resume is False:
-        path, n = base, 1
-        while path.exists():
-            n += 1
-            path = base.with_name(f"{base.name}-{n}")
-        return RunFolder(path)
-    is_finished = (base / SUMMARY).exists()
-    if resume == "adopt" and not is_finished:
-        checkpoint.adopt(base / CHECKPOINTS)
-    newest, problems = checkpoint.newest_valid(base / CHECKPOINTS)
-    if newest is None and problems and not is_finished:
+    finished = is_finished(path)
+    if adopt and not finished:
+        checkpoint.adopt(path / CHECKPOINTS)
+    newest, problems = checkpoint.newest_valid(path / CHECKPOINTS)
+    if newest is None and problems and not finished:
         raise ValueError(
-            f"no valid checkpoint among {len(problems)} in {base / CHECKPOINTS}: {'; '.join(problems)}. Restore the "
+            f"no valid checkpoint among {len(problems)} in {path / CHECKPOINTS}: {'; '.join(problems)}. Restore the "
             "files, use resume=adopt to accept one without a checksum, or resume=false to train again in a new folder"
         )
-    return RunFolder(base, newest, is_finished, tuple(problems))
+    return RunFolder(path, newest, finished, tuple(problems))
 
 
 def find_checkpoint(folder: Path, which: str) -> Path:

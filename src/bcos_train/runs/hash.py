@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Mapping
 
-__all__ = ["NOT_HASHED", "run_hash"]
+__all__ = ["NOT_HASHED", "PATHS", "run_hash", "with_absolute_paths"]
 
 #: Config keys that affect where, how fast or how verbosely a run executes, but not its results.
 NOT_HASHED = (
@@ -31,7 +31,10 @@ NOT_HASHED = (
     "trainer.progress",
 )
 
-
+#: Config keys whose value is the path of an input. ``runs`` is not one of them: it is used once, to find the run folder.
+PATHS = ("dataset.root", "model.weights")
+#: Values of these keys that are names.
+_NOT_PATHS = ("official",)
 #: Data sets with the same content wherever they are stored; all others are identified by their folder.
 LOCATION_INDEPENDENT = ("bcos_train.dataset.Cifar10", "bcos_train.dataset.ImageNet")
 
@@ -42,13 +45,22 @@ def run_hash(config: Mapping[str, object]) -> str:
     Batch norm statistics that are not synchronized depend on the number of images per device, that is, on the hardware;
     the hash covers the config only.
     """
-    hashed = {key: _hashed_part(value, key) for key, value in config.items() if key not in NOT_HASHED}
+    paths = with_absolute_paths(config)
+    hashed = {key: _hashed_part(value, key) for key, value in paths.items() if key not in NOT_HASHED}
     dataset = hashed.get("dataset")
-    if isinstance(dataset, dict):
-        root = dataset.pop("root", None)
-        if root is not None and dataset["_target_"] not in LOCATION_INDEPENDENT:
-            dataset["root"] = os.path.abspath(os.path.expanduser(root))
+    if isinstance(dataset, dict) and (dataset.get("root") is None or dataset["_target_"] in LOCATION_INDEPENDENT):
+        dataset.pop("root", None)
     return hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def with_absolute_paths(config: Mapping[str, object]) -> dict[str, object]:
+    """Return a copy of a config with all paths of inputs absolute, so that it means the same in any folder."""
+    result = dict(config)
+    for group, key in (path.split(".") for path in PATHS):
+        node = result.get(group)
+        if isinstance(node, Mapping) and isinstance(path := node.get(key), str) and path not in _NOT_PATHS:
+            result[group] = {**node, key: os.path.abspath(os.path.expanduser(path))}
+    return result
 
 
 def _hashed_part(value: object, path: str) -> object:

@@ -30,13 +30,14 @@ from bcos_train.runs.layout import EXPLANATIONS
 from bcos_train.task import Classification
 from bcos_train.training.callbacks.checkpoint import Checkpointer
 from bcos_train.training.callbacks.ema import EmaCallback, ema_decay
-from bcos_train.training.callbacks.explanations import ExplanationCallback
+from bcos_train.training.callbacks.explanations import ExplanationCallback, metric_names
 from bcos_train.training.callbacks.metrics import TrainingLog
 from bcos_train.training.callbacks.progress import ProgressDisplay
 from bcos_train.training.config import CommonConfig, TrainConfig
 from bcos_train.training.distributed import from_rank_zero
 from bcos_train.training.module import Classifier, EndEvaluation
 from bcos_train.training.options import BatchSplit, TrainerOptions, default_workers
+from bcos_train.utils.suggestions import join_words, suggest
 
 #: DDP's argument for broadcasting buffers at each forward pass, renamed in torch 2.15.
 _SYNC_BUFFERS = next(
@@ -142,8 +143,8 @@ def build_model(settings: CommonConfig, data: DataModule) -> nn.Module:
         model: nn.Module = settings.model(num_classes=choose_num_classes(settings, data))
     channels = getattr(model, "in_chans", settings.encoding.in_channels)
     if channels != settings.encoding.in_channels:
-        encoded = {3: "3 channels, r g b", 6: "6 channels, r g b 1-r 1-g 1-b"}[settings.encoding.in_channels]
-        raise UserError(f"model.in_chans={channels}: the encoding has {encoded}")
+        order = {3: ", r g b", 6: ", r g b 1-r 1-g 1-b"}.get(settings.encoding.in_channels, "")
+        raise UserError(f"model.in_chans={channels}: the encoding has {settings.encoding.in_channels} channels{order}")
     if settings.trainer.sync_batchnorm and settings.trainer.world_size > 1:
         sync_batch_norm_(model)
     if settings.trainer.uses_channels_last:
@@ -232,6 +233,29 @@ def build_loggers(settings: TrainConfig, folder: RunFolder) -> list[Logger]:
         return [build(folder=folder.path, run_id=folder.name) for build in (settings.logger or {}).values()]
     except ModuleNotFoundError as error:
         raise UserError(f"logger: {' '.join(str(error).split())}") from error
+
+
+def check_monitor(settings: TrainConfig) -> None:
+    """Check before the training that it logs ``checkpointing.monitor``.
+
+    A name in ``explanation/alignment/`` is that of a layer, which only the measurement knows; the checkpoint callback
+    reports a wrong one after the first measurement.
+
+    Raises:
+        UserError: No metric has this name.
+    """
+    monitor = settings.checkpointing.monitor
+    parts = ["val", "train", *(["val_ema"] if settings.ema is not None else [])]
+    names = [f"{part}/{score}" for part in parts for score in ("acc1", "acc5", "loss")]
+    names += ["train/loss_step", "lr", "gradient_norm", "images_per_second"]
+    names += [] if settings.explanation is None else metric_names(settings.explanation)
+    is_layer = monitor is not None and "explanation/alignment" in names and monitor.startswith("explanation/alignment/")
+    if monitor is None or settings.checkpointing.keep_best == 0 or monitor in names or is_layer:
+        return
+    raise UserError(
+        f"checkpointing.monitor={monitor}: no such metric is logged{suggest(monitor, names)} "
+        f"(logged are {join_words(names, 'and', len(names))})"
+    )
 
 
 def build_callbacks(

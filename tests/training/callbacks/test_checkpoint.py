@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,17 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-from bcos_train.config import UserError
+from bcos_train.config import UserError, instantiate
 from bcos_train.run import train
 from bcos_train.runs import checkpoint as files
 from bcos_train.runs.checkpoint import LAST, PREVIOUS
 from bcos_train.runs.folder import find_checkpoint
 from bcos_train.runs.interrupt import Interrupted, StopFlag
 from bcos_train.training import Checkpointing, Classifier
+from bcos_train.training.build import check_monitor
 from bcos_train.training.callbacks import checkpoint as module_under_test
 from bcos_train.training.callbacks.checkpoint import Checkpointer, UnknownMonitor
+from bcos_train.training.config import TrainConfig
 from bcos_train.training.module import NonFiniteLoss
 
 from ..runs import TINY, assert_same_state, compose, final_state, metric_rows, run_folder
@@ -135,11 +138,27 @@ def test_unknown_monitor(monitor: str, hint: str | None, tmp_path: Path) -> None
 
 
 def test_unknown_monitor_is_the_users_mistake(tmp_path: Path) -> None:
+    """It is reported before anything is built or written."""
     with pytest.raises(UserError, match=r"^checkpointing.monitor=val/acc_1: .*did you mean val/acc1\?"):
         train(compose(tmp_path, *SMALL, "checkpointing.monitor=val/acc_1"))
-    config = compose(tmp_path, *SMALL, "checkpointing.monitor=val/acc1")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_monitors_are_the_metrics_that_a_run_logs(tmp_path: Path) -> None:
+    explained = ("explanation=default", "explanation.gallery_images=0", "explanation.n_images=4", "dataset.size=32")
+    config = compose(tmp_path, *SMALL, *explained, "trainer.gradient_clip_val=0.1", "trainer.max_epochs=1")
     assert train(config) == 0
-    assert [row["step"] for row in metric_rows(run_folder(tmp_path))] == ["1", "2", "3", "4"]
+    logged = {key for row in metric_rows(run_folder(tmp_path)) for key in row} - {"step", "epoch"} | {
+        "images_per_second"
+    }
+    settings = TrainConfig(**instantiate(config))
+    for monitor in sorted(logged):
+        check_monitor(replace(settings, checkpointing=Checkpointing(monitor=monitor)))
+    with pytest.raises(UserError) as caught:
+        check_monitor(replace(settings, checkpointing=Checkpointing(monitor="?")))
+    listed = str(caught.value).partition("(logged are ")[2].rstrip(")").replace(" and ", ", ").split(", ")
+    percentiles = {f"explanation/grid_pointing/p{p}" for p in (25, 50, 75, 100)}  # not logged without grids
+    assert set(listed) == percentiles | {key for key in logged if not key.startswith("explanation/alignment/")}
 
 
 def test_explanation_monitor_may_wait_for_its_epoch(tmp_path: Path) -> None:

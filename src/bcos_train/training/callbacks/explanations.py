@@ -30,6 +30,8 @@ from bcos_train.training.module import Classifier
 
 #: Config keys that scores of explanations depend on, besides the weights and the options of the metrics.
 IDENTITY = ("model", "dataset", "augmentation", "encoding", "limit_val")
+#: Percentiles of the grid pointing game that are logged.
+_PERCENTILES = ("p25", "p50", "p75", "p100")
 
 
 class Origin(TypedDict):
@@ -93,7 +95,7 @@ def logged_metrics(results: Results) -> dict[str, float]:
             metrics[f"explanation/{metric}" if i == 0 else f"explanation/{metric}/{method}"] = values.mean().item()
         if metric == "grid_pointing" and scores:
             summary = GridPointing(next(iter(scores.values()))).summary()
-            metrics |= {f"explanation/{metric}/{key}": summary[key] for key in ("p25", "p50", "p75", "p100")}
+            metrics |= {f"explanation/{metric}/{key}": summary[key] for key in _PERCENTILES}
     if results.grids is not None:
         metrics["explanation/grid_pointing/n_grids"] = len(results.grids)
         if not len(results.grids):
@@ -102,6 +104,18 @@ def logged_metrics(results: Results) -> dict[str, float]:
         metrics["explanation/alignment"] = sum(results.alignment.values()) / len(results.alignment)
         metrics |= {f"explanation/alignment/{layer}": value for layer, value in results.alignment.items()}
     return metrics
+
+
+def metric_names(options: ExplanationOptions) -> list[str]:
+    """Return the names under which :func:`logged_metrics` returns the results, without those of single layers."""
+    names: list[str] = []
+    for metric in options.metrics if options.methods else ():
+        names.append(f"explanation/{metric}")
+        if metric != "alignment":
+            names += [f"explanation/{metric}/{method}" for method in options.methods[1:]]
+        if metric == "grid_pointing":
+            names += [f"explanation/{metric}/{key}" for key in (*_PERCENTILES, "n_grids")]
+    return names
 
 
 class PredictionRecorder(pl.Callback):
