@@ -43,7 +43,7 @@ def test_all_text_and_pictures_lie_on_the_page_without_overlap(n: int, size: tup
         torch.full((n,), 2),
         NAMES,
         probabilities=torch.full((n, 4), 0.42),
-        run_name="imagenet/resnet50/" + "long-" * 40,
+        title="imagenet/resnet50/" + "long-" * 40,
         epoch=89,
         accuracy=0.7629,
         max_samples=32,
@@ -93,7 +93,7 @@ def test_titles_without_probabilities_and_with_another_class_explained():
 
 def test_header_and_column_names():
     x, explanation = batch(2)
-    figure = gallery(x, explanation, explanation.target, NAMES, run_name="digits/resnet20/x", epoch=3, accuracy=0.5)
+    figure = gallery(x, explanation, explanation.target, NAMES, title="digits/resnet20/x", epoch=3, accuracy=0.5)
     assert [text.get_text() for text in figure.texts] == ["digits/resnet20/x", "epoch 3 · accuracy 50.0%"]
     assert [ax.texts[0].get_text() for ax in figure.axes[:3]] == ["image", "explanation", "contributions"]
     assert figure.axes[-1].get_xlabel() == "red: evidence for the class, blue: against it"

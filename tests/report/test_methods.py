@@ -26,7 +26,7 @@ def test_no_scores_at_all() -> None:
 def test_maps_have_their_own_symmetric_scales_and_lie_on_the_page() -> None:
     values = torch.linspace(-1, 3, 64).view(8, 8)
     panels = [
-        Panel(torch.rand(8, 8, 3), "dog, 99%", (0, 4, 4, 4)),
+        Panel(torch.rand(8, 8, 3), "dog, 99%", (0, 4, 4, 4), n_cells=2),
         Panel(values),
         Panel(100 * values),
         Panel(None, "no"),
@@ -36,6 +36,9 @@ def test_maps_have_their_own_symmetric_scales_and_lie_on_the_page() -> None:
     assert small.norm.vmin == -small.norm.vmax
     assert large.norm.vmax == pytest.approx(100 * small.norm.vmax)
     assert len(figure.axes[0].patches) == 1
+    vertical, horizontal = figure.axes[0].lines
+    assert list(vertical.get_xdata()) == list(horizontal.get_ydata()) == [3.5, 3.5]
+    assert not figure.axes[1].lines
     assert [ax.get_title() for ax in figure.axes[:4]] == ["image", "a", "b", "c"]
     figure.draw_without_rendering()
     for ax in figure.axes:

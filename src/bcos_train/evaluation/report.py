@@ -19,7 +19,7 @@ from bcos_train.evaluation.store import ScoreStore, fingerprint, replace_file, w
 from bcos_train.evaluation.subject import Subject, grid_input, grid_pictures
 from bcos_train.evaluation.summary import tables, to_json
 from bcos_train.explanation import evaluating
-from bcos_train.report import Panel, Row, box_plot, map_table, save_gallery
+from bcos_train.report import Panel, Row, box_plot, map_table, save_gallery, short_class_name
 from bcos_train.runs.layout import EXPLANATION_SCORES, EXPLANATION_SUMMARY, EXPLANATIONS
 
 __all__ = ["evaluate_explanations"]
@@ -116,7 +116,7 @@ def _draw_grids(subject: Subject, results: Results, options: ExplanationOptions,
     assert subject.predictions is not None
     settings, scores = options.grid_pointing, results.scores["grid_pointing"]
     methods = {name: method for name, method in options.make_methods().items() if name in scores}
-    rows = []
+    names, rows = subject.classifier.class_names, []
     with evaluating(subject.model):
         for g, grid in enumerate(results.grids[:N_DRAWN]):
             k = g % len(grid)
@@ -124,14 +124,14 @@ def _draw_grids(subject: Subject, results: Results, options: ExplanationOptions,
             side = (picture.shape[1] // settings.n, picture.shape[0] // settings.n)
             box = (k % settings.n * side[0], k // settings.n * side[1], *side)
             x, target = grid_input(subject, grid[None], settings), subject.predictions.labels[grid[k : k + 1]][None]
-            panels = [Panel(picture, box=box)]
+            panels = [Panel(picture, box=box, n_cells=settings.n)]
             for name, method in methods.items():
                 maps = explain_grids(subject.model, method, x, target, settings)
                 smoothed = F.avg_pool2d(maps, settings.smooth, stride=1, padding=settings.smooth // 2)[0, 0]
-                panels.append(Panel(smoothed, f"{float(scores[name][g, k]):.2f}", box))
-            rows.append(Row(f"grid {g + 1}", panels))
+                panels.append(Panel(smoothed, f"{float(scores[name][g, k]):.2f}", box, settings.n))
+            rows.append(Row(short_class_name(names[int(target)]), panels))
     note = f", maps smoothed over {settings.smooth} px" if settings.smooth > 1 else ""
-    headline = f"{title}: the framed cell's class and its score{note}"
+    headline = f"{title}: class of the framed cell, scores below{note}"
     path = folder / "grids.png"
     save_gallery(path, map_table(["grid", *methods], rows, headline))
     return path

@@ -1,7 +1,7 @@
 """Figures of runs and explanation methods, and the Model Zoo table."""
 
 from bcos_train.report.box_plot import box_plot
-from bcos_train.report.gallery import gallery, save_gallery
+from bcos_train.report.gallery import gallery, save_gallery, short_class_name
 from bcos_train.report.maps import Panel, Row, map_table
 
-__all__ = ["Panel", "Row", "box_plot", "gallery", "map_table", "save_gallery"]
+__all__ = ["Panel", "Row", "box_plot", "gallery", "map_table", "save_gallery", "short_class_name"]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bcos_train.explanation import Explanation, color_explanation, plot_contribution_map
 
-__all__ = ["gallery", "save_gallery"]
+__all__ = ["gallery", "save_gallery", "short_class_name"]
 
 RIGHT, WRONG, MUTED, FRAME = "#1a7f37", "#c9252d", "#6b7280", "#d1d5db"
 COLUMN_NAMES = ("image", "explanation", "contributions")
@@ -32,7 +32,7 @@ GAP = 0.06  # between the pictures of a sample
 TITLE = 0.24  # the line above a sample
 SAMPLE_GAP = (0.4, 0.14)  # between samples, across and down
 MARGIN = 0.3
-HEADER = 0.5  # run name and metrics
+HEADER = 0.5  # title and metrics
 COLUMN_HEAD = 0.18
 FOOTER = 0.62  # color bar and legend
 
@@ -79,7 +79,7 @@ def gallery(
     class_names: Sequence[str],
     *,
     probabilities: Tensor | None = None,
-    run_name: str = "",
+    title: str = "",
     epoch: int | None = None,
     accuracy: float | None = None,
     max_samples: int = 15,
@@ -100,7 +100,7 @@ def gallery(
         class_names: K names, shown up to the first comma ("golden_retriever, Canis ...") and shortened.
         probabilities: (N, K) in [0, 1], shown beside the classes: sigmoids of the logits for networks trained with
             binary cross-entropy, softmax for cross-entropy. ``None``: not shown.
-        run_name: Headline.
+        title: Headline.
         epoch: Epoch, shown below the headline.
         accuracy: Accuracy of the whole evaluation in [0, 1], shown below the headline.
         max_samples: Number of samples to draw at most; the first ones are drawn.
@@ -125,7 +125,7 @@ def gallery(
 
     layout = _choose_layout(n_samples, height, width)
     figure = Figure(figsize=layout.page, facecolor="white")
-    _draw_header(figure, layout, run_name, epoch, accuracy)
+    _draw_header(figure, layout, title, epoch, accuracy)
     for n in range(n_samples):
         axes = _sample_axes(figure, layout, n)
         _draw_pictures(axes, x[n, :3], colors[n], maps[n], scale)
@@ -213,7 +213,7 @@ def _title_sample(
     axes: list[Axes], prediction: int, label: int, target: int, class_names: Sequence[str], shares: Tensor | None
 ) -> None:
     def named(index: int) -> str:
-        return _short(class_names[index]) + ("" if shares is None else f" ({_percent(float(shares[index]))})")
+        return short_class_name(class_names[index]) + ("" if shares is None else f" ({_percent(float(shares[index]))})")
 
     right = prediction == label
     axes[0].set_title(
@@ -232,11 +232,11 @@ def _title_sample(
     axes[2].set_title(note, loc="right", color=MUTED, fontsize=8, pad=3.5)
 
 
-def _draw_header(figure: Figure, layout: _Layout, run_name: str, epoch: int | None, accuracy: float | None) -> None:
+def _draw_header(figure: Figure, layout: _Layout, title: str, epoch: int | None, accuracy: float | None) -> None:
     width, height = layout.page
     facts = [] if epoch is None else [f"epoch {epoch}"]
     facts += [] if accuracy is None else [f"accuracy {accuracy:.1%}"]
-    headline = _shorten(run_name, int((width - 2 * MARGIN) / 0.115))
+    headline = _shorten(title, int((width - 2 * MARGIN) / 0.115))
     figure.text(MARGIN / width, 1 - MARGIN / height, headline, fontsize=12, weight="bold", va="top")
     figure.text(MARGIN / width, 1 - (MARGIN + 0.24) / height, " · ".join(facts), fontsize=9, color=MUTED, va="top")
 
@@ -275,7 +275,8 @@ def _on_white(rgba: Tensor, maps: Tensor, window: int) -> Tensor:
     return rgba[..., :3] * alpha + (1 - alpha)
 
 
-def _short(name: str) -> str:
+def short_class_name(name: str) -> str:
+    """Shorten a class name for a figure: up to the first comma, at most 18 characters."""
     return _shorten(str(name).split(",")[0].replace("_", " ").strip(), NAME_LENGTH)
 
 

@@ -25,6 +25,7 @@ PICTURE = 1.45
 GAP = (0.08, 0.1)  # across and down
 MARGIN, HEAD, COLUMN_HEAD, NOTE, FOOTER, LABEL = 0.2, 0.36, 0.24, 0.17, 0.55, 0.3
 CELL = "#16a34a"  # the frame of a cell
+CELL_LINE = "#9ca3af"  # between the cells of a grid
 #: Pixels beyond this percentile of a map's magnitudes have the full color.
 PERCENTILE = 99.5
 
@@ -37,11 +38,13 @@ class Panel:
         values: RGB picture (H, W, 3) in [0, 1], signed map (H, W), or ``None`` if it is missing.
         note: Line below the picture, or the reason why it is missing.
         box: Left, top, width and height in pixels of a frame drawn in the picture.
+        n_cells: Number of cells per side of a grid, separated by thin lines.
     """
 
     values: Tensor | None
     note: str = ""
     box: tuple[float, float, float, float] | None = None
+    n_cells: int = 1
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,10 @@ def _draw(ax: Axes, panel: Panel) -> None:
     else:
         plot_contribution_map(values, ax, percentile=PERCENTILE)
     ax.images[0].set_interpolation("nearest" if len(values) <= SHARP else "antialiased")
+    height, width = values.shape[:2]
+    for k in range(1, panel.n_cells):
+        ax.axvline(k * width / panel.n_cells - 0.5, color=CELL_LINE, linewidth=0.6)
+        ax.axhline(k * height / panel.n_cells - 0.5, color=CELL_LINE, linewidth=0.6)
     if panel.box is not None:
         x, y, width, height = panel.box
         style = {"fill": False, "edgecolor": CELL, "linewidth": 1.8}

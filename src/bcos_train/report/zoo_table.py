@@ -182,7 +182,7 @@ def update_readme(text: str, rows: Sequence[Row]) -> str:
     """
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(END) < text.index(BEGIN):
         raise ValueError(f"the README has no place for the table: a line {BEGIN} and, after it, a line {END}")
-    head = ["model", "parameters", "GMACs", "top-1 [%]", "top-5 [%]", "command"]
+    head = ["model", "parameters", "GMACs", "top-1 [%]", "top-5 [%]"]
     table = _table(head, [readme_cells(row) for row in rows])
     notes = ["Accuracies are the published ones.", GMACS, *_misprint_note(rows)]
     before, after = text[: text.index(BEGIN)], text[text.index(END) :]
@@ -192,17 +192,11 @@ def update_readme(text: str, rows: Sequence[Row]) -> str:
 def readme_cells(row: Row) -> list[str]:
     """Return the cells of a row of the README's table."""
     accuracies = [f"{row.top1_published:.3f}", f"{row.top5_published:.3f}"]
-    return [
-        f"`{row.name}`",
-        _params(row),
-        f"{row.gmacs:.2f}",
-        *accuracies,
-        f"`python {' '.join(train_command(row.name))}`",
-    ]
+    return [f"`{row.name}`", _params(row), f"{row.gmacs:.2f}", *accuracies]
 
 
 def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    rule = ["---", *("---" if name == "command" else "---:" for name in head[1:])]
+    rule = ["---", *("---:" for _ in head[1:])]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *lines))
 
 

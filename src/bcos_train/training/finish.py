@@ -94,7 +94,7 @@ def report_evaluation(module: Classifier, data: DataModule, origin: Origin, outp
     if is_explainable(module.model):
         samples = data.fixed_val_samples(GALLERY_IMAGES)
         with evaluating(module.model):
-            figure = draw_gallery(module, data, samples, run_name=title, accuracy=result["acc1"] / 100)
+            figure = draw_gallery(module, data, samples, title=title, accuracy=result["acc1"] / 100)
         save_gallery(output / GALLERY, figure)
         content["gallery"] = GALLERY
     write_json(output / EVALUATION, content)

@@ -47,7 +47,7 @@ def draw_gallery(
     data: DataModule,
     samples: tuple[Tensor, Tensor],
     *,
-    run_name: str,
+    title: str,
     epoch: int | None = None,
     accuracy: float | None = None,
 ) -> Figure:
@@ -65,7 +65,7 @@ def draw_gallery(
         labels,
         pad_class_names(data.class_names, result.logits.shape[1]),
         probabilities=module.probabilities(result.logits),
-        run_name=run_name,
+        title=title,
         epoch=epoch,
         accuracy=accuracy,
         max_samples=len(x),
@@ -197,7 +197,7 @@ class ExplanationCallback(PredictionRecorder):
             self._samples = module.data.fixed_val_samples(self.options.gallery_images)
         percent = trainer.callback_metrics.get("val/acc1")
         accuracy = None if percent is None else float(percent) / 100
-        figure = draw_gallery(module, module.data, self._samples, run_name=self.title, epoch=epoch, accuracy=accuracy)
+        figure = draw_gallery(module, module.data, self._samples, title=self.title, epoch=epoch, accuracy=accuracy)
         path = self.folder / f"epoch-{epoch:04d}.png"
         save_gallery(path, figure)
         for logger in trainer.loggers:
