@@ -25,7 +25,6 @@ PICTURE = 1.45
 GAP = (0.08, 0.1)  # across and down
 MARGIN, HEAD, COLUMN_HEAD, NOTE, FOOTER, LABEL = 0.2, 0.36, 0.24, 0.17, 0.55, 0.3
 CELL = "#16a34a"  # the frame of a cell
-CELL_LINE = "#9ca3af"  # between the cells of a grid
 #: Pixels beyond this percentile of a map's magnitudes have the full color.
 PERCENTILE = 99.5
 
@@ -113,11 +112,11 @@ def _draw(ax: Axes, panel: Panel) -> None:
     ax.images[0].set_interpolation("nearest" if len(values) <= SHARP else "antialiased")
     height, width = values.shape[:2]
     for k in range(1, panel.n_cells):
-        ax.axvline(k * width / panel.n_cells - 0.5, color=CELL_LINE, linewidth=0.6)
-        ax.axhline(k * height / panel.n_cells - 0.5, color=CELL_LINE, linewidth=0.6)
+        ax.axvline(k * width / panel.n_cells - 0.5, color=FRAME, linewidth=0.6)
+        ax.axhline(k * height / panel.n_cells - 0.5, color=FRAME, linewidth=0.6)
     if panel.box is not None:
         x, y, width, height = panel.box
-        style = {"fill": False, "edgecolor": CELL, "linewidth": 1.8}
+        style = {"fill": False, "edgecolor": CELL, "linewidth": 1.8, "zorder": 3}  # above the lines of the cells
         ax.add_patch(Rectangle((x - 0.5, y - 0.5), width, height, **style))  # type: ignore[arg-type]
     ax.set_xlabel(panel.note, fontsize=7.5, labelpad=2.5, color=MUTED)
 
