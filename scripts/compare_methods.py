@@ -75,10 +75,11 @@ def subject_of_run(folder: Path, checkpoint: str) -> Subject:
     """Load the model of a run with its evaluation transform and data set."""
     from bcos_train.config import instantiate
     from bcos_train.config import load as load_config
+    from bcos_train.training.config import find_moved_dataset
 
     config = load_config(folder / RUN_CONFIG)
     classifier = load(folder, checkpoint=checkpoint)
-    dataset: Any = instantiate(config["dataset"], path="dataset")
+    dataset: Any = instantiate(find_moved_dataset(config["dataset"]), path="dataset")
     # A model may have more outputs than its data set has classes.
     names = (*dataset.class_names, *classifier.class_names[dataset.num_classes :])
     classifier = replace(classifier, class_names=names[: len(classifier.class_names)])

@@ -20,7 +20,9 @@ def train(config: dict[str, object]) -> int:
     return run.train(config)
 
 
-@entry_point(config_name="evaluate", root=EvaluateConfig, rebase=run.rebase_on_run)
+@entry_point(
+    config_name="evaluate", root=EvaluateConfig, check_overrides=run.check_beside_run, rebase=run.rebase_on_run
+)
 def evaluate(config: dict[str, object]) -> int:
     """Evaluate a network: ``bcos-evaluate run=<run folder>`` or ``model=… dataset=… weights=official|<path>``."""
     return run.evaluate(config, overridden_keys())

@@ -3,14 +3,13 @@
 import contextlib
 import errno
 import logging
-import os
 import signal
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,10 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from bcos_train.config import UserError, check, instantiate, load_plugins, overlay, save, user_errors_at
+from bcos_train.config import Problem, UserError, check, instantiate, load_plugins, overlay, save, user_errors_at
 from bcos_train.config import load as load_config
+from bcos_train.config.composition import Override
 from bcos_train.config.overrides import plugins_in_overrides
-from bcos_train.config.targets import resolve
 from bcos_train.dataset import ImageSizeMismatch, NotCacheable, UnreadableImage
 from bcos_train.runs import launch
 from bcos_train.runs.checkpoint import DamagedCheckpoint
@@ -45,7 +44,13 @@ from bcos_train.training.callbacks.checkpoint import UnknownMonitor
 from bcos_train.training.callbacks.explanations import ExplanationReport, Origin
 from bcos_train.training.callbacks.metrics import CsvLogger
 from bcos_train.training.compilation import should_compile
-from bcos_train.training.config import CommonConfig, EvaluateConfig, TrainConfig, restore_dataset_settings
+from bcos_train.training.config import (
+    CommonConfig,
+    EvaluateConfig,
+    TrainConfig,
+    find_moved_dataset,
+    restore_dataset_settings,
+)
 from bcos_train.training.distributed import from_rank_zero
 from bcos_train.training.finish import finish, report_evaluation
 from bcos_train.training.image_size import check_image_size
@@ -58,6 +63,8 @@ from bcos_train.weights.state_dict import load_weights
 
 #: Exit code of a run that stopped because its loss was not finite.
 DIVERGED = 3
+#: Keys of ``configs/evaluate.yaml`` that a run's config lacks.
+EVALUATION_KEYS = ("run", "checkpoint", "weights", "use_ema", "output")
 
 
 def train(config: Mapping[str, object], folder: Path | None = None) -> int:
@@ -230,6 +237,8 @@ def evaluate(config: Mapping[str, Any], overridden: Sequence[str] = ()) -> int:
         trainer = build_trainer(settings.trainer)
         split = split_batch(settings.batch_size, settings.trainer.world_size, None)
     trainer.strategy.setup_environment()
+    if trainer.is_global_zero and (root := getattr(settings.dataset, "root", None)) is not None:
+        Console().print(f"data set: {root}", highlight=False, markup=False, soft_wrap=True)
     data = load_data(settings, split, trainer, stage="validate")
     model = build_model(settings, data)
     with user_errors_at(""):
@@ -253,18 +262,39 @@ def evaluate(config: Mapping[str, Any], overridden: Sequence[str] = ()) -> int:
     return 0
 
 
+def check_beside_run(overrides: Sequence[Override]) -> list[Problem]:
+    """Return the problems of a command line with ``run=…``: overrides that would have no effect, and deletions.
+
+    The config is the run's, so a recipe or a key of the training can't change it any more.
+    """
+    if all(override.key_or_group != "run" or override.is_delete() for override in overrides):
+        return []
+    used = {*(field.name for field in fields(CommonConfig)), *EVALUATION_KEYS}
+    problems = []
+    for override in overrides:
+        key = override.key_or_group
+        if key.startswith(("hydra/", "hydra.")):
+            continue
+        if override.is_delete():
+            problems.append(Problem(f"~{key}", "nothing can be deleted beside run=…; set a value, such as null"))
+        elif key.partition(".")[0] not in used:
+            text = "has no effect beside run=…, whose settings apply; set single keys of the evaluation"
+            problems.append(Problem(key, text, override.get_value_element_as_str()))
+    return problems
+
+
 def rebase_on_run(config: Mapping[str, Any], overridden: Sequence[str] = ()) -> dict[str, Any]:
     """Return the config of the run that ``config`` names, if any, with the keys of the command line.
 
-    A data set that is no longer where the run found it is looked for in the folder of ``DATA_ROOT`` or
-    ``IMAGENET_PATH``.
+    The data set's folder is that of ``dataset.root`` on the command line, else that of ``DATA_ROOT`` or
+    ``IMAGENET_PATH``, else the run's.
 
     Args:
         config: Composed from ``configs/evaluate.yaml``.
         overridden: Keys overridden on the command line.
 
     Raises:
-        UserError: ``run`` is not a run folder, or a key's group has no settings in the run.
+        UserError: ``run`` is not a run folder, or a key is below one that has no keys in the run.
     """
     if config["run"] is None:
         return dict(config)
@@ -277,18 +307,12 @@ def rebase_on_run(config: Mapping[str, Any], overridden: Sequence[str] = ()) -> 
         problem = f"not a run folder, since it has no {RUN_CONFIG}" if folder.is_dir() else "no such folder"
         raise UserError(f"run={folder}: {problem}{parent}")
     run_config = load_config(folder / RUN_CONFIG)
-    # Recipes and launchers are not keys of the config.
+    # Launchers are no keys of the config.
     keys = [key for key in overridden if key.partition(".")[0] in config]
-    for key in keys:
-        group = key.partition(".")[0]
-        if group != key and group not in overridden and run_config.get(group, {}) is None:
-            raise UserError(f"{key}: {group} is null in the run, so it has no keys")
-    evaluation = {key: config[key] for key in ("run", "checkpoint", "weights", "use_ema", "output")}
+    evaluation = {key: config[key] for key in EVALUATION_KEYS}
     rebased = restore_dataset_settings(overlay(run_config, config, keys) | evaluation, run_config, keys)
-    root = rebased["dataset"].get("root")
-    if root is not None and not {"dataset", "dataset.root"} & set(overridden) and not Path(root).expanduser().is_dir():
-        variable = getattr(resolve(rebased["dataset"]["_target_"]), "root_variable", None)
-        rebased["dataset"]["root"] = os.environ.get(variable or "") or root
+    if not {"dataset", "dataset.root"} & set(overridden):
+        rebased["dataset"] = find_moved_dataset(rebased["dataset"])
     return rebased
 
 

@@ -97,11 +97,11 @@ def test_results_go_into_the_run_folder(plain_run: Path, tmp_path: Path, capsys:
         pytest.param(("limit_val=7",), 7, id="fewer images"),
         pytest.param(("num_workers=1", "trainer.precision=bf16"), 21, id="workers and precision"),
         pytest.param(("trainer.devices=2",), 21, id="devices: one process without a launcher"),
-        pytest.param(("recipe=long", "hydra.verbose=true"), 21, id="what is no key of the config"),
+        pytest.param(("hydra.verbose=true",), 21, id="what is no key of the config"),
     ],
 )
 def test_settings_override_the_runs(settings: tuple[str, ...], count: int, run: Path, tmp_path: Path) -> None:
-    keys = [text for text in settings if not text.startswith(("recipe", "hydra"))]
+    keys = [text for text in settings if not text.startswith("hydra")]
     config = compose(tmp_path, *keys, name="evaluate")
     config |= {"run": str(run), "output": str(tmp_path)}
     assert evaluate(config, [text.partition("=")[0] for text in settings]) == 0
@@ -244,11 +244,11 @@ def test_weights_of_the_model_with_other_options(part: str, tmp_path: Path, plai
     assert not (tmp_path / "runs").exists()
 
 
-def _run_on_images(folder: Path, root: Path) -> Path:
-    """Write the config of a run on an image folder."""
-    config = compose(folder, "dataset=imagefolder", f"dataset.root={root}", "explanation=none")
+def _run_on_images(folder: Path, root: Path, dataset: str = "imagefolder", **values: object) -> Path:
+    """Write the config of a run on image folders."""
+    config = compose(folder, f"dataset={dataset}", f"dataset.root={root}", "explanation=none")
     (folder / "checkpoints").mkdir(parents=True)
-    save(config, folder / "config.yaml")
+    save({**config, **values}, folder / "config.yaml")
     return folder
 
 
@@ -266,17 +266,55 @@ def _evaluate(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[int, li
 def test_keys_beside_a_run_are_those_of_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = _run_on_images(tmp_path / "run", tmp_path)
+    run = _run_on_images(tmp_path / "run", tmp_path, explanation=None)
     code, seen = _evaluate(monkeypatch, f"run={run}", "dataset.root=/other", "dataset.val=test")
     assert (code, capsys.readouterr().err) == (0, "")
     assert (seen[0]["dataset"]["root"], seen[0]["dataset"]["val"]) == ("/other", "test")
+    code, seen = _evaluate(monkeypatch, f"run={run}", "+dataset.val=test", "++model.b=1.5", "model.backend=compiled")
+    assert (code, capsys.readouterr().err) == (0, "")
+    assert (seen[0]["dataset"]["val"], seen[0]["model"]["b"]) == ("test", 1.5)
     mistakes = {
         "dataset.size=8": "dataset.size=8: unknown key (allowed: root, train, val, cache,",
-        "ema.decay=0.5": "ema.decay: ema is null in the run, so it has no keys",
+        "explanation.n_images=5": "explanation.n_images: explanation is null in the run, so it has no keys",
+        "+dataset.vall=test": "dataset.vall=test: unknown key; did you mean val?",
     }
     for text, message in mistakes.items():
         assert _evaluate(monkeypatch, f"run={run}", text) == (2, [])
         assert capsys.readouterr().err.startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "recipe=long",
+            "recipe=long: has no effect beside run=…, whose settings apply; set single keys of the evaluation",
+        ),
+        ("loss=cross_entropy", "loss=cross_entropy: has no effect beside run=…"),
+        ("+optimizer.lr=1", "optimizer.lr=1: has no effect beside run=…"),
+        ("~dataset.root", "~dataset.root: nothing can be deleted beside run=…; set a value, such as null"),
+        ("~explanation", "~explanation: nothing can be deleted beside run=…"),
+    ],
+)
+def test_what_has_no_effect_beside_a_run(
+    text: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _evaluate(monkeypatch, f"run={tmp_path}", text) == (2, [])
+    error = capsys.readouterr().err
+    assert error.startswith(message)
+    assert error.count("\n") == 1
+
+
+def test_several_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b = (_run_on_images(tmp_path / name, tmp_path / f"images-{name}") for name in "ab")
+    sweep = ("-m", f"run={a},{b}", f"hydra.sweep.dir={tmp_path}")
+    code, seen = _evaluate(monkeypatch, *sweep, "dataset.val=test")
+    assert (code, capsys.readouterr().err) == (0, "")
+    assert [config["run"] for config in seen] == [str(a), str(b)]
+    assert [config["dataset"]["root"] for config in seen] == [str(tmp_path / "images-a"), str(tmp_path / "images-b")]
+    for text in ("dataset.vall=test", "recipe=long", "~dataset.val"):
+        assert _evaluate(monkeypatch, *sweep, text) == (2, [])
+        assert capsys.readouterr().err.startswith(text)
 
 
 def test_what_is_no_run_folder(
@@ -293,9 +331,28 @@ def test_what_is_no_run_folder(
         assert capsys.readouterr().err == f"run={path}: {message}\n"
 
 
-def test_a_moved_data_set_is_found_by_its_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DATA_ROOT", "/moved")
-    for stored, found in ((tmp_path, str(tmp_path)), (tmp_path / "gone", "/moved")):
-        run = _run_on_images(tmp_path / f"run-{found.replace('/', '')}", stored)
-        assert _evaluate(monkeypatch, f"run={run}")[1][0]["dataset"]["root"] == found
-        assert _evaluate(monkeypatch, f"run={run}", "dataset.root=/own")[1][0]["dataset"]["root"] == "/own"
+@pytest.mark.parametrize(("dataset", "variable"), [("imagefolder", "DATA_ROOT"), ("imagenet", "IMAGENET_PATH")])
+def test_a_moved_data_set(dataset: str, variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command line wins over the environment, and that over the run."""
+    run = _run_on_images(tmp_path / "run", tmp_path, dataset)
+    for name in ("DATA_ROOT", "IMAGENET_PATH"):
+        monkeypatch.delenv(name, raising=False)
+
+    config = {**compose(tmp_path, f"dataset={dataset}", "dataset.root=/own", name="evaluate"), "run": str(run)}
+
+    def root(*keys: str) -> object:
+        return rebase_on_run(config, ["run", *keys])["dataset"]["root"]
+
+    assert root() == str(tmp_path)
+    monkeypatch.setenv(variable, "/moved")
+    assert root() == "/moved"  # although the run's folder exists
+    assert root("dataset.root") == root("dataset") == root("dataset", "dataset.root") == "/own"
+    monkeypatch.setenv(variable, "")
+    assert root() == str(tmp_path)
+
+
+def test_a_missing_data_set_names_what_helps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plain_run: Path) -> None:
+    monkeypatch.setenv("DATA_ROOT", str(tmp_path / "none"))
+    config = compose(tmp_path, "dataset=imagefolder", name="evaluate")
+    with pytest.raises(UserError, match=r"there is no folder .*none: set DATA_ROOT or dataset.root"):
+        evaluate({**config, "run": str(plain_run)}, ["run", "dataset"])

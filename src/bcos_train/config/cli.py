@@ -17,6 +17,7 @@ from bcos_train.config.composition import (
     COMPOSITION_ERRORS,
     FULL_ERROR,
     Composer,
+    Override,
     is_sweep_job,
     job_overrides,
     one_line,
@@ -37,6 +38,8 @@ __all__ = ["entry_point", "overridden_keys"]
 Task = Callable[[dict[str, object]], int | None]
 #: Composed config and keys on the command line -> config to validate.
 Rebase = Callable[[Mapping[str, object], Sequence[str]], dict[str, object]]
+#: Parsed overrides -> problems.
+CheckOverrides = Callable[[Sequence[Override]], list[Problem]]
 
 #: Exit codes: user error; interrupt and closed pipe as shells report them (128 + signal).
 MISTAKE, INTERRUPTED, PIPE_CLOSED = 2, 130, 141
@@ -67,6 +70,7 @@ def entry_point(
     config_name: str,
     root: Callable[..., object],
     config_dir: str | os.PathLike[str] | None = None,
+    check_overrides: CheckOverrides = lambda _: [],
     rebase: Rebase = lambda config, _: dict(config),
 ) -> Callable[[Task], Callable[[], None]]:
     """Turn ``main(config) -> exit code`` into a command with Hydra's command line.
@@ -79,6 +83,7 @@ def entry_point(
         config_name: Main config.
         root: Callable whose parameters are the top-level keys of the config.
         config_dir: Folder of the configs; :func:`project_config_dir` by default.
+        check_overrides: Returns the problems of the command line that are known before a config is composed.
         rebase: Returns the config that is validated in place of the composed one, such as that of a saved run with the
             keys of the command line. ``main`` receives the composed one.
 
@@ -90,7 +95,7 @@ def entry_point(
         def command() -> None:
             try:
                 folder = project_config_dir() if config_dir is None else Path(config_dir)
-                code = _run(main, config_name, root, folder, rebase)
+                code = _run(main, config_name, root, folder, check_overrides, rebase)
             except KeyboardInterrupt:
                 code = INTERRUPTED
             except BrokenPipeError:  # `--help | head`
@@ -116,7 +121,14 @@ def _keys(overrides: Iterable[str]) -> list[str]:
     return [text.lstrip("+~").partition("=")[0].partition("@")[0] for text in overrides]
 
 
-def _run(main: Task, config_name: str, root: Callable[..., object], config_dir: Path, rebase: Rebase) -> int:
+def _run(
+    main: Task,
+    config_name: str,
+    root: Callable[..., object],
+    config_dir: Path,
+    check_overrides: CheckOverrides,
+    rebase: Rebase,
+) -> int:
     arguments = parse_command_line()
     if arguments.config_path is not None:
         config_dir = Path(arguments.config_path).absolute()
@@ -125,7 +137,7 @@ def _run(main: Task, config_name: str, root: Callable[..., object], config_dir: 
     rewritten: dict[str, str] = {}
     if not (arguments.help or arguments.hydra_help or arguments.info or arguments.shell_completion):
         composer = Composer(config_dir, arguments.config_dir)
-        rewritten = _preflight(composer, arguments, config_name, root, rebase)
+        rewritten = _preflight(composer, arguments, config_name, root, check_overrides, rebase)
     outcome = _Outcome()
     extra_dir = None if arguments.config_dir is None else Path(arguments.config_dir).absolute()
     task = _make_task(main, root, rebase, outcome, extra_dir, full_error=os.environ.get(FULL_ERROR))
@@ -148,7 +160,12 @@ def _run(main: Task, config_name: str, root: Callable[..., object], config_dir: 
 
 
 def _preflight(
-    composer: Composer, arguments: Namespace, config_name: str, root: Callable[..., object], rebase: Rebase
+    composer: Composer,
+    arguments: Namespace,
+    config_name: str,
+    root: Callable[..., object],
+    check_overrides: CheckOverrides,
+    rebase: Rebase,
 ) -> dict[str, str]:
     """Compose and validate every job; returns what to pass to Hydra in place of each override.
 
@@ -164,6 +181,7 @@ def _preflight(
     _raise(problems)
     overrides = [rewritten[text] for text in arguments.overrides]
     _raise(check_choices(overrides, composer, defaults))
+    _raise(check_overrides([composer.parse(text) for text in overrides]))
 
     def is_valid(job: list[str], key: str) -> bool:
         try:

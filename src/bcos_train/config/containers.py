@@ -47,14 +47,21 @@ def _reason(error: OmegaConfBaseException) -> str:
 
 
 def overlay(base: Mapping[str, object], config: Mapping[str, object], keys: Iterable[str]) -> dict[str, Any]:
-    """Return a copy of ``base`` with the values of ``config`` at the dotted ``keys``."""
+    """Return a copy of ``base`` with the values of ``config`` at the dotted ``keys``.
+
+    Raises:
+        UserError: A parent of a key is no mapping in ``base``.
+    """
     merged = copy.deepcopy(dict(base))
     for key in keys:
         *parents, last = key.split(".")
         target: Any = merged
         source: Any = config
-        for parent in parents:
+        for i, parent in enumerate(parents, 1):
             target, source = target.setdefault(parent, {}), source[parent]
+            if not isinstance(target, dict):
+                value = "null" if target is None else "a list" if isinstance(target, list) else f"{target}"
+                raise UserError(f"{key}: {'.'.join(parents[:i])} is {value} in the run, so it has no keys")
         target[last] = copy.deepcopy(source[last])
     return merged
 

@@ -1,6 +1,7 @@
 """The instantiated top-level keys of ``configs/train.yaml`` and ``configs/evaluate.yaml``."""
 
 import copy
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
@@ -11,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from bcos_train.augmentation import Augmentation
+from bcos_train.config.targets import resolve
 from bcos_train.dataset import BcosEncoding, ImageSource, Standardize
 from bcos_train.evaluation import ExplanationOptions
 from bcos_train.runs.folder import Resume
@@ -19,7 +21,7 @@ from bcos_train.training.callbacks.checkpoint import Checkpointing
 from bcos_train.training.callbacks.ema import Ema
 from bcos_train.training.options import TrainerOptions
 
-__all__ = ["CommonConfig", "EvaluateConfig", "TrainConfig", "restore_dataset_settings"]
+__all__ = ["CommonConfig", "EvaluateConfig", "TrainConfig", "find_moved_dataset", "restore_dataset_settings"]
 
 #: Settings in the config group ``explanation`` that depend on the data set, as they depend on the size of its images.
 DATASET_SETTINGS = (("grid_pointing", "n"), ("grid_pointing", "smooth"), ("perturbation", "block"))
@@ -135,3 +137,14 @@ def restore_dataset_settings(
         if "explanation" in overridden and not is_overridden and value is not None:
             result["explanation"][group][key] = value
     return result
+
+
+def find_moved_dataset(dataset: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a run's ``dataset`` node with the folder in the data set's environment variable, if that is set.
+
+    As in training, ``DATA_ROOT`` or ``IMAGENET_PATH`` names the folder on this machine; the run's may be elsewhere.
+    """
+    target = dataset.get("_target_")
+    variable = getattr(resolve(target, "dataset"), "root_variable", None) if "root" in dataset else None
+    root = os.environ.get(variable) if variable else None
+    return {**dataset, "root": root} if root else dict(dataset)
