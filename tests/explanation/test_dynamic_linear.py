@@ -84,7 +84,7 @@ def test_constant_term_of_a_network_without_other_biases_is_the_logit_bias():
     torch.testing.assert_close(constant, torch.full((2,), -1.3, dtype=torch.float64), rtol=0, atol=1e-15)
 
 
-def test_constant_term_sees_what_in_place_addition_and_position_embeddings_add():
+def test_constant_term_sees_in_place_addition_position_embeddings_and_keyword_inputs():
     class Positions(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return torch.linspace(0, 1, x.shape[-1], dtype=x.dtype)
@@ -97,8 +97,8 @@ def test_constant_term_sees_what_in_place_addition_and_position_embeddings_add()
 
         def forward(self, x: Tensor) -> Tensor:
             tokens = x.flatten(2).mT
-            tokens = tokens + self.positions(tokens)
-            mixed = self.inner(tokens)
+            tokens = tokens + self.positions(x=tokens)
+            mixed = self.inner(input=tokens)
             mixed *= 2
             mixed += tokens
             attention = self.attend(tokens.detach() @ tokens.detach().mT)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from bcos_train.explanation import explanation_mode
+from bcos_train.explanation import explanation_mode, is_explainable
 from bcos_train.nn import BatchNorm2d, BatchNormUncentered2d, BcosConv2d
 
 
@@ -111,6 +111,7 @@ def test_official_modules_take_part():
     from bcos.modules import BcosConv2d as OfficialConv
 
     model = nn.Sequential(OfficialConv(6, 4), nn.ReLU())
+    assert is_explainable(model)
     with explanation_mode(model):
         assert model[0].detach
     assert not model[0].detach

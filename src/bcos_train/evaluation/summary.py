@@ -72,7 +72,7 @@ def summarize(scores: Tensor) -> ScoreSummary:
     Returns:
         ``mean``, ``low`` and ``high``, ``p25`` … ``p100``, and ``n``; None where the value is not finite.
     """
-    values = scores.double()
+    values = scores.cpu().double()  # Apple's GPUs have no float64
     interval = bootstrap_interval(values)
     points = torch.quantile(values.flatten(), torch.tensor(PERCENTILES, dtype=values.dtype) / 100).tolist()
     mean, low, high, p25, p50, p75, p100 = map(_finite, (values.mean().item(), interval.low, interval.high, *points))

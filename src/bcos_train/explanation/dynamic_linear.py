@@ -9,7 +9,7 @@ Axes: N images, C encoded color channels (6), H, W pixels, K classes.
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -63,7 +63,8 @@ def explain(
 
     There are no side effects on ``x`` (neither ``requires_grad`` nor ``grad``), the gradients of the parameters, or the
     state of the model. TF32 is disabled on CUDA. Works within ``torch.no_grad``, ``torch.inference_mode`` and autocast.
-    A model wrapped in DDP is unwrapped, so there is no communication.
+    A model wrapped in DDP is unwrapped, so there is no communication. Other threads may use the model at the same time,
+    but not train it while a model in training mode is explained: its buffers are replaced by copies meanwhile.
 
     Args:
         model: Maps (N, C, H, W) to logits (N, K), independently for each image (batch norms in evaluation mode).
@@ -232,10 +233,15 @@ def _is_zero_at_zero(module: nn.Module) -> bool:
 
 
 def _record_constant(
-    constants: list[_Constant], n_images: int, module: nn.Module, args: tuple[object, ...], output: object
+    constants: list[_Constant],
+    n_images: int,
+    module: nn.Module,
+    args: tuple[object, ...],
+    kwargs: Mapping[str, object],
+    output: object,
 ) -> Tensor | None:
     """Forward hook that records the constant of a module."""
-    inputs = [arg for arg in args if isinstance(arg, Tensor)]
+    inputs = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)]
     # Only modules with a gradient path from the image: a softmax of detached queries is a dynamic weight.
     on_path = any(arg.requires_grad for arg in inputs)
     if not on_path or not isinstance(output, Tensor) or not output.is_floating_point():
@@ -243,9 +249,12 @@ def _record_constant(
     has_batch_axis = output.requires_grad and all(t.ndim > 0 and len(t) == n_images for t in (output, *inputs))
     # If all inputs become zeros, the constant is the same for all images.
     rows = 1 if has_batch_axis and all(arg.requires_grad for arg in inputs) else None
-    zeros = [torch.zeros_like(arg[:rows]) if isinstance(arg, Tensor) and arg.requires_grad else arg for arg in args]
+
+    def at_zero(arg: object) -> object:
+        return torch.zeros_like(arg[:rows]) if isinstance(arg, Tensor) and arg.requires_grad else arg
+
     with torch.no_grad():
-        value = module.forward(*zeros)
+        value = module.forward(*map(at_zero, args), **{key: at_zero(arg) for key, arg in kwargs.items()})
     point = output if output.requires_grad else output.detach().requires_grad_()
     constants.append(_Constant(point, value, has_batch_axis))
     # A copy, so that a later in-place operation such as `out += identity` does not modify `point`.
@@ -293,6 +302,8 @@ def _frozen_buffers(model: nn.Module) -> Iterator[None]:
     """Let batch norms in training mode update copies of their running statistics.
 
     The buffers are replaced, not restored by copying: autograd detects in-place changes of the tensors that it saved.
+    Other threads see the copies too. A context-local switch, as explanation mode has it, would work only for the norms
+    of this package, and compiled code can't read it. Modules in evaluation mode are left alone.
     """
     swapped: list[tuple[nn.Module, str, Tensor]] = []
     try:

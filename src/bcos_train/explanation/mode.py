@@ -10,15 +10,19 @@ from typing import Protocol, TypeGuard, cast
 
 from torch import nn
 
-from bcos_train.nn import BcosConv2d, BcosLinear, Detachable
+from bcos_train.nn import Detachable
 from bcos_train.nn.detachable import DETACHED
 
 __all__ = ["evaluating", "explanation_mode", "is_explainable"]
 
 
 def is_explainable(model: nn.Module) -> bool:
-    """True if the model has B-cos layers, so that in explanation mode the gradient of a logit is W(x)."""
-    return any(isinstance(module, (BcosConv2d, BcosLinear)) for module in model.modules())
+    """True if the model has B-cos layers, so that in explanation mode the gradient of a logit is W(x).
+
+    These are the layers of this package, of the official one, and any other module with an exponent ``b`` and a
+    ``set_explanation_mode`` method.
+    """
+    return any(hasattr(m, "b") and callable(getattr(m, "set_explanation_mode", None)) for m in model.modules())
 
 
 @contextmanager

@@ -35,7 +35,7 @@ def cosine_alignment(model: nn.Module, x: Tensor) -> dict[str, float]:
     layers = {name: module for name, module in model.named_modules() if isinstance(module, BcosLayer)}
     owners: dict[nn.Module, tuple[str, BcosLayer]] = {layer.linear: (name, layer) for name, layer in layers.items()}
 
-    def record(linear: nn.Module, args: tuple[Tensor, ...], product: Tensor) -> None:
+    def record(linear: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], product: Tensor) -> None:
         name, layer = owners[linear]
         cosine = maxout(product, layer.max_out, layer.unit_dim) / layer.input_norm(args[0])
         sums[name] += cosine.abs().float().mean().item() * cosine.numel()

@@ -83,7 +83,9 @@ def boxes_to_masks(boxes: Sequence[Boxes], height: int, width: int, device: torc
     x, y = torch.arange(width, device=device) + 0.5, torch.arange(height, device=device)[:, None] + 0.5
     masks = torch.zeros(len(boxes), height, width, dtype=torch.bool, device=device)
     for mask, image_boxes in zip(masks, boxes, strict=True):
-        corners = torch.as_tensor(image_boxes, dtype=torch.float64).cpu()
+        # On the CPU before the conversion: Apple's GPUs have no float64.
+        values = image_boxes.cpu() if isinstance(image_boxes, Tensor) else image_boxes
+        corners = torch.as_tensor(values, dtype=torch.float64)
         if corners.numel() == 0:
             continue
         if corners.ndim != 2 or corners.shape[1] != 4 or not (corners[:, :2] <= corners[:, 2:]).all():

@@ -31,10 +31,23 @@ class TaskOutput:
 
 
 class Task(nn.Module):
-    """Objective of a training step.
+    """Objective of a training step: a module whose ``forward`` computes the loss of a batch.
 
-    A task is a submodule of the LightningModule and moves to the device with it. Weights that are not trained, such as
-    those of a teacher, must not be submodules: they would be passed to the optimizer, DDP and checkpoints.
+    A task provides nothing else. The training loop takes care of the following, and relies on what is said here:
+
+    * **Device and state.** A task is a submodule of the LightningModule and moves to the device with it. The optimizer
+      and checkpoints cover only the trained network: parameters and buffers of a task are neither trained nor saved.
+      Keep weights such as those of a teacher out of its submodules, since DDP would synchronize them.
+    * **One call per batch and process.** With accumulation, several batches make up an optimizer step. The batch is a
+      process's share of the global batch, and the processes' gradients are averaged, so the loss is a mean over the
+      images and not a sum.
+    * **Randomness.** The generators are seeded for each batch; a task that draws from them stays reproducible and can
+      be resumed. It keeps no state between batches for the same reason.
+    * **Other processes.** A task does not communicate. The loss is averaged over the processes right after the call,
+      in a reduction that also carries the requests to save or stop (``Classifier.votes``). If it is not finite in any
+      process, all of them raise :class:`~bcos_train.training.module.NonFiniteLoss` before the backward pass.
+    * **No waiting for the device.** That reduction is the step's only synchronization: no ``item()``, ``tolist()`` or
+      branch on a tensor's value in a task.
     """
 
     @abstractmethod
@@ -42,8 +55,12 @@ class Task(nn.Module):
         """Compute the loss of a batch.
 
         Args:
-            network: ``(N, C, H, W) -> (N, K)``, the trained network, compiled if the run compiles it.
-            x: ``(N, C, H, W)``, encoded and possibly mixed images.
+            network: ``(N, C, H, W) -> (N, K)``, the trained network in training mode, compiled if the run compiles it.
+                Other members of the model are not available through it.
+            x: ``(N, C, H, W)`` float, encoded and possibly mixed images.
             target: ``(N,)`` labels, or ``(N, K)`` label distributions of mixed images.
-            batch: The batch as it was loaded.
+            batch: The batch as it was loaded: unmixed uint8 images, labels, indices in the training set.
+
+        Returns:
+            The loss, and the logits of ``x``, which count towards the training accuracy.
         """

@@ -33,12 +33,17 @@ class CommonConfig:
 
     Args:
         model: Builds the model; called with ``num_classes``.
+        dataset: Training and validation images, with the names of the classes.
+        augmentation: Transforms of single images in training and validation, and MixUp and CutMix of batches.
         encoding: RGB in [0, 1] -> model input.
-        eval_loss: ``(logits, target) -> scalar`` for validation.
+        eval_loss: ``(logits, target) -> scalar`` for validation; its ``probabilities`` convert logits to confidences.
+        trainer: Epochs, devices, precision, gradient clipping, compilation.
         batch_size: Images per optimizer step, over all devices.
+        explanation: Explanation metrics and galleries; ``None`` (the default): none.
         limit_train, limit_val: Use only this many images, always the same ones; ``None``: all. For trials.
-        num_workers: Data loading processes of each process; ``None``: depends on the number of cores.
-        seed: Seeds weight initialization, data order, augmentation and per-step randomness.
+        num_workers: Data loading processes of each process; ``None``: its share of the cores minus one, and 0 with at
+            most two cores.
+        seed: Seeds weight initialization, data order, augmentation and per-step randomness; 42 by default.
         plugins: Modules of the user that register models and targets, imported before the config is validated.
     """
 
@@ -80,8 +85,13 @@ class TrainConfig(CommonConfig):
 
     Args:
         loss: ``(logits, target) -> scalar`` for training.
-        name: Prefix of the run folder's name.
-        runs: Folder of all runs.
+        optimizer: Builds the optimizer; called with the parameters that are trained.
+        schedule: Learning rate of each optimizer step, derived from the optimizer's ``lr``.
+        checkpointing: When checkpoints are saved, and which are kept.
+        ema: Moving average of the weights, which is validated and saved too; ``None`` (the default): no average.
+        logger: Builds the loggers besides ``metrics.csv``, by name; each is called with ``folder`` and ``run_id``.
+        name: Prefix of the run folder's name: ``<runs>/<dataset>/<model>/<name>-<hash>``.
+        runs: Folder of all runs; a relative path starts at the current folder.
         resume: Resume the run that has the same config; False: use a new folder; ``"adopt"``: also from a checkpoint
             without a checksum, if it can be read.
     """
@@ -102,8 +112,8 @@ class EvaluateConfig(TrainConfig):
     """The keys of ``configs/evaluate.yaml``. Of the keys of training, only the common ones are instantiated.
 
     Args:
-        run: Run folder whose config and checkpoint are used.
-        checkpoint: ``best``, ``last`` or a path.
+        run: Run folder whose config and checkpoint are used; ``None``: evaluate ``weights``.
+        checkpoint: Checkpoint of the run: ``best`` (the default), ``last`` or a path.
         weights: Without ``run``: ``official``, or the path of a checkpoint, a ``.safetensors`` or ``.pth`` file or a
             folder with ``model.safetensors``.
         use_ema: Use the averaged weights; ``None``: if there are any.

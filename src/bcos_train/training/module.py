@@ -26,6 +26,10 @@ from bcos_train.task import Task
 from bcos_train.training.compilation import CompiledNetwork
 from bcos_train.training.distributed import broadcast_buffers, is_distributed, max_over_processes, mean_and_votes
 
+#: Dtype of sums over batches. Apple's GPUs have no float64; in float32, the sum of a thousand losses has a relative
+#: error of about 1e-6.
+SUM_DTYPE = torch.float32 if torch.backends.mps.is_available() else torch.float64
+
 
 class NonFiniteLoss(RuntimeError):
     """The loss, or a weight to be saved, is NaN or infinite; raised in all processes together.
@@ -51,7 +55,7 @@ class ClassificationScore(Metric):
     def __init__(self) -> None:
         super().__init__()
         for name in ("loss_sum", "correct1", "correct5", "count"):
-            zero = torch.zeros((), dtype=torch.float64 if name == "loss_sum" else torch.int64)
+            zero = torch.zeros((), dtype=SUM_DTYPE if name == "loss_sum" else torch.int64)
             self.add_state(name, zero, dist_reduce_fx="sum", persistent=True)
 
     def update(self, loss: Tensor, logits: Tensor, target: Tensor) -> None:
@@ -65,7 +69,7 @@ class ClassificationScore(Metric):
         if target.ndim == 2:
             target = target.argmax(1)
         top = logits.topk(min(5, logits.shape[1]), dim=1).indices == target[:, None]
-        self.loss_sum += loss.detach().double() * len(target)
+        self.loss_sum += loss.detach().to(SUM_DTYPE) * len(target)
         self.correct1 += top[:, 0].sum()
         self.correct5 += top.sum()
         self.count += len(target)
@@ -136,8 +140,9 @@ class Classifier(pl.LightningModule):
         self.last_loss = float("nan")
         #: ``logs`` of the task in the latest step.
         self.task_logs: Mapping[str, Tensor] = {}
-        #: Requests of this process to all others, and the requests of any process in the latest step. They are reduced
-        #: together with the loss, so that a step waits for the device only once.
+        #: ``votes()`` is called once per batch and returns this process's requests, the same number in each process.
+        #: ``reduced_votes`` says for each of them whether any process has made it in the latest batch. They are reduced
+        #: together with the loss, so that a step waits for the device only once. `Checkpointer` sets and reads them.
         self.votes: Callable[[], Sequence[bool]] = tuple
         self.reduced_votes: list[bool] = []
         #: ``loss``, ``acc1``, ``acc5`` and ``count`` of the latest validation.
