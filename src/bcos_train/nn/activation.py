@@ -27,7 +27,7 @@ class DetachableGELU(Detachable, nn.GELU):
 
 
 class DetachableReLU(Detachable, nn.ReLU):
-    """ReLU. Its gate is constant to autograd in either mode: its gradient is the dynamic linear map as it is.
+    """ReLU. It is piecewise linear, so its gradient is the dynamic linear map in either mode.
 
     Shape:
         (*) -> (*).

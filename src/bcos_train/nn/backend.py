@@ -1,8 +1,8 @@
-"""The seam between the definitions in this package and the faster code in `bcos_train.nn.fast`.
+"""Interface between the definitions in this package and the faster code in `bcos_train.nn.fast`.
 
-A layer asks ``fast`` for its output and computes its definition where the answer is None;
-`bcos_train.nn.fast.dispatch` says when that is. Without the folder ``fast`` the answer is always None: the package
-then computes the same, more slowly.
+A layer calls a function of ``fast`` for its output, and computes its definition if that returns None; the conditions
+are in `bcos_train.nn.fast.dispatch`. Without the folder ``fast`` the functions always return None: the results are the
+same, but slower.
 """
 
 from importlib.util import find_spec

@@ -94,7 +94,7 @@ class BcosConv2d(BcosLayer):
         return bcos_transform(out, self.input_norm(x), self.b, self.detach)
 
     def input_norm(self, x: Tensor) -> Tensor:
-        """‖x‖ of every patch, (N, C, H, W) -> (N, 1 or O, P, Q)."""
+        """Return ‖x‖ of every patch, (N, C, H, W) -> (N, 1 or O, P, Q)."""
         conv = self.linear
         norm = patch_norm(x, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
         if 1 < conv.groups < self.out_channels:

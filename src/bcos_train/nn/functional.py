@@ -3,7 +3,8 @@
 Axes: N samples, C input channels, O output units, M MaxOut candidates per unit, G groups, H W input size,
 P Q output size; ``*`` any leading axes.
 
-Squares, sums and norms are computed in float32 at least: 300² overflows float16, and 1e-6 vanishes in it.
+Squares, sums and norms are computed in float32 or float64. In float16, 300² would overflow, and 1 + 1e-6 would round
+to 1.
 """
 
 import math
@@ -27,9 +28,9 @@ __all__ = [
 
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
-PATCH_EPS = 1e-6  # inside the root
-FEATURE_EPS = 1e-12  # beside the norm
-COSINE_EPS = 1e-6  # keeps the derivative of |cos|^(B-1) finite at 0 for B < 2
+PATCH_EPS = 1e-6  # ‖x‖ of a patch is sqrt(sum x² + 1e-6)
+FEATURE_EPS = 1e-12  # ‖x‖ of a feature vector is sqrt(sum x²) + 1e-12
+COSINE_EPS = 1e-6  # added to |cos| unless B = 2: the derivative of |cos|^(B-1) is infinite at 0 for B < 2
 
 
 def statistics_dtype(x: Tensor) -> torch.dtype:
@@ -47,13 +48,16 @@ def normalize_weight(weight: Tensor) -> Tensor:
 def maxout(x: Tensor, candidates: int, dim: int) -> Tensor:
     """Maximum over each ``candidates`` consecutive entries of axis ``dim`` (Goodfellow et al., 2013, arXiv 1302.4389).
 
-    Of equal candidates the first gets the gradient: W(x) is the map of one candidate. (``amax`` splits it.)
+    If candidates are equal, the first one gets the whole gradient, so that W(x) is the weight of one candidate;
+    ``amax`` would divide the gradient among them.
     """
     if candidates == 1:
         return x
     if dim < 0:
         dim += x.dim()
-    if dim == 1 and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):  # which `max` would lose
+    if (
+        dim == 1 and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    ):  # `max` would return contiguous
         return maxout(x.permute(0, 2, 3, 1), candidates, -1).permute(0, 3, 1, 2)
     return x.unflatten(dim, (-1, candidates)).max(dim + 1).values
 
@@ -93,7 +97,7 @@ def is_linear(b: float | Tensor) -> bool:
 def feature_norm(x: Tensor) -> Tensor:
     """‖x‖ + 1e-12 over the last axis, (*, C) -> (*, 1), in float32 or float64.
 
-    It is 1 where x = 0: ŵ·x is 0 there for any norm, and derivatives of every order stay finite.
+    Where x = 0 the norm is set to 1, which changes no output, as ŵ·x is 0, and keeps derivatives of all orders finite.
     """
     squares = x.to(statistics_dtype(x)).square().sum(-1, keepdim=True)
     is_zero = squares == 0
@@ -111,8 +115,8 @@ def patch_norm(
 ) -> Tensor:
     """Norm of every patch that a convolution sees: sqrt(sum x² + 1e-6) (arXiv 2205.10268, sec. 3.2.1).
 
-    The squares are summed over the channels of each group first. That leaves one map per group, on which padding (of
-    any mode: it moves values, so it commutes with squaring) and the sum over the window are cheap.
+    The squares are first summed over the channels of each group, since padding and summing over windows are cheap on
+    the remaining map per group. Padding the squares is the same as squaring the padded input, in all padding modes.
 
     Args:
         x: (N, C, H, W).
@@ -141,7 +145,7 @@ def conv_padding(kernel_size: Sequence[int], padding: str | Sequence[int], dilat
         return [0, 0, 0, 0]
     pad: list[int] = []
     for axis in (1, 0):
-        if isinstance(padding, str):  # "same"; of an odd total the larger half is on the right, as in nn.Conv2d
+        if isinstance(padding, str):  # "same"; as in nn.Conv2d, an odd total is padded by one more on the right
             total = dilation[axis] * (kernel_size[axis] - 1)
             pad += [total // 2, total - total // 2]
         else:

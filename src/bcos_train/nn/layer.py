@@ -35,7 +35,7 @@ class BcosLayer(Detachable, Accelerated):
 
     @abstractmethod
     def input_norm(self, x: Tensor) -> Tensor:
-        """‖x‖ of what each output unit sees, broadcastable against the output."""
+        """Return ‖x‖ of the input of each output unit (the patch, for a convolution), broadcastable to the output."""
 
     def extra_repr(self) -> str:
         b = "learnable" if isinstance(self.b, Tensor) else f"{self.b:g}"

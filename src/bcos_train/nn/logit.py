@@ -11,10 +11,11 @@ class LogitLayer(nn.Module):
     """logits / temperature + bias, both fixed numbers (arXiv 2205.10268, sec. 3.2.2; arXiv 2306.10898, sec. 3.3).
 
     Args:
-        logit_temperature: T > 0; None leaves the scale as it is.
-        logit_bias: the same number for every class, 0.0 included; None adds nothing.
+        logit_temperature: T > 0; None: the scale is unchanged.
+        logit_bias: The same number for every class; None: no bias.
 
-    Shapes: (*) -> (*).
+    Shape:
+        (*) -> (*).
 
     Raises:
         ValueError: T is not a finite number above 0, or the bias is not finite.
@@ -37,5 +38,5 @@ class LogitLayer(nn.Module):
         return x
 
     def extra_repr(self) -> str:
-        given = {"logit_temperature": self.logit_temperature, "logit_bias": self.logit_bias}
-        return ", ".join(f"{name}={value}" for name, value in given.items() if value is not None)
+        options = {"logit_temperature": self.logit_temperature, "logit_bias": self.logit_bias}
+        return ", ".join(f"{name}={value}" for name, value in options.items() if value is not None)

@@ -1,4 +1,4 @@
-"""What `bcos_train.nn.backend` offers where the folder ``fast`` is missing: the definitions, and nothing faster."""
+"""Stand-in for `bcos_train.nn.fast` if that folder is missing: all layers compute their definitions."""
 
 import contextlib
 from collections.abc import Iterator

@@ -1,13 +1,12 @@
-"""Everything that exists for speed. Without this folder the rest of the package computes the same, more slowly.
+"""Everything that exists for speed. Without this folder the rest of the package computes the same results, but slower.
 
-* B-cos layers and the uncentered batch norm as single autograd functions with hand-written derivatives. Of
-  y = |cos(x, w)|^(B-1) ŵ·x only the input, the small map of ‖x‖ and, for B = 2, the output are saved (otherwise, and in
-  float16, ŵ·x in its place); the output is saved by the next layer anyway. ‖x‖ is one reduction over the channels and a
-  box filter; its derivative is the adjoint box filter and one product with x.
-* `cached_weights`: what depends on the weights alone is computed once, for inference and explanations.
+* B-cos layers and the uncentered batch norm as single autograd functions with hand-written derivatives. For
+  y = |cos(x, w)|^(B-1) ŵ·x they save the input, the small map of ‖x‖ and, for B = 2, the output, which the next layer
+  saves anyway (for another B, and in float16, they save ŵ·x instead). ‖x‖ takes one reduction over the channels and a
+  box filter; its derivative takes the adjoint box filter and one product with x.
+* `cached_weights`: unit-norm weights are computed once, for inference and explanations.
 
-`dispatch` decides when all this applies. A derivative of a derivative (``create_graph=True``) goes through the
-definitions.
+`dispatch` decides when all this applies. Second derivatives (``create_graph=True``) are computed by the definitions.
 
 Axes in this package: N samples, C channels, G groups, O output units, U = O / G units of a group, H W input size, P Q
 output size.

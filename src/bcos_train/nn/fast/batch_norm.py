@@ -31,7 +31,7 @@ class _UncenteredBatchNorm(torch.autograd.Function):
             ctx.save_for_backward(x, weight, mean, inverse)
         ctx.options = (eps, kernels, is_native)
         ctx.mark_non_differentiable(mean, var)
-        # Else autograd fills two tensors with zeros for the statistics' gradients, at each call.
+        # Otherwise autograd would fill two tensors with zeros per call, as gradients of the statistics.
         ctx.set_materialize_grads(False)
         return out, mean, var
 
@@ -57,7 +57,7 @@ class _UncenteredBatchNorm(torch.autograd.Function):
         if not ctx.needs_input_grad[0]:
             return None, grad_weight, None, None
         scale = inverse if weight is None else inverse * weight
-        # The standard deviation's part: what every value of a channel adds to it is proportional to x - mean.
+        # Gradient through the standard deviation, whose derivative with respect to a value is proportional to x - mean.
         slope = scale * inverse.square() * product / (-x.numel() / x.shape[1])
         coefficients = [_as_map(c.to(x.dtype)) for c in (scale, slope, -slope * mean)]
         return kernels.combine(grad, coefficients[0], x, *coefficients[1:]), grad_weight, None, None
@@ -66,10 +66,10 @@ class _UncenteredBatchNorm(torch.autograd.Function):
 def uncentered_batch_norm(
     x: Tensor, weight: Tensor | None, eps: float, kernels: Kernels
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x / sqrt(var + eps) * weight with the statistics of the batch.
+    """Compute x / sqrt(var + eps) * weight with the statistics of the batch.
 
     Returns:
-        The output (N, C, H, W), and the mean and the biased variance, (C,) each.
+        The output (N, C, H, W), the mean and the biased variance, (C,) each.
     """
     return _UncenteredBatchNorm.apply(x, weight, eps, kernels)
 
@@ -84,9 +84,9 @@ def _as_map(values: Tensor) -> Tensor:
 
 
 def _channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of every channel, (C,)."""
+    """Return mean and biased variance of every channel, (C,)."""
     values = x.to(statistics_dtype(x))
-    if x.device.type == "cpu":  # torch's own batch norm is the fastest there
+    if x.device.type == "cpu":  # the fastest on CPUs is the kernel of torch's batch norm
         mean, var = torch.batch_norm_update_stats(values, None, None, 0.0)
         return mean, var
     var, mean = torch.var_mean(values, (0, 2, 3), correction=0)
@@ -94,7 +94,7 @@ def _channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _channel_product(grad: Tensor, x: Tensor, mean: Tensor, inverse: Tensor) -> Tensor:
-    """Sum of grad * x of every channel, (C,)."""
+    """Return the sum of grad * x of every channel, (C,)."""
     if x.device.type == "cpu":
         values, statistics, mask = (grad.to(mean.dtype), x.to(mean.dtype)), (mean, inverse), (False, True, True)
         grads = torch.ops.aten.native_batch_norm_backward(*values, None, None, None, *statistics, True, 0.0, mask)

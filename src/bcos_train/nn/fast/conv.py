@@ -33,7 +33,7 @@ def can_box(kernel_size: Sequence[int], padding: Sequence[int]) -> bool:
 
 @dataclass(frozen=True)
 class Convolution:
-    """A convolution's geometry: zero padding that `can_box` allows, no dilation; pairs are (height, width)."""
+    """Geometry of a convolution with zero padding that `can_box` allows, and no dilation; pairs are (height, width)."""
 
     kernel_size: tuple[int, ...]
     stride: tuple[int, ...]
@@ -44,14 +44,14 @@ class Convolution:
         return F.conv2d(x, weight, None, self.stride, self.padding, 1, self.groups)
 
     def backward(self, grad: Tensor, x: Tensor, weight: Tensor, needs: Sequence[bool]) -> tuple[Tensor, Tensor]:
-        """Gradients of x and of the weight, whichever are needed."""
+        """Return the gradients of x and of the weight, as far as ``needs`` says."""
         geometry = (self.stride, self.padding, (1, 1), False, (0, 0), self.groups)
         mask = (needs[0], needs[1], False)
         grads = torch.ops.aten.convolution_backward(grad, x, weight, None, *geometry, mask)
         return grads[0], grads[1]
 
     def energy(self, x: Tensor) -> Tensor:
-        """Sum of squares of each group's channels, (N, C, H, W) -> (N, G, H, W)."""
+        """Return the sum of squares over the channels of each group, (N, C, H, W) -> (N, G, H, W)."""
         dtype = statistics_dtype(x)
         if self.groups == x.shape[1]:
             return x.to(dtype).square()
@@ -60,7 +60,7 @@ class Convolution:
         return torch.linalg.vector_norm(x.unflatten(1, (self.groups, -1)), dim=2, dtype=dtype).square_()
 
     def box(self, energy: Tensor) -> Tensor:
-        """Sum over every window, (N, G, H, W) -> (N, G, P, Q)."""
+        """Return the sum over every window, (N, G, H, W) -> (N, G, P, Q)."""
         if self.kernel_size == (1, 1) and self.padding == (0, 0):
             return energy[..., :: self.stride[0], :: self.stride[1]]
         for step in self._separated():
@@ -68,9 +68,11 @@ class Convolution:
         return energy
 
     def box_adjoint(self, grad: Tensor, size: torch.Size) -> Tensor:
-        """The adjoint of `box`, (N, G, P, Q) -> (N, G, H, W)."""
+        """Apply the adjoint of `box`, (N, G, P, Q) -> (N, G, H, W)."""
         opposite = tuple(k - 1 - p for k, p in zip(self.kernel_size, self.padding, strict=True))
-        if self.stride == (1, 1) and can_box(self.kernel_size, opposite):  # a box filter too, of the same window
+        if self.stride == (1, 1) and can_box(
+            self.kernel_size, opposite
+        ):  # the adjoint is a box filter of the same window
             return replace(self, padding=opposite).box(grad)
         if self.kernel_size == (1, 1) and self.padding == (0, 0):
             result = grad.new_zeros((*grad.shape[:2], *size))
@@ -84,11 +86,11 @@ class Convolution:
         return grad
 
     def norm(self, x: Tensor) -> Tensor:
-        """‖x‖ of every patch, as :func:`bcos_train.nn.functional.patch_norm`."""
+        """Return ‖x‖ of every patch, like :func:`bcos_train.nn.functional.patch_norm`."""
         return self.box(self.energy(x)).add(PATCH_EPS).sqrt_()
 
     def _separated(self) -> list[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
-        """The window as one step, or as one for the rows and one for the columns where it is large and not shared."""
+        """Return kernel, stride and padding of the window, split into column and row if large and with groups."""
         if self.groups == 1 or self.kernel_size[0] * self.kernel_size[1] <= 9:
             return [(self.kernel_size, self.stride, self.padding)]
         return [
@@ -120,7 +122,7 @@ class _BcosConv2d(torch.autograd.Function):
         groups = _viewed_groups(conv, len(weight))
         dim = _unit_dim(groups)
         norm = _grouped(norm, groups)
-        # With a single unit in each group there is nothing to sum over.
+        # With one unit per group there is no axis to sum over.
         summed = None if len(weight) == conv.groups else dim
         best, s = scale_backward(_grouped(grad, groups), saved, norm, b, summed, kernels)
         large = _ungrouped(to_chosen(best, choice, candidates, dim), groups)
@@ -136,7 +138,7 @@ class _BcosConv2d(torch.autograd.Function):
 
 
 class _DetachedBcosConv2d(torch.autograd.Function):
-    """The B-cos convolution with a constant scale and a constant weight: linear in x. It saves only the scale."""
+    """The B-cos convolution with a constant scale and weight, which is linear in x. It doesn't save the input."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, conv: Convolution, b: float, candidates: int) -> Tensor:
@@ -153,9 +155,9 @@ class _DetachedBcosConv2d(torch.autograd.Function):
         conv, candidates, shape, layout = ctx.options
         groups = _viewed_groups(conv, len(weight))
         dim = _unit_dim(groups)
-        # Plain operations throughout, since this may be differentiated again.
+        # Differentiable operations only, since this may be differentiated again.
         large = to_chosen(_grouped(grad, groups) * scale, choice, candidates, dim)
-        # Only the shape and the layout of the input matter.
+        # For the gradient of the input, only the shape and the layout of the input matter.
         blank = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=layout)
         grad_x, _ = conv.backward(_ungrouped(large, groups), blank, weight, (True, False))
         return grad_x, None, None, None, None
@@ -164,7 +166,7 @@ class _DetachedBcosConv2d(torch.autograd.Function):
 def _candidates(
     conv: Convolution, x: Tensor, weight: Tensor, candidates: int, groups: int
 ) -> tuple[Tensor, Tensor | None]:
-    """ŵ·x of the maximal candidate, (N, O, P, Q) or grouped, and the index of the candidate, None for a single one."""
+    """Return ŵ·x of the largest candidate, (N, O, P, Q) or grouped, and its index; None if there is only one."""
     if candidates == 1:
         return _grouped(conv(x, weight), groups), None
     out = conv(x, to_blocked(weight, candidates, groups))
@@ -172,12 +174,12 @@ def _candidates(
 
 
 def _viewed_groups(conv: Convolution, channels: int) -> int:
-    """Number of groups to view ``channels`` as. With a single channel in each, the two are the same axis."""
+    """Return the number of groups to unflatten ``channels`` into: 1 if each group has a single channel."""
     return 1 if channels == conv.groups else conv.groups
 
 
 def _unit_dim(groups: int) -> int:
-    """The axis of the units after `_grouped`."""
+    """Return the axis of the units after `_grouped`."""
     return 1 if groups == 1 else 2
 
 

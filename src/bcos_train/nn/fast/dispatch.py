@@ -53,7 +53,7 @@ __all__ = [
     "why",
 ]
 
-# --- what is going on around the call ---------------------------------------------------------------------------------
+# --- tracing, transforms, hooks and cached weights --------------------------------------------------------------------
 
 
 _PROXY = torch._C._TorchDispatchModeKey.PROXY
@@ -66,17 +66,17 @@ def is_traced_or_transformed() -> bool:
 
 
 def _is_recorded() -> bool:
-    """True under torch.jit.trace (so in the older ONNX exporter and TensorBoard's ``add_graph`` too) or make_fx."""
+    """True under torch.jit.trace, which the older ONNX exporter and TensorBoard's ``add_graph`` use, or make_fx."""
     if torch._C._get_tracing_state() is not None:
         return True
-    # The second call takes longer, and is needed under a mode only.
+    # The second call takes longer, and is needed only if a mode is active.
     return torch._C._len_torch_dispatch_stack() > 0 and torch._C._get_dispatch_mode(_PROXY) is not None
 
 
 def has_hooks(module: nn.Module) -> bool:
     """True if this module has hooks, or global module hooks are registered."""
-    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(own or _has_any_global_hook())
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks or _has_any_global_hook())
 
 
 class _Cache(threading.local):
@@ -94,7 +94,7 @@ CACHE = _Cache()
 
 
 def _cached_weight(module: Any) -> Tensor | None:
-    """Weight cached for this module, if any.
+    """Return the weight cached for this module, or None.
 
     Raises:
         RuntimeError: The module has been moved or cast since.
@@ -106,7 +106,7 @@ def _cached_weight(module: Any) -> Tensor | None:
 
 
 def unit_weight(module: Any) -> Tensor:
-    """ŵ = w / ‖w‖ of a module with a ``weight``, of the shape of the weight; cached where `cached_weights` says so."""
+    """Return ŵ = w / ‖w‖ of a module with a ``weight``, in the shape of the weight; from the cache if it is there."""
     if (cached := _cached_weight(module)) is not None:
         return cached
     weight = module.weight
@@ -128,7 +128,7 @@ def _weight_in_use(module: Any, is_unit: bool = False) -> Tensor:
 
 
 def _obstacle(layer: "Accelerated") -> str | None:
-    """Reason why the definition must compute this layer, or None; the part that is common to all layers."""
+    """Return the reason why the definition must compute this layer, or None: conditions common to all layers."""
     if layer.backend == "reference":
         return 'backend="reference"'
     if is_traced_or_transformed():
@@ -143,7 +143,7 @@ def _bcos_obstacle(layer: "BcosLayer") -> str | None:
     if _is_customized(layer):
         return "a replaced `linear` or `input_norm`"
     if has_hooks(linear):
-        return "a hook on `linear`, or a global module hook, waits for the output of `linear`"
+        return "a hook on `linear`, or a global module hook, needs the output of `linear`"
     if is_linear(layer.b):
         return "B = 1"
     if isinstance(layer.b, Tensor):
@@ -156,7 +156,7 @@ def _bcos_obstacle(layer: "BcosLayer") -> str | None:
 
 
 def _is_customized(layer: "BcosLayer") -> bool:
-    """True if a subclass or the user has replaced a part of the layer that the fast path does not call."""
+    """True if a subclass or the user has replaced `linear` or `input_norm`, which the fast path does not call."""
     linear, kind = layer.linear, type(layer)
     is_known = type(linear).__module__.startswith(("bcos_train.nn.", "torch.nn.modules."))
     is_known = is_known and isinstance(linear, nn.Conv2d | nn.Linear) and "forward" not in vars(linear)
@@ -240,7 +240,7 @@ def _operations(layer: Any, x: Tensor) -> str:
 
 
 def bcos_conv2d_forward(layer: "BcosConv2d", x: Tensor) -> Tensor | None:
-    """What ``layer(x)`` computes, as one operation; None where the definition must do it."""
+    """Compute ``layer(x)`` as one operation, or return None if the definition must compute it."""
     if _conv_obstacle(layer) is not None:
         return None
     conv: Any = layer.linear
@@ -253,7 +253,7 @@ def bcos_conv2d_forward(layer: "BcosConv2d", x: Tensor) -> Tensor | None:
 
 
 def bcos_linear_forward(layer: "BcosLinear", x: Tensor) -> Tensor | None:
-    """As `bcos_conv2d_forward`."""
+    """See `bcos_conv2d_forward`."""
     if _bcos_obstacle(layer) is not None:
         return None
     b: Any = layer.b
@@ -264,7 +264,7 @@ def bcos_linear_forward(layer: "BcosLinear", x: Tensor) -> Tensor | None:
 
 
 def linear_forward(layer: "Linear", x: Tensor) -> Tensor | None:
-    """As `bcos_conv2d_forward`."""
+    """See `bcos_conv2d_forward`."""
     if _linear_obstacle(layer) is None:
         return _apply_in_autocast_dtype(linear, x, _weight_in_use(layer))
     cached = _cached_weight(layer)
@@ -272,7 +272,7 @@ def linear_forward(layer: "Linear", x: Tensor) -> Tensor | None:
 
 
 def batch_norm_forward(layer: "BatchNormUncentered2d", x: Tensor) -> Tensor | None:
-    """As `bcos_conv2d_forward`."""
+    """See `bcos_conv2d_forward`."""
     if _batch_norm_obstacle(layer) is not None:
         return None
     layer.check_input(x)
@@ -289,25 +289,25 @@ def _kernels(layer: Any, x: Tensor) -> Kernels:
 
 
 def _autocast_type(x: Tensor) -> str:
-    """Device type whose autocast settings apply to ``x``; meta tensors traced as a GPU's follow CUDA's."""
+    """Return the device type whose autocast settings apply to ``x``: CUDA's for meta tensors that stand for a GPU's."""
     return "cuda" if x.is_meta and x.device.type in GPU_TYPES else x.device.type
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype that autocast asks for, or None where it is off."""
+    """Return autocast's dtype, or None if autocast is off or doesn't apply to ``x``."""
     kind = _autocast_type(x)
     is_on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    # As everywhere in torch, float64 stays float64.
+    # Autocast leaves float64 tensors unchanged, in all of torch.
     return torch.get_autocast_dtype(kind) if is_on and x.dtype != torch.float64 else None
 
 
 def _apply_in_autocast_dtype(function: Callable[..., Tensor], x: Tensor, weight: Tensor, *options: Any) -> Tensor:
-    """``function(x, weight, *options)`` with both in the dtype that autocast asks for, and autocast off."""
+    """Return ``function(x, weight, *options)`` with both tensors in autocast's dtype, and autocast off inside."""
     dtype = _autocast_dtype(x)
     if dtype is None:
         return function(x, weight, *options)
     kind = _autocast_type(x)
-    # Not the context manager, which takes ten times as long to enter, some hundred times a step.
+    # Entering the context manager takes ten times as long, and this runs a hundred times per step.
     torch.set_autocast_enabled(kind, False)
     try:
         return function(x.to(dtype), weight.to(dtype), *options)
@@ -316,7 +316,7 @@ def _apply_in_autocast_dtype(function: Callable[..., Tensor], x: Tensor, weight:
 
 
 def prepare_backend(backend: str) -> None:
-    """See that this machine can run the backend.
+    """Check that this machine can run the backend, and prepare it.
 
     Raises:
         ValueError: No compiler for ``"compiled"``.

@@ -1,7 +1,7 @@
-"""The uncentered batch norm from torch's native CUDA kernels, one pass over each activation a kernel.
+"""The uncentered batch norm by torch's native CUDA kernels, each of which reads an activation once.
 
-They read bfloat16 and float16 in either memory format and compute in float32, where eager operations would write
-float32 copies: ResNet-50's batch norms move 8 activations in place of 28.
+They take bfloat16 and float16 in either memory format and compute in float32; eager operations would write float32
+copies. ResNet-50's batch norms read and write 8 activations instead of 28.
 
 Axes: N samples, C channels, H W size.
 """
@@ -19,14 +19,14 @@ Constants = tuple[Tensor, Tensor, Tensor]
 
 
 def gpu_batch_norm(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor, Constants]:
-    """x / sqrt(var + eps) * weight with the statistics of the batch.
+    """Compute x / sqrt(var + eps) * weight with the statistics of the batch.
 
     Args:
         x: (N, C, H, W), on a GPU, not empty.
         weight: (C,) or None.
 
     Returns:
-        The output, (N, C, H, W); mean and biased variance, (C,) each; and what the derivative needs besides.
+        The output (N, C, H, W); mean and biased variance, (C,) each; and the constants for the derivative.
     """
     x = _dense(x)
     mean, var = torch.batch_norm_update_stats(x, None, None, 0.0)
@@ -38,14 +38,14 @@ def gpu_batch_norm(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor
 def gpu_batch_norm_backward(
     grad: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, constants: Constants, needs_x: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of x (None unless ``needs_x``) and of the weight (if it is not None).
+    """Return the gradients of x (None unless ``needs_x``) and of the weight (if it is not None).
 
-    The native kernels know the centered norm, whose gradient is
+    The native kernels compute the gradient of the centered norm,
     (grad - sum(grad) / n - (x - mean) inverse² sum(grad (x - mean)) / n) inverse weight.
-    With 0 in the place of sum(grad), and sum(grad x) in that of sum(grad (x - mean)), it is that of the uncentered one.
+    Given 0 for sum(grad), and sum(grad x) for sum(grad (x - mean)), they compute the gradient of the uncentered one.
     """
     x = _dense(x)
-    # The kernels look at one of the two tensors to find the memory format of both.
+    # The kernels assume that both tensors have the memory format of one of them.
     grad = grad.contiguous(memory_format=memory_format(x))
     wide = _wide(weight, mean)
     inverse, zeros, count = constants
@@ -58,7 +58,7 @@ def gpu_batch_norm_backward(
 
 
 def _constants(var: Tensor, eps: float, count: int) -> Constants:
-    """1 / sqrt(var + eps), zeros in the place of a mean or sum, and the number of values of a channel."""
+    """Return 1 / sqrt(var + eps), zeros to pass for a mean or sum, and the number of values of a channel."""
     if uses_triton(var):
         inverse, zeros, counts = OPS.batch_norm_constants.default(var, eps, count)
         return inverse, zeros, counts
@@ -71,5 +71,5 @@ def _dense(x: Tensor) -> Tensor:
 
 
 def _wide(weight: Tensor | None, mean: Tensor) -> Tensor | None:
-    """In the dtype of the statistics: some of the kernels take no other."""
+    """Convert the weight to the dtype of the statistics, which some of the kernels require."""
     return None if weight is None else weight.to(mean.dtype)

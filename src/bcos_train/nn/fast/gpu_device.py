@@ -1,4 +1,4 @@
-"""Which tensors take the GPU's code path, and whether Triton can be used there."""
+"""Decide which tensors take the GPU's code path, and whether Triton can be used there."""
 
 import warnings
 from functools import cache
@@ -9,7 +9,7 @@ from torch import Tensor
 
 __all__ = ["GPU_TYPES", "TRITON_DTYPES", "has_triton", "is_on_gpu", "uses_triton"]
 
-#: Device types with a GPU's kernels. Tools that trace what a GPU would run add "meta".
+#: Device types that use the GPU kernels. Tests and tools add "meta" to trace them without a GPU.
 GPU_TYPES = {"cuda"}
 #: The dtypes of the Triton kernels, which all compute in float32.
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -38,7 +38,7 @@ def has_triton(index: int) -> bool:
         from bcos_train.nn.fast.triton_kernels import check_device
 
         check_device(torch.device("cuda", index))
-    # Triton raises errors of many kinds, and a slower run is better than none.
+    # Triton raises many types of errors, and the eager operations always work.
     except Exception as error:
         warnings.warn(
             f"Triton does not work on cuda:{index}; B-cos layers use slower eager operations there: {error}",

@@ -1,7 +1,7 @@
-"""The passes of a B-cos layer on a GPU: Triton kernels, and the eager operations where they don't apply.
+"""The kernels of a B-cos layer on a GPU: Triton kernels, and eager operations where those don't apply.
 
-For float32, bfloat16 and float16, in contiguous or channels-last tensors. What stays with the eager operations: another
-B than 2 (but the norms), the norms of several groups and of large float64 tensors, and tensors of other layouts.
+The Triton kernels take float32, bfloat16 and float16 tensors that are contiguous or channels-last. Eager operations
+compute all other tensors, the scale for another B than 2, and the norms of several groups.
 """
 
 from dataclasses import replace
@@ -24,10 +24,10 @@ _MAX_BLOCKS = 65535  # of CUDA's grids
 
 
 def _layout(x: Tensor, axis: int) -> tuple[list[int], bool] | None:
-    """Sizes [B, P, C] and whether channels lie side by side, as the kernels see ``x``; None if they can't.
+    """Return the sizes [B, P, C] of ``x`` in the kernels, and True if channels are adjacent; None if no kernel fits.
 
     Args:
-        axis: The channels.
+        axis: Axis of the channels.
     """
     channels = x.shape[axis]
     if x.is_contiguous():
@@ -42,7 +42,7 @@ def _layout(x: Tensor, axis: int) -> tuple[list[int], bool] | None:
 
 
 def _common_layout(x: Tensor, small: Tensor, *others: Tensor) -> tuple[list[int], bool] | None:
-    """The layout of tensors like ``x``, and of a map ``small`` of its positions."""
+    """Return `_layout` of ``x`` if all ``others`` have the same one and ``small`` has one value per position."""
     axes = [axis for axis, size in enumerate(small.shape) if size != x.shape[axis]]
     axis = axes[0] if axes else x.dim() - 1
     fits = uses_triton(x) and small.dtype == torch.float32 and small.is_contiguous() and x.numel() > 0
@@ -104,7 +104,7 @@ def _add_product(a: Tensor, x: Tensor, s: Tensor) -> Tensor:
 
 
 def _like(grad: Tensor, x: Tensor) -> Tensor:
-    """The gradient in the layout of ``x``, which costs a pass where it has another."""
+    """Return the gradient in the layout of ``x``, a copy if it has another one."""
     return grad if grad.stride() == x.stride() else torch.empty_like(x, dtype=grad.dtype).copy_(grad)
 
 

@@ -1,8 +1,8 @@
 """The Triton kernels as operations ``bcos_train::...`` of torch's dispatcher.
 
-So tracers and counters see one operation for each launch, and shapes are known on the meta device. Defined with
-`torch.library.Library`, which calls Python directly; `torch.library.custom_op` takes several times as long a call.
-Triton is imported by the first call.
+Tracers and counters then see one operation per launch, and shapes are known on the meta device. They are defined with
+`torch.library.Library`, since a call of a `torch.library.custom_op` takes several times as long. The first call imports
+Triton.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ SQUARES, PATCH_NORM, FEATURE_NORM = 0, 1, 2
 
 
 def window_shape(squares: Tensor, kernel_size: list[int], stride: list[int], padding: list[int]) -> list[int]:
-    """The shape of the output of a window over (N, 1, H, W)."""
+    """Return the shape of the output of a window over (N, 1, H, W)."""
     windows = zip(squares.shape[2:], kernel_size, stride, padding, strict=True)
     return [len(squares), 1, *((size + 2 * p - k) // s + 1 for size, k, s, p in windows)]
 
@@ -79,5 +79,5 @@ for _schema, _meta in _OPERATIONS.items():
     _LIBRARY.impl(_name, _launch(_name), "CompositeExplicitAutograd")
     _LIBRARY.impl(_name, _meta, "Meta")
 
-#: The operations; each has a `default` overload, which is the quickest to call.
+#: The operations; calling their `default` overload is the fastest.
 OPS = torch.ops.bcos_train

@@ -1,8 +1,8 @@
-"""What the fast paths are built from: passes over large tensors (eager or compiled), and weight normalization.
+"""Building blocks of the fast paths: kernels over large tensors (eager or compiled), and weight normalization.
 
-A B-cos layer costs more than an ordinary one not by its arithmetic but by the memory traffic around it, so each
-function reads and writes its large tensors as few times as it can. The eager ones work in place on tensors that they
-have allocated: a new large tensor costs more than a pass over an existing one. The compiled ones take one pass each.
+A B-cos layer is slower than a standard one because of its memory traffic, not its arithmetic, so each function reads
+and writes large tensors as few times as possible. The eager ones work in place on tensors that they have allocated,
+since a new large tensor costs more than a pass over an existing one. The compiled ones read each tensor once.
 
 Shapes: ``out``, ``y``, ``grad`` have the output units along axis ``dim``; ``norm``, ‖x‖, has size 1 there and is in
 float32 or float64.
@@ -44,17 +44,17 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Kernels:
-    """One implementation of the passes.
+    """One implementation of the kernels.
 
     Attributes:
         patch_norm: (x, conv) -> ‖x‖ of every patch of a convolution, (N, G, P, Q).
         feature_norm: (x) -> ‖x‖ + 1e-12 over the last axis, 1 where x = 0.
         square: (out, norm) -> y = out |out| / ‖x‖, the B-cos transform with B = 2; it may write into out.
-        square_backward: (grad, y, norm, dim) -> d/d out, and s = d/d‖x‖ / ‖x‖ summed over ``dim`` (None: not at
-            all): the gradient of x through its norm is x s. The pre-activation is recovered
-            from the output: |out| = sqrt(|y| ‖x‖).
+        square_backward: (grad, y, norm, dim) -> d/d out, and s = d/d‖x‖ / ‖x‖ summed over ``dim`` (None: not summed).
+            The gradient of x through its norm is x s. The pre-activation is recovered from the output:
+            |out| = sqrt(|y| ‖x‖).
         power: (out, norm, b) -> y = out (|out| / ‖x‖ + 1e-6)^(B-1).
-        power_backward: (grad, out, norm, b, dim) -> as `square_backward`.
+        power_backward: (grad, out, norm, b, dim) -> like `square_backward`.
         add_product: (a, x, s) -> a + x s; it may write into a.
         combine: (grad, a, x, b, c) -> a grad + b x + c.
     """
@@ -76,7 +76,7 @@ PART = 2**20
 
 
 def has_dispatch_mode() -> bool:
-    """True if a dispatch mode sees each operation: one that counts them, or replaces tensors by its own."""
+    """True if a dispatch mode is active, such as a FLOP counter or fake tensors."""
     return torch._C._len_torch_dispatch_stack() > 0
 
 
@@ -85,17 +85,18 @@ class _Workspace(threading.local):
 
     On a CPU a new large tensor costs more than several passes over an existing one, since the system maps and clears
     its pages first. So intermediate values go, part by part, through a small buffer. Without it ResNet-18 takes 12 %
-    longer for inference at batch 32, and as long at batch 8 (two cores). On other devices torch's allocator does that.
+    longer for inference at batch 32, and the same time at batch 8 (two cores). On other devices torch's allocator
+    reuses memory.
     """
 
     def __init__(self) -> None:
         self.buffers: dict[torch.dtype, Tensor] = {}
 
     def like(self, x: Tensor) -> Tensor:
-        """A tensor with the shape, strides and dtype of ``x``, which is dense; its values are arbitrary."""
+        """Return a tensor of arbitrary values with the shape, strides and dtype of ``x``, which is dense."""
         buffer = self.buffers.get(x.dtype)
         if buffer is None or len(buffer) < x.numel():
-            with torch.inference_mode(False):  # a tensor made in inference mode could not be written outside
+            with torch.inference_mode(False):  # a tensor created in inference mode can't be modified outside
                 buffer = torch.empty(max(x.numel(), PART), dtype=x.dtype, device=x.device)
             self.buffers[x.dtype] = buffer
         return buffer.as_strided(x.shape, x.stride())
@@ -105,11 +106,11 @@ _WORKSPACE = _Workspace()
 
 
 def parts(x: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Parts along the first axis of dense tensors of equal length: of ``x``, of the others, and a buffer like ``x``'s.
+    """Split dense tensors of equal length along the first axis, and yield their parts and a buffer like that of ``x``.
 
-    The buffer holds arbitrary values, and is the next part's too.
+    The buffer holds arbitrary values, and is reused for the next part.
     """
-    # Tensors of a dispatch mode must not outlive it.
+    # The workspace outlives a dispatch mode, whose tensors must not.
     if x.device.type != "cpu" or x.dim() < 2 or has_dispatch_mode():
         yield x, *others, torch.empty_like(x)
         return
@@ -122,12 +123,12 @@ def parts(x: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def inner_products(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """Inner product of each row of two matrices, (R, K), (R, K) -> (R,), summed in ``dtype``."""
+    """Return the inner products of the rows of two matrices, (R, K), (R, K) -> (R,), summed in ``dtype``."""
     sums = [torch.mul(x, y, out=buffer).sum(1, dtype=dtype) for x, y, buffer in parts(a, b)]
     return torch.cat(sums)
 
 
-# --- eager and compiled passes ----------------------------------------------------------------------------------------
+# --- eager and compiled kernels ---------------------------------------------------------------------------------------
 
 
 def _patch_norm(x: Tensor, conv: "Convolution") -> Tensor:
@@ -145,12 +146,12 @@ def _share(energy: Tensor, norm: Tensor) -> Tensor:
 
 
 def _sum(x: Tensor, dim: int | None, dtype: torch.dtype) -> Tensor:
-    """A tensor of its own in any case."""
+    """Return the sum, or a copy without ``dim``: a new tensor in either case."""
     return x.to(dtype, copy=True) if dim is None else x.sum(dim, keepdim=True, dtype=dtype)
 
 
 def _suited(norm: Tensor, x: Tensor) -> Tensor:
-    """The norm in the dtype of `x` on a CPU, where operations on two dtypes are many times as slow."""
+    """Return the norm in the dtype of `x` on a CPU, where operations on mixed dtypes are many times slower."""
     return norm.to(x.dtype) if x.device.type == "cpu" else norm
 
 
@@ -220,10 +221,10 @@ EAGER = Kernels(
 
 @cache
 def compiled_kernels() -> Kernels:
-    """The same through `torch.compile`: C++ on a CPU, Triton on a GPU.
+    """Return the kernels compiled by `torch.compile`, to C++ on a CPU and Triton on a GPU.
 
-    They are compiled at their first call. What torch doesn't compile (the ninth combination of dtype and layout in one
-    process; what some dispatch mode watches) runs eagerly.
+    They are compiled at their first call. Calls that torch doesn't compile run eagerly: those with a ninth combination
+    of dtype and layout in one process, and those under some dispatch modes.
     """
     elementwise = {name: kernel for name, kernel in vars(EAGER).items() if not name.endswith("norm")}
     return replace(EAGER, **{name: torch.compile(kernel, dynamic=True) for name, kernel in elementwise.items()})
@@ -233,7 +234,7 @@ def compiled_kernels() -> Kernels:
 
 
 def scale_output(out: Tensor, norm: Tensor, b: float, kernels: Kernels) -> tuple[Tensor, Tensor]:
-    """The output, and the tensor to save for its derivative."""
+    """Return the output, and the tensor to save for its derivative."""
     if recoverable_from_output(out, b):
         y = kernels.square(out, norm)
         return y, y
@@ -248,20 +249,20 @@ def recoverable_from_output(x: Tensor, b: float) -> bool:
 def scale_backward(
     grad: Tensor, saved: Tensor, norm: Tensor, b: float, dim: int | None, kernels: Kernels
 ) -> tuple[Tensor, Tensor]:
-    """Derivative of `scale_output`: as `Kernels.square_backward`."""
+    """Compute the derivative of `scale_output`; see `Kernels.square_backward`."""
     if recoverable_from_output(saved, b):
         return kernels.square_backward(grad, saved, norm, dim)
     return kernels.power_backward(grad, saved, norm, b, dim)
 
 
 def detached_scale(best: Tensor, norm: Tensor, b: float) -> Tensor:
-    """The scale as a constant, for explanation mode."""
+    """Compute |cos|^(B-1) as a constant, for explanation mode."""
     scale = best.abs().div_(norm)
     return scale if b == 2 else scale.add_(COSINE_EPS).pow_(b - 1)
 
 
 def to_chosen(grad: Tensor, choice: Tensor | None, candidates: int, dim: int) -> Tensor:
-    """The gradient of all candidates; it can be differentiated again."""
+    """Return the gradient of all candidates; with gradients enabled, it can be differentiated again."""
     if choice is None:
         return grad
     if torch.is_grad_enabled():
@@ -270,7 +271,7 @@ def to_chosen(grad: Tensor, choice: Tensor | None, candidates: int, dim: int) ->
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
-    """Channels last for a tensor (N, C, H, W) that is dense in that order and not in the usual one, else contiguous."""
+    """Return channels_last for a tensor (N, C, H, W) that is dense in that format only, else contiguous."""
     is_channels_last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if is_channels_last else torch.contiguous_format
 
@@ -279,19 +280,19 @@ def memory_format(x: Tensor) -> torch.memory_format:
 
 
 def normalize(weight: Tensor) -> Tensor:
-    """ŵ = w / ‖w‖ for every output unit (the first axis), as `normalize_weight`."""
+    """Compute ŵ = w / ‖w‖ of every output unit (the first axis), like `normalize_weight`."""
     return _Normalize.apply(weight)
 
 
 def normalize_on_gpu(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """As `normalize`, in ``dtype`` where Triton can be used."""
+    """Like `normalize`, but in ``dtype`` if Triton can be used."""
     if uses_triton(weight) and weight.numel() > 0 and _is_dense(weight):
         return _NormalizeOnGPU.apply(weight, dtype)
     return _Normalize.apply(weight)
 
 
 class _Normalize(torch.autograd.Function):
-    """Its derivative is the projection onto the complement of ŵ, divided by ‖w‖."""
+    """Weight normalization. Its derivative is the projection onto the complement of ŵ, divided by ‖w‖."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor) -> Tensor:
@@ -311,7 +312,7 @@ class _Normalize(torch.autograd.Function):
 
 
 class _NormalizeOnGPU(torch.autograd.Function):
-    """The same in two launches: the eager operations take nine, and the casts of autocast two more."""
+    """Weight normalization in two kernel launches; eager operations take nine, and autocast's casts two more."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -336,7 +337,7 @@ def _is_dense(weight: Tensor) -> bool:
 
 
 def _rows(x: Tensor, weight: Tensor) -> Tensor:
-    """(O, ...) -> (O, the rest), in the memory order of ``weight``: a view of that one."""
+    """Flatten (O, ...) to a matrix in the memory order of ``weight``; for the weight itself this is a view."""
     if weight.dim() == 4 and not weight.is_contiguous():
         x = x.permute(0, 2, 3, 1)
     return x.flatten(1)
@@ -345,7 +346,7 @@ def _rows(x: Tensor, weight: Tensor) -> Tensor:
 def reference_backward(
     function: Callable[..., Tensor], inputs: tuple[Tensor, ...], grad: Tensor
 ) -> list[Tensor | None]:
-    """Gradients of the inputs through the definition, with a graph: for derivatives of derivatives."""
+    """Return the gradients of the inputs through the definition, with a graph, for second derivatives."""
     needed = [x for x in inputs if x.requires_grad]
     grads = iter(torch.autograd.grad(function(*inputs), needed, grad, create_graph=True))
     return [next(grads) if x.requires_grad else None for x in inputs]

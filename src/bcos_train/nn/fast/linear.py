@@ -1,4 +1,4 @@
-"""The B-cos linear layer and the linear layer as autograd functions, with the matrix product of `matmul`."""
+"""The B-cos linear layer and the linear layer as autograd functions that use `linear_transform`."""
 
 from typing import Any
 
@@ -51,7 +51,7 @@ class _BcosLinear(torch.autograd.Function):
 
 
 class _DetachedBcosLinear(torch.autograd.Function):
-    """The B-cos linear layer with a constant scale and a constant weight: linear in x. It saves only the scale."""
+    """The B-cos linear layer with a constant scale and weight, which is linear in x. It doesn't save the input."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, b: float, candidates: int) -> Tensor:
@@ -66,7 +66,7 @@ class _DetachedBcosLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, scale, choice = ctx.saved_tensors
         large = to_chosen(grad * scale, choice, ctx.candidates, grad.dim() - 1)
-        # This may be differentiated again.
+        # With a graph this may be differentiated again, which `linear_transform` can't.
         grad_x = large @ weight if torch.is_grad_enabled() else linear_transform(large, weight.T)
         return grad_x, None, None, None
 
@@ -87,7 +87,7 @@ class _Linear(torch.autograd.Function):
 
 
 def _outer(grad: Tensor, x: Tensor) -> Tensor:
-    """The gradient of a weight: the sum over all leading axes of grad xᵀ, (*, O), (*, C) -> (O, C)."""
+    """Return the gradient of a weight: grad xᵀ summed over all leading axes, (*, O), (*, C) -> (O, C)."""
     return linear_transform(grad.reshape(-1, grad.shape[-1]).T, x.reshape(-1, x.shape[-1]).T)
 
 

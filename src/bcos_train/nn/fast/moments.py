@@ -1,4 +1,4 @@
-"""Mean and variance with little memory, and fast on CPUs."""
+"""Mean and variance, with less memory than `torch.var_mean` and faster on CPUs."""
 
 from typing import Any
 

@@ -2,8 +2,8 @@
 """Triton kernels of a B-cos layer; each reads and writes its large tensors once and computes in float32.
 
 Axes: B blocks, P positions of a block, C units or channels, over which the norms are taken. A large tensor (B, P, C)
-lies in memory either with its channels side by side (``ROWS``: channels last, linear layers; B is 1 then) or with its
-positions side by side (contiguous images; a block is a sample). A norm or another small map is (B, P), float32.
+has either adjacent channels in memory (``ROWS``: channels last, linear layers; then B is 1) or adjacent positions
+(contiguous images; a block is a sample). A norm or another small map is (B, P), float32.
 
 K is the number of weights of an output unit.
 """
@@ -28,13 +28,13 @@ __all__ = [
     "window_norm",
 ]
 
-#: Measured on nothing yet: compiled for an H100 the tiles below need 30 to 70 registers with 8 warps, 150 with 4.
+#: Not measured yet. Compiled for an H100, the tiles below need 30 to 70 registers with 8 warps, and 150 with 4.
 WARPS = 8
 
 
 @triton.jit
 def _offsets(b, p, c, P, C, ROWS: tl.constexpr):
-    """Where the values of positions p, channels c of block b are, (BP, BC)."""
+    """Return the memory offsets of positions p and channels c of block b, (BP, BC)."""
     start = tl.cast(b, tl.int64) * P * C
     if ROWS:
         return start + p[:, None].to(tl.int64) * C + c[None, :]
@@ -182,7 +182,7 @@ def _normalize_backward_kernel(grad_ptr, weight_ptr, norm_ptr, grad_weight_ptr, 
 
 
 def tiles(sizes: list[int], rows: bool) -> tuple[int, int]:
-    """BP and BC: 4096 values, with at least 256 bytes side by side where there are as many."""
+    """Return BP and BC: 4096 values, with at least 256 adjacent bytes if there are that many."""
     _, positions, channels = sizes
     if rows:
         bc = min(triton.next_power_of_2(channels), 128)
@@ -192,7 +192,7 @@ def tiles(sizes: list[int], rows: bool) -> tuple[int, int]:
 
 
 def sum_of_squares(x: Tensor, sizes: list[int], rows: bool, kind: int, shape: list[int]) -> Tensor:
-    """The sum of the squares of each position, or its root as ``kind`` says; of the given shape."""
+    """Return the sum of squares of each position, or its root according to ``kind``, in the given shape."""
     bp, bc = tiles(sizes, rows)
     total = torch.empty(shape, dtype=torch.float32, device=x.device)
     grid = (triton.cdiv(sizes[1], bp), 1, sizes[0])
@@ -203,7 +203,7 @@ def sum_of_squares(x: Tensor, sizes: list[int], rows: bool, kind: int, shape: li
 
 
 def window_norm(squares: Tensor, kernel_size: list[int], stride: list[int], padding: list[int]) -> Tensor:
-    """sqrt(sum + 1e-6) over every window of a convolution, (N, 1, H, W) -> (N, 1, P, Q)."""
+    """Return sqrt(sum + 1e-6) over every window of a convolution, (N, 1, H, W) -> (N, 1, P, Q)."""
     norm = squares.new_empty(window_shape(squares, kernel_size, stride, padding))
     block = 512
     sizes = (norm.numel(), *squares.shape[2:], *norm.shape[2:])
@@ -215,7 +215,7 @@ def window_norm(squares: Tensor, kernel_size: list[int], stride: list[int], padd
 
 
 def square_(out: Tensor, norm: Tensor, sizes: list[int], rows: bool) -> None:
-    """out |out| / norm, in the place of out."""
+    """Replace out by out |out| / norm."""
     bp, bc = tiles(sizes, rows)
     grid = (triton.cdiv(sizes[1], bp), triton.cdiv(sizes[2], bc), sizes[0])
     with torch.cuda.device_of(out):
@@ -225,13 +225,13 @@ def square_(out: Tensor, norm: Tensor, sizes: list[int], rows: bool) -> None:
 def square_backward(
     grad: Tensor, kept: Tensor, norm: Tensor, sizes: list[int], rows: bool, kept_out: bool
 ) -> tuple[Tensor, Tensor]:
-    """The derivative of `square_`.
+    """Compute the derivative of `square_`.
 
     Args:
-        kept: The output, or with ``kept_out`` what `square_` was called with.
+        kept: The output of `square_`, or with ``kept_out`` its input.
 
     Returns:
-        d/d out, and s of each position, of the shape of ``norm``: the input's gradient by way of the norm is x s.
+        d/d out, and s of each position, in the shape of ``norm``: the gradient of x through the norm is x s.
     """
     bp, bc = tiles(sizes, rows)
     grad_out, s = torch.empty_like(kept), torch.empty_like(norm)
@@ -244,7 +244,7 @@ def square_backward(
 
 
 def add_product_(a: Tensor, x: Tensor, s: Tensor, sizes: list[int], rows: bool) -> None:
-    """a + x s, in the place of a; s of each position."""
+    """Replace a by a + x s; ``s`` has a value per position."""
     bp, bc = tiles(sizes, rows)
     grid = (triton.cdiv(sizes[1], bp), triton.cdiv(sizes[2], bc), sizes[0])
     with torch.cuda.device_of(a):
@@ -252,7 +252,7 @@ def add_product_(a: Tensor, x: Tensor, s: Tensor, sizes: list[int], rows: bool) 
 
 
 def batch_norm_constants(var: Tensor, eps: float, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """1 / sqrt(var + eps) and zeros, (C,) each, and the count, (1,) in int32: one launch in place of four."""
+    """Return 1 / sqrt(var + eps) and zeros, (C,) each, and the count, (1,) int32: one launch instead of four."""
     inverse, zeros = torch.empty_like(var), torch.empty_like(var)
     counts = var.new_empty(1, dtype=torch.int32)
     block = 512
@@ -264,7 +264,7 @@ def batch_norm_constants(var: Tensor, eps: float, count: int) -> tuple[Tensor, T
 
 
 def normalize(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """w / ||w|| for each output unit in ``dtype``, and ||w||, (O,); the weight is dense."""
+    """Return w / ‖w‖ of each output unit in ``dtype``, and ‖w‖, (O,); the weight is dense."""
     units, size = len(weight), weight[0].numel()
     unit = torch.empty_like(weight, dtype=dtype)
     norm = weight.new_empty(units, dtype=torch.float32)
@@ -274,7 +274,7 @@ def normalize(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def normalize_backward(grad: Tensor, weight: Tensor, norm: Tensor) -> Tensor:
-    """The gradient of the weight, from that of w / ||w||, in the same memory format."""
+    """Return the gradient of the weight, given that of w / ‖w‖ in the same memory format."""
     units, size = len(weight), weight[0].numel()
     grad_weight = torch.empty_like(weight)
     with torch.cuda.device_of(weight):

@@ -24,7 +24,8 @@ def normalize(
     scale = torch.rsqrt(var + eps)
     if weight is not None:
         scale = scale * weight.view(1, -1, 1, 1)
-    # The mean isn't folded into the bias: that would cancel badly where it is far greater than the deviation.
+    # The mean isn't folded into the bias: the difference would lose precision if the mean is much larger than the
+    # deviation.
     out = (x if mean is None else x - mean) * scale
     if bias is not None:
         out = out + bias.view(1, -1, 1, 1)

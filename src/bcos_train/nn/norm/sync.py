@@ -35,10 +35,10 @@ def combined_statistics(
 
     A differentiable all-reduce, in which every process fills its own row, gathers the moments; they are then combined
     about the common mean (Chan et al., 1979). Summing squares and subtracting the squared mean would need no rows, but
-    cancels badly in float32.
+    loses precision in float32.
     """
     shape, size = mean.shape, mean.numel()
-    # Nothing is copied from the host, which on a GPU would wait for all that has been queued.
+    # No value is copied from the host to the GPU, since this would wait for all queued work.
     row = torch.cat([mean.flatten(), var.flatten(), mean.new_full((1,), count)])
     rank, world_size = dist.get_rank(group), dist.get_world_size(group)
     rows = F.pad(row[None], (0, 0, rank, world_size - 1 - rank))
