@@ -128,7 +128,7 @@ class _BcosConv2d(torch.autograd.Function):
         large = _ungrouped(to_chosen(best, choice, candidates, dim), groups)
         grad_x, grad_weight = conv.backward(large, x, to_blocked(weight, candidates, groups), ctx.needs_input_grad)
         if ctx.needs_input_grad[0]:
-            s = conv.box_adjoint(_small(s, groups), x.shape[2:])
+            s = conv.box_adjoint(s if groups == 1 else s.squeeze(2), x.shape[2:])
             inputs = _viewed_groups(conv, x.shape[1])
             total = kernels.add_product(_grouped(grad_x, inputs), _grouped(x, inputs), _grouped(s, inputs))
             grad_x = _ungrouped(total, inputs)
@@ -186,11 +186,6 @@ def _unit_dim(groups: int) -> int:
 def _ungrouped(x: Tensor, groups: int) -> Tensor:
     """The inverse of `_grouped`."""
     return x if groups == 1 else x.flatten(1, 2)
-
-
-def _small(x: Tensor, groups: int) -> Tensor:
-    """(N, G, 1, P, Q) -> (N, G, P, Q)."""
-    return x if groups == 1 else x.squeeze(2)
 
 
 def _grouped(x: Tensor, groups: int) -> Tensor:

@@ -19,7 +19,9 @@ _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn,
 
 def linear_transform(x: Tensor, weight: Tensor) -> Tensor:
     """Return x weightᵀ, (*, C), (O, C) -> (*, O), like `F.linear`; it can't be differentiated."""
-    return _onednn_linear(x, weight) if _suits_onednn(x, weight) else F.linear(x, weight)
+    if _suits_onednn(x, weight):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return F.linear(x, weight)
 
 
 def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
@@ -27,7 +29,3 @@ def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
     has_values = x.dim() > 1 and x.numel() > 0 and weight.numel() > 0
     # Dispatch modes, such as FLOP counters, know only the public operations.
     return _HAS_ONEDNN and x.device.type == "cpu" and is_float and has_values and not has_dispatch_mode()
-
-
-def _onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
