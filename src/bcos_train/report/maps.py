@@ -115,9 +115,9 @@ def _draw(ax: Axes, panel: Panel) -> None:
         ax.axvline(k * width / panel.n_cells - 0.5, color=FRAME, linewidth=0.6)
         ax.axhline(k * height / panel.n_cells - 0.5, color=FRAME, linewidth=0.6)
     if panel.box is not None:
-        x, y, width, height = panel.box
+        x, y, box_width, box_height = panel.box
         style = {"fill": False, "edgecolor": CELL, "linewidth": 1.8, "zorder": 3}  # above the lines of the cells
-        ax.add_patch(Rectangle((x - 0.5, y - 0.5), width, height, **style))  # type: ignore[arg-type]
+        ax.add_patch(Rectangle((x - 0.5, y - 0.5), box_width, box_height, **style))  # type: ignore[arg-type]
     ax.set_xlabel(panel.note, fontsize=7.5, labelpad=2.5, color=MUTED)
 
 
