@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from bcos_train import LoadedClassifier, create_model, load
+from bcos_train.dataset.classes import with_model_classes
 from bcos_train.explanation import color_explanation, evaluating, explain, is_explainable
 from bcos_train.explanation.method import CannotExplain, Method, list_methods, make_method
 from bcos_train.report import Panel, Row, map_table, save_gallery
@@ -30,6 +31,7 @@ from bcos_train.runs.layout import RUN_CONFIG
 from bcos_train.utils.command_line import MISTAKE, Parser
 from bcos_train.utils.suggestions import join_words, suggest
 from bcos_train.weights.run_source import class_names_of
+from bcos_train.weights.source import read_model_weights
 
 DEFAULT_METHODS = ("bcos", "ixg", "gradient", "int_grad", "guided_backprop", "grad_cam")
 RANDOM, PREDICTION, LABEL = "random", "prediction", "label"
@@ -80,6 +82,7 @@ def subject_of_run(folder: Path, checkpoint: str) -> Subject:
     config = load_config(folder / RUN_CONFIG)
     classifier = load(folder, checkpoint=checkpoint)
     dataset: Any = instantiate(find_moved_dataset(config["dataset"]), path="dataset")
+    dataset = with_model_classes(dataset, classifier.recorded_class_names, str(folder))
     # A model may have more outputs than its data set has classes.
     names = (*dataset.class_names, *classifier.class_names[dataset.num_classes :])
     classifier = replace(classifier, class_names=names[: len(classifier.class_names)])
@@ -101,7 +104,8 @@ def subject_of_model(name: str, weights: str, data: Path | None) -> Subject:
             raise ValueError("no images: give --images, or --data (or IMAGENET_PATH) for validation images")
         from bcos_train.dataset import ImageNet
 
-        return val_images(ImageNet(folder), n_images)
+        names = None if weights == RANDOM else read_model_weights(name, weights).class_names
+        return val_images(with_model_classes(ImageNet(folder), names, f"the weights of {name}"), n_images)
 
     return Subject(f"{name}, {weights} weights" if weights in (RANDOM, "official") else name, classifier, val)
 

@@ -75,6 +75,8 @@ class LoadedClassifier:
         origin: Source of the weights, in a few words.
         activation: ``"sigmoid"`` or ``"softmax"``: converts logits to probabilities; ``None``: the model's
             ``to_probabilities``.
+        recorded_class_names: Those that are recorded with the weights, with which a data set's are compared; ``None``:
+            none are, so the class names are those of the training data set, as far as they are known.
         encoding: uint8 RGB (N, 3, H, W) -> the model's input (N, C, H, W), on the model's device; ``None``: the
             encoding of the model's inference transform.
 
@@ -89,6 +91,7 @@ class LoadedClassifier:
     origin: str = ""
     activation: str | None = None
     encoding: Callable[[Tensor], Tensor] | None = None
+    recorded_class_names: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         self.model.eval()
@@ -253,9 +256,15 @@ def load(
     _check_preprocessing(weights)
     network = build_from_source(weights).to(device)
     if class_names is None:
-        class_names = pad_class_names(weights.class_names or (), int(network.num_classes))  # type: ignore[arg-type]
+        class_names = pad_class_names(weights.class_names_or_usual or (), int(network.num_classes))  # type: ignore[arg-type]
     return LoadedClassifier(
-        network, weights.model_name, tuple(class_names), weights.dataset, weights.origin, weights.activation
+        network,
+        weights.model_name,
+        tuple(class_names),
+        weights.dataset,
+        weights.origin,
+        weights.activation,
+        recorded_class_names=weights.class_names,
     )
 
 

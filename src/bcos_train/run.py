@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from bcos_train.config import load as load_config
 from bcos_train.config.composition import Override
 from bcos_train.config.overrides import plugins_in_overrides
 from bcos_train.dataset import ImageSizeMismatch, NotCacheable, UnreadableImage
+from bcos_train.dataset.classes import OtherClasses, with_model_classes
 from bcos_train.runs import launch
 from bcos_train.runs.checkpoint import DamagedCheckpoint
 from bcos_train.runs.folder import Resume, RunFolder, find_checkpoint, is_finished, read_run_folder, unused_folder
@@ -38,6 +40,7 @@ from bcos_train.training.build import (
     build_module,
     build_trainer,
     check_monitor,
+    keep_initial_classes,
     load_data,
 )
 from bcos_train.training.callbacks.checkpoint import UnknownMonitor
@@ -122,7 +125,7 @@ def _as_user_errors() -> Iterator[None]:
         raise UserError(str(error).strip().splitlines()[-1].rpartition(f"{type(error).__name__}: ")[2]) from error
     except NotCacheable as error:
         raise UserError(f"dataset: {error}") from error
-    except (DamagedCheckpoint, UnknownMonitor) as error:
+    except (DamagedCheckpoint, OtherClasses, UnknownMonitor) as error:
         raise UserError(str(error)) from error
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -154,7 +157,7 @@ def _train(settings: TrainConfig, config: Mapping[str, object], stop: StopFlag, 
     resume = settings.resume or resumed is not None  # a folder that is given is the one to resume in
     if resume and from_rank_zero(trainer, lambda: is_finished(base)):
         return _report_finished(console, base)
-    data = load_data(settings, split, trainer)
+    data = load_data(settings, split, trainer, keep_initial_classes(settings))
     model = build_model(settings, data)
     check_image_size(model, data, settings.encoding, config)
     with user_errors_at(""):
@@ -239,7 +242,8 @@ def evaluate(config: Mapping[str, Any], overridden: Sequence[str] = ()) -> int:
     trainer.strategy.setup_environment()
     if trainer.is_global_zero and (root := getattr(settings.dataset, "root", None)) is not None:
         Console().print(f"data set: {root}", highlight=False, markup=False, soft_wrap=True)
-    data = load_data(settings, split, trainer, stage="validate")
+    match_classes = partial(with_model_classes, class_names=source.class_names, label=source.label)
+    data = load_data(settings, split, trainer, match_classes, stage="validate")
     model = build_model(settings, data)
     with user_errors_at(""):
         load_weights(model, source.state, source.label)

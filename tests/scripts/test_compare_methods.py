@@ -83,3 +83,30 @@ def test_labels_and_classes(script: ModuleType) -> None:
     for which, message in (("labl", "did you mean label"), ("2", "there are classes 0 to 1"), ("label", "no labels")):
         with pytest.raises(ValueError, match=message):
             script.select_classes(logits, [None, None], which)
+
+
+def test_classes_of_a_run_and_of_its_data_are_compared(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from bcos_train.config import save
+    from bcos_train.weights.files import save_weights
+
+    monkeypatch.delenv("DATA_ROOT", raising=False)
+    for name in "ab":
+        (tmp_path / "val" / name).mkdir(parents=True)
+        Image.new("RGB", (16, 16)).save(tmp_path / "val" / name / "0.png")
+    dataset = {"_target_": "bcos_train.dataset.ImageFolder", "root": str(tmp_path)}
+    transforms = {"_target_": "bcos_train.augmentation.Augmentation"}
+    transforms |= {part: {"_target_": "bcos_train.augmentation.plain"} for part in ("train", "eval")}
+    model = {"_target_": "bcos_train.model.create_model", "_partial_": True, "name": "resnet20", "num_classes": 2}
+    encoding = {"_target_": "bcos_train.dataset.BcosEncoding"}
+    config = {"model": model, "dataset": dataset, "augmentation": transforms, "encoding": encoding}
+    save(config, tmp_path / "config.yaml")
+    arguments = ["--run", str(tmp_path), "--checkpoint", str(tmp_path / "model.safetensors"), "--n", "1"]
+    arguments += ["--methods", "bcos", "--output", str(tmp_path / "figure.png")]
+    network = script.create_model("resnet20", num_classes=2)
+    for names, code in ((("a", "b"), 0), (("b", "a"), 2), (None, 0)):
+        save_weights(network, tmp_path / "model.safetensors", names)
+        assert script.main(arguments) == code
+        error = capsys.readouterr().err
+        assert ("class 0 is 'a' in the data set, 'b' in the model" in error) == (code == 2)

@@ -270,9 +270,12 @@ def test_keys_beside_a_run_are_those_of_the_run(
     code, seen = _evaluate(monkeypatch, f"run={run}", "dataset.root=/other", "dataset.val=test")
     assert (code, capsys.readouterr().err) == (0, "")
     assert (seen[0]["dataset"]["root"], seen[0]["dataset"]["val"]) == ("/other", "test")
-    code, seen = _evaluate(monkeypatch, f"run={run}", "+dataset.val=test", "++model.b=1.5", "model.backend=compiled")
+    code, seen = _evaluate(
+        monkeypatch, f"run={run}", "+dataset.val=test", "++model.b=1.5", "dataset.class_map={a b: 0}"
+    )
     assert (code, capsys.readouterr().err) == (0, "")
     assert (seen[0]["dataset"]["val"], seen[0]["model"]["b"]) == ("test", 1.5)
+    assert seen[0]["dataset"]["class_map"] == {"a b": 0}
     mistakes = {
         "dataset.size=8": "dataset.size=8: unknown key (allowed: root, train, val, cache,",
         "explanation.n_images=5": "explanation.n_images: explanation is null in the run, so it has no keys",

@@ -262,7 +262,9 @@ def test_class_names_of_cifar10() -> None:
     assert list(run_source._CIFAR10_CLASSES) == Cifar10("anywhere").class_names
 
 
-def test_safetensors_metadata_names_torch(trained_run: Path, tmp_path: Path) -> None:
+def test_safetensors_metadata(trained_run: Path, tmp_path: Path) -> None:
+    """They name torch, which other readers expect, and the classes."""
     export(str(trained_run), tmp_path / "out")
-    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
-        assert file.metadata() == {"format": "pt"}
+    for folder in (trained_run, tmp_path / "out"):
+        with safe_open(folder / "model.safetensors", "pt") as file:
+            assert file.metadata() == {"format": "pt", "class_names": json.dumps(list("0123456789"))}

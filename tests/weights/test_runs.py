@@ -29,6 +29,8 @@ def publish_state(release: Release, monkeypatch: pytest.MonkeyPatch, state: dict
 def evaluation(tmp_path: Path, **keys: Any) -> dict[str, Any]:
     config = compose(tmp_path, "model=resnet18", *SMALL, *QUIET, "model.num_classes=1000", name="evaluate")
     config |= {"output": str(tmp_path / "out"), **keys}
+    if keys["weights"] == "official":
+        config["dataset"]["class_map"] = {str(digit): digit for digit in range(10)}
     assert check(config, root=EvaluateConfig) == []
     assert evaluate(config) == 0
     content: dict[str, Any] = json.loads((tmp_path / "out" / "evaluation.json").read_text())

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, Protocol
 
 from PIL import Image
 from torch.utils.data import Dataset
 
-__all__ = ["Cache", "ImageDataset", "ImageSource", "require_root"]
+__all__ = ["Cache", "ClassMap", "ImageDataset", "ImageSource", "require_root"]
 
 ImageDataset = Dataset[tuple[Image.Image, int]]
 """Map-style: index -> (RGB image, label in [0, num_classes))."""
@@ -21,13 +22,20 @@ processes (see :class:`~bcos_train.dataset.device_cache.DeviceCache`). Results a
 into memory and have the same size, and the only random transforms are ``RandomCrop`` and ``RandomHorizontalFlip``.
 """
 
+ClassMap = Mapping[str, str | int]
+"""Class name of a data set -> class of a trained model, by name or index; a number that is also a name is the name.
+
+Classes that are not in the map keep their name. It applies wherever a trained model meets the data set: an evaluation,
+or a training that starts from weights and keeps their classifier.
+"""
+
 
 class ImageSource(Protocol):
     """A data set with a training and a validation part.
 
     ``prepare`` (download, unpack) is called once, on one process per node, before the other methods.
 
-    An attribute ``cache: Cache | None`` is optional.
+    The attributes ``cache: Cache | None`` and ``class_map: ClassMap | None`` are optional.
     """
 
     name: str

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torchvision.datasets import CIFAR10
 
-from bcos_train.dataset.base import Cache, ImageDataset, require_root
+from bcos_train.dataset.base import Cache, ClassMap, ImageDataset, require_root
 from bcos_train.dataset.folder import ImageFolder
 
 __all__ = ["Cifar10"]
@@ -22,6 +22,7 @@ class Cifar10:
             ``train/<class>/`` and ``test/<class>/``.
         download: Download the archive if it is missing.
         cache: Where the images are kept during a run, see :data:`~bcos_train.dataset.base.Cache`.
+        class_map: Classes of a trained model, see :data:`~bcos_train.dataset.base.ClassMap`; ``None``: the same ones.
 
     Raises:
         ValueError: ``root`` is None; on use: the files are missing and can't be downloaded.
@@ -30,11 +31,17 @@ class Cifar10:
     name = "cifar10"
     root_variable = "DATA_ROOT"
 
-    def __init__(self, root: str | Path | None, download: bool = True, cache: Cache | None = None) -> None:
-
+    def __init__(
+        self,
+        root: str | Path | None,
+        download: bool = True,
+        cache: Cache | None = None,
+        class_map: ClassMap | None = None,
+    ) -> None:
         self.root = require_root(root, "CIFAR-10", "set DATA_ROOT or dataset.root")
         self.download = download
         self.cache = cache
+        self.class_map = class_map
 
     @property
     def class_names(self) -> list[str]:

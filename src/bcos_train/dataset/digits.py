@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from bcos_train.dataset.base import Cache, ImageDataset
+from bcos_train.dataset.base import Cache, ClassMap, ImageDataset
 from bcos_train.dataset.randomness import Stream, permutation
 
 __all__ = ["Digits"]
@@ -24,6 +24,7 @@ class Digits:
         size: Side of the square RGB images in pixels, resized bilinearly from 8.
         val_fraction: Fraction of every class in the validation part, in (0, 1).
         cache: Where the images are kept during a run, see :data:`~bcos_train.dataset.base.Cache`.
+        class_map: Classes of a trained model, see :data:`~bcos_train.dataset.base.ClassMap`; ``None``: the same ones.
 
     Raises:
         ValueError: ``size`` is below 1 or ``val_fraction`` out of range.
@@ -31,8 +32,13 @@ class Digits:
 
     name = "digits"
 
-    def __init__(self, size: int = 32, val_fraction: float = 0.2, cache: Cache | None = None) -> None:
-
+    def __init__(
+        self,
+        size: int = 32,
+        val_fraction: float = 0.2,
+        cache: Cache | None = None,
+        class_map: ClassMap | None = None,
+    ) -> None:
         if size < 1:
             raise ValueError(f"size must be at least 1, not {size}")
         if not 0 < val_fraction < 1:
@@ -40,6 +46,7 @@ class Digits:
         self.size = size
         self.val_fraction = val_fraction
         self.cache = cache
+        self.class_map = class_map
 
     @property
     def class_names(self) -> list[str]:

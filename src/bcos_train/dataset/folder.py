@@ -3,7 +3,7 @@
 from functools import cached_property
 from pathlib import Path
 
-from bcos_train.dataset.base import Cache, ImageDataset, require_root
+from bcos_train.dataset.base import Cache, ClassMap, ImageDataset, require_root
 from bcos_train.dataset.storage.folder import FolderImages, list_classes, shorten
 
 __all__ = ["ImageFolder"]
@@ -20,6 +20,7 @@ class ImageFolder:
         val: Folder name of the validation part, for instance ``"test"``.
         cache: Where the images are kept during a run, see :data:`~bcos_train.dataset.base.Cache`.
         exif_orientation: Rotate and flip images as their EXIF tag says, see :func:`~bcos_train.dataset.image.to_rgb`.
+        class_map: Classes of a trained model, see :data:`~bcos_train.dataset.base.ClassMap`; ``None``: the same ones.
 
     Raises:
         ValueError: ``root`` is None; on use: folders are missing or empty, or the parts differ in their classes.
@@ -36,9 +37,11 @@ class ImageFolder:
         val: str = "val",
         cache: Cache | None = None,
         exif_orientation: bool = False,
+        class_map: ClassMap | None = None,
     ) -> None:
         self.root = require_root(root, "the image folder", _HINT)
         self.cache = cache
+        self.class_map = class_map
         self.exif_orientation = exif_orientation
         self.train_folder = train
         self.val_folder = val

@@ -7,7 +7,7 @@ import re
 from functools import cached_property
 from pathlib import Path
 
-from bcos_train.dataset.base import ImageDataset, require_root
+from bcos_train.dataset.base import ClassMap, ImageDataset, require_root
 from bcos_train.dataset.storage.folder import FolderImages, list_classes
 
 __all__ = ["ImageNet"]
@@ -30,6 +30,7 @@ class ImageNet:
         train: Folder name of the training part.
         val: Folder name of the validation part.
         exif_orientation: Rotate and flip images as their EXIF tag says, see :func:`~bcos_train.dataset.image.to_rgb`.
+        class_map: Classes of a trained model, see :data:`~bcos_train.dataset.base.ClassMap`; ``None``: the same ones.
 
     Raises:
         ValueError: ``root`` is None; on use: folders are missing, empty, or more than 1000.
@@ -39,12 +40,18 @@ class ImageNet:
     root_variable = "IMAGENET_PATH"
 
     def __init__(
-        self, root: str | Path | None, train: str = "train", val: str = "val", exif_orientation: bool = False
+        self,
+        root: str | Path | None,
+        train: str = "train",
+        val: str = "val",
+        exif_orientation: bool = False,
+        class_map: ClassMap | None = None,
     ) -> None:
         self.root = require_root(root, "ImageNet", _HINT)
         self.train_folder = train
         self.val_folder = val
         self.exif_orientation = exif_orientation
+        self.class_map = class_map
 
     @property
     def num_classes(self) -> int:

@@ -67,7 +67,7 @@ def _hashed_part(value: object, path: str) -> object:
     """Copy a config value without the keys that are not hashed, and with all numbers as floats: 1 and 1.0 are equal."""
     if isinstance(value, Mapping):
         items = ((key, item, f"{path}.{key}") for key, item in value.items())
-        return {key: _hashed_part(item, inner) for key, item, inner in items if inner not in NOT_HASHED}
+        return {str(key): _hashed_part(item, inner) for key, item, inner in items if inner not in NOT_HASHED}
     if isinstance(value, list):
         return [_hashed_part(item, f"{path}[]") for item in value]
     return float(value) if isinstance(value, int) and not isinstance(value, bool) else value

@@ -3,6 +3,8 @@
 import inspect
 import os
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,8 +21,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bcos_train.augmentation import BatchMix
 from bcos_train.config import UserError, user_errors_at
+from bcos_train.dataset import ImageSource
+from bcos_train.dataset.classes import with_model_classes
 from bcos_train.dataset.data_module import DataModule
 from bcos_train.explanation import allow_tf32
+from bcos_train.model import create_model
+from bcos_train.model.registry import OFFICIAL
 from bcos_train.nn import sync_batch_norm_
 from bcos_train.optimizer import prefer_fused
 from bcos_train.runs import checkpoint as files
@@ -38,6 +44,10 @@ from bcos_train.training.distributed import from_rank_zero
 from bcos_train.training.module import Classifier, EndEvaluation
 from bcos_train.training.options import BatchSplit, TrainerOptions, default_workers
 from bcos_train.utils.suggestions import join_words, suggest
+from bcos_train.weights.source import read_model_weights
+
+#: Data set -> data set with the classes of a trained model.
+MatchClasses = Callable[[ImageSource], ImageSource]
 
 #: DDP's argument for broadcasting buffers at each forward pass, renamed in torch 2.15.
 _SYNC_BUFFERS = next(
@@ -164,11 +174,43 @@ def choose_num_classes(settings: CommonConfig, data: DataModule) -> int:
     return data.num_classes if num_classes is None else num_classes
 
 
-def load_data(settings: CommonConfig, split: BatchSplit, trainer: pl.Trainer, stage: str = "fit") -> DataModule:
-    """Build the data module and read the index of the data set, on one process of each node first.
+def keep_initial_classes(settings: CommonConfig) -> MatchClasses:
+    """Return a function that matches a data set with the weights that training starts from.
+
+    With another number of classes, the classifier is a new one, so there is nothing to match.
 
     Raises:
-        UserError: The data set is missing or empty, or has a single class, on which any model is always right.
+        UserError: The weights can't be read.
+    """
+    options = settings.model.keywords
+    weights = OFFICIAL if options.get("pretrained") else options.get("weights")
+    if settings.model.func is not create_model or weights is None:
+        return partial(with_model_classes, class_names=None, label="a model without trained weights")
+    with user_errors_at("model"):
+        source = read_model_weights(settings.model_name, weights)
+    names, label = source.class_names, source.label
+
+    def match(dataset: ImageSource) -> ImageSource:
+        is_mapped = getattr(dataset, "class_map", None) is not None
+        if not is_mapped and names is not None and len(names) != dataset.num_classes:
+            return dataset
+        hint = "to train other classes, use a file without class names (.pth) from scripts/export_weights.py"
+        return with_model_classes(dataset, names, label, hint)
+
+    return match
+
+
+def load_data(
+    settings: CommonConfig, split: BatchSplit, trainer: pl.Trainer, match_classes: MatchClasses, stage: str = "fit"
+) -> DataModule:
+    """Build the data module and read the index of the data set, on one process of each node first.
+
+    Args:
+        match_classes: Compares or maps the classes, see :func:`bcos_train.dataset.classes.with_model_classes`.
+
+    Raises:
+        UserError: The data set is missing or empty, or has a single class, on which any model is always right; or its
+            classes are not those of the trained model.
     """
     with user_errors_at("dataset"):
         data = DataModule(
@@ -186,8 +228,9 @@ def load_data(settings: CommonConfig, split: BatchSplit, trainer: pl.Trainer, st
         )
         if trainer.local_rank == 0 and not trainer.is_global_zero:
             data.prepare_data()
-        from_rank_zero(trainer, lambda: _prepare(data))
+        from_rank_zero(trainer, lambda: _prepare(data, match_classes))
         trainer.strategy.barrier("prepare_data")
+        data.dataset = match_classes(data.dataset)
         data.setup(stage)
         if data.num_val == 0 or (stage == "fit" and data.num_train == 0):
             raise ValueError(f"{data.dataset.name} has no {'training' if data.num_val else 'validation'} images")
@@ -196,9 +239,12 @@ def load_data(settings: CommonConfig, split: BatchSplit, trainer: pl.Trainer, st
     return data
 
 
-def _prepare(data: DataModule) -> None:
+def _prepare(data: DataModule, match_classes: MatchClasses) -> None:
     with user_errors_at("dataset"):
         data.prepare_data()
+        _ = data.class_names
+    with user_errors_at(""):
+        match_classes(data.dataset)
 
 
 def build_module(

@@ -38,11 +38,12 @@ def finish(
     trainer: pl.Trainer, module: Classifier, folder: RunFolder, model_name: str, console: Console, seconds: float
 ) -> None:
     """Write the weights and ``summary.json``, and print a short summary."""
-    save_weights(module.model, folder.path / WEIGHTS)
+    names = [str(name) for name in module.data.class_names]
+    save_weights(module.model, folder.path / WEIGHTS, names)
     best: list[BestCheckpoint] = []
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, EmaCallback):
-            save_weights(callback.model, folder.path / EMA_WEIGHTS)
+            save_weights(callback.model, folder.path / EMA_WEIGHTS, names)
         if isinstance(callback, Checkpointer):
             best = callback.best
     # Read from the file: this process may have resumed after the last epoch.
@@ -59,6 +60,7 @@ def finish(
         "seconds_since_start_or_resume": round(seconds, 1),
         "gallery": str(galleries[-1].relative_to(folder.path)) if galleries else None,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "lightning": pl.__version__},
+        "class_names": names,
     }
     # Written last: this file marks the run as finished.
     write_json(folder.path / SUMMARY, summary)

@@ -15,6 +15,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from bcos_train.dataset.batch import Batch
+from bcos_train.dataset.classes import check_same_classes
 from bcos_train.dataset.data_module import DataModule
 from bcos_train.dataset.encoding import BcosEncoding, Standardize, to_float
 from bcos_train.dataset.randomness import step_seed
@@ -293,12 +294,16 @@ class Classifier(pl.LightningModule):
         # Lightning's entry would contain all submodules, under different names.
         del checkpoint["state_dict"]
         checkpoint["model"] = self.model.state_dict()
+        checkpoint["class_names"] = [str(name) for name in self.data.class_names]
         epoch, step = divmod(self.global_step, self.steps_per_epoch)
         checkpoint["position"] = {"epoch": epoch, "step": step, "steps_per_epoch": self.steps_per_epoch}
         with self.train_score.sync_context(dist_sync_fn=gather_all_tensors, should_sync=is_distributed()):
             checkpoint["train_score"] = {key: value.clone() for key, value in self.train_score.state_dict().items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if (names := checkpoint.get("class_names")) is not None:  # older checkpoints have none
+            hint = "restore the class folders, or train another run with resume=false"
+            check_same_classes(self.data.class_names, names, "this run", hint)
         checkpoint["state_dict"] = self.state_dict() | {f"model.{k}": v for k, v in checkpoint["model"].items()}
         position = checkpoint["position"]
         self.data.seek(position["epoch"], position["step"])

@@ -35,7 +35,7 @@ from bcos_train.runs.layout import (
 from bcos_train.utils.atomic import temporary_path
 from bcos_train.utils.suggestions import join_words, suggest
 from bcos_train.weights.build import with_num_classes
-from bcos_train.weights.files import read_weights
+from bcos_train.weights.files import read_weights, to_safetensors
 from bcos_train.weights.model_card import export_config, model_card
 from bcos_train.weights.model_options import build_model, check_options, known_options
 from bcos_train.weights.source import WeightsSource, read_weights_source
@@ -101,16 +101,17 @@ def export(
     if not with_hash:
         _check_free(target, force)
     weights, network = _validate(read_weights_source(source, use_ema).for_model(model, options or {}))
-    weights = replace(weights, license=license or weights.license, class_names=_class_names(weights, class_names))
+    names = _class_names(weights, class_names)
+    weights = replace(weights, license=license or weights.license, class_names=names)
     if is_file:
-        content = _pth_bytes(weights.state) if target.suffix == ".pth" else _safetensors_bytes(weights.state)
+        content = _pth_bytes(weights.state) if target.suffix == ".pth" else to_safetensors(weights.state, names)
         digest = hashlib.sha256(content).hexdigest()
         if with_hash:
             target = target.with_name(f"{target.stem}-{digest[:10]}{target.suffix}")
         _check_free(target, force)
         files = {target.name: content}
     else:
-        content = _safetensors_bytes(weights.state)
+        content = to_safetensors(weights.state, names)
         digest = hashlib.sha256(content).hexdigest()
         files = {WEIGHTS: content, **_description_files(weights, network, digest)}
     with _stage_files(target, files) as stage:
@@ -167,7 +168,7 @@ def _class_names(source: WeightsSource, class_names: Sequence[str] | None) -> tu
     n = source.options["num_classes"]
     if class_names is not None and len(class_names) != n:
         raise ValueError(f"{len(class_names)} class names, but the model has {n} classes")
-    names = source.class_names if class_names is None else tuple(class_names)
+    names = source.class_names_or_usual if class_names is None else tuple(class_names)
     return names if names is not None and len(names) == n else None
 
 
@@ -212,14 +213,6 @@ def _pth_bytes(state: Mapping[str, Tensor]) -> bytes:
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
     return buffer.getvalue()
-
-
-def _safetensors_bytes(state: Mapping[str, Tensor]) -> bytes:
-    try:
-        from safetensors.torch import save
-    except ModuleNotFoundError as error:
-        raise ValueError("writing .safetensors needs the package safetensors: pip install safetensors") from error
-    return save(dict(state), metadata={"format": "pt"})
 
 
 def _description_files(source: WeightsSource, network: nn.Module, digest: str) -> dict[str, bytes]:

@@ -6,6 +6,8 @@ The optional package safetensors is needed for ``.safetensors`` files only.
 import json
 import re
 import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,77 +19,126 @@ from bcos_train.runs.checkpoint import digest_path, file_sha256
 from bcos_train.runs.layout import CHECKPOINT_SUFFIX, EMA_WEIGHTS, WEIGHTS, WEIGHTS_SUFFIX
 from bcos_train.utils.atomic import atomic_write
 
-__all__ = ["file_sha256", "read_file", "read_json", "read_weights", "save_weights"]
+__all__ = [
+    "WeightsFile",
+    "file_sha256",
+    "read_file",
+    "read_json",
+    "read_weights",
+    "save_weights",
+    "to_safetensors",
+]
+
+#: Entry for the class names in the metadata of a safetensors file and in a checkpoint.
+_CLASS_NAMES = "class_names"
 
 #: Key prefixes of the model and its average in checkpoints of the official training code.
 _OFFICIAL_PREFIXES = ("model.", "ema.module.")
 
 
-def save_weights(model: nn.Module, path: Path) -> None:
-    """Save the model's state dict as safetensors."""
-    from safetensors.torch import save
+@dataclass(frozen=True)
+class WeightsFile:
+    """Content of a weights file.
 
+    Args:
+        state: The state dict. Tensors may be memory-mapped, so that loading them into a model needs no second copy.
+        is_ema: True if these are the averaged weights.
+        class_names: Recorded in the file, in the order of the outputs; ``None``: not recorded.
+        hyper_parameters: Those of an official training checkpoint, otherwise ``None``.
+    """
+
+    state: dict[str, Tensor]
+    is_ema: bool
+    class_names: tuple[str, ...] | None = None
+    hyper_parameters: dict[str, object] | None = None
+
+
+def save_weights(model: nn.Module, path: Path, class_names: Sequence[str] | None = None) -> None:
+    """Save the model's state dict as safetensors.
+
+    Args:
+        class_names: In the order of the outputs, recorded in the file; ``None``: unknown.
+    """
     # Weights in channels_last are stored in the memory order that every reader expects.
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     with atomic_write(path) as temporary:
-        temporary.write_bytes(save(state))  # safetensors' own writer creates files that only their owner can read
+        # safetensors' own writer creates files that only their owner can read.
+        temporary.write_bytes(to_safetensors(state, class_names))
+
+
+def to_safetensors(state: Mapping[str, Tensor], class_names: Sequence[str] | None = None) -> bytes:
+    """Return the content of a safetensors file; class names are JSON in its metadata.
+
+    Raises:
+        ValueError: The package safetensors is missing.
+    """
+    try:
+        from safetensors.torch import save
+    except ModuleNotFoundError as error:
+        raise ValueError("writing .safetensors needs the package safetensors: pip install safetensors") from error
+    metadata = {"format": "pt"}
+    if class_names is not None:
+        metadata[_CLASS_NAMES] = json.dumps(list(class_names))
+    return _with_sorted_metadata(save(dict(state), metadata=metadata))
+
+
+def _with_sorted_metadata(content: bytes) -> bytes:
+    """Sort the metadata in the header of a safetensors file: safetensors' order is random, and so would be the digest.
+
+    The file begins with the length of the header, 8 bytes; the header is JSON, padded with spaces to 8 bytes.
+    """
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[start:]
 
 
 def read_weights(path: Path, use_ema: bool | None = None) -> tuple[dict[str, Tensor], bool]:
-    """Read a state dict from a file, or from a folder with ``model.safetensors`` (a finished run or an export).
+    """Read the state dict of :func:`read_file`, and True if it holds the averaged weights."""
+    file = read_file(path, use_ema)
+    return file.state, file.is_ema
+
+
+def read_file(path: Path, use_ema: bool | None = None) -> WeightsFile:
+    """Read weights from a file, or from a folder with ``model.safetensors`` (a finished run or an export).
 
     Args:
-        path: File, as for :func:`read_file`, or folder.
+        path: A ``.safetensors`` file; one of our checkpoints, which is verified; a checkpoint of the official training
+            code; any other file with a state dict saved by torch; or a folder. Nothing in the file is executed.
         use_ema: True for the averaged weights, False for the plain ones; ``None``: averaged if there are any.
-
-    Returns:
-        The state dict, and True if it holds the averaged weights. Tensors may be memory-mapped, so that loading them
-        into a model needs no second copy.
 
     Raises:
         ValueError: The file is missing, damaged or not a weights file, or lacks the requested weights.
     """
-    if not path.is_dir():
-        return read_file(path, use_ema)[:2]
-    is_ema = (path / EMA_WEIGHTS).is_file() if use_ema is None else use_ema
-    file = path / (EMA_WEIGHTS if is_ema else WEIGHTS)
-    if not file.is_file():
-        if (path / WEIGHTS).is_file():
-            raise ValueError(f"{path} holds no averaged weights, only the plain ones in {WEIGHTS}")
-        raise ValueError(f"{path} holds no {file.name}")
-    return _read_safetensors(file), is_ema
-
-
-def read_file(path: Path, use_ema: bool | None = None) -> tuple[dict[str, Tensor], bool, dict[str, object] | None]:
-    """Read a state dict from a file.
-
-    Args:
-        path: A ``.safetensors`` file; one of our checkpoints, which is verified; a checkpoint of the official training
-            code; or any other file with a state dict saved by torch. Nothing in the file is executed.
-        use_ema: As for :func:`read_weights`.
-
-    Returns:
-        As :func:`read_weights`, and the hyperparameters of an official training checkpoint, otherwise ``None``.
-
-    Raises:
-        ValueError: As for :func:`read_weights`.
-    """
+    if path.is_dir():
+        is_ema = (path / EMA_WEIGHTS).is_file() if use_ema is None else use_ema
+        file = path / (EMA_WEIGHTS if is_ema else WEIGHTS)
+        if not file.is_file():
+            if (path / WEIGHTS).is_file():
+                raise ValueError(f"{path} holds no averaged weights, only the plain ones in {WEIGHTS}")
+            raise ValueError(f"{path} holds no {file.name}")
+        state, class_names = _read_safetensors(file)
+        return WeightsFile(state, is_ema, class_names)
     if not path.is_file():
         raise ValueError(f"weights={path}: no such file")
-    hyper_parameters = None
+    class_names, hyper_parameters = None, None
     if path.suffix == WEIGHTS_SUFFIX:
-        states = [_read_safetensors(path), {}]
+        state, class_names = _read_safetensors(path)
+        states = [state, {}]
     elif path.suffix == CHECKPOINT_SUFFIX and digest_path(path).is_file():
         content = checkpoints.load(path)
         if "model" not in content:
             raise ValueError(f"{path} holds no model")
         states = [content["model"], content.get("model_ema", {})]
+        class_names = _as_class_names(content.get(_CLASS_NAMES))
     else:
         states, hyper_parameters = _read_third_party(path)
     is_ema = bool(states[1]) if use_ema is None else use_ema
     if is_ema and not states[1]:
         raise ValueError(f"{path} holds no averaged weights, only the plain ones")
-    return states[is_ema], is_ema, hyper_parameters
+    return WeightsFile(states[is_ema], is_ema, class_names, hyper_parameters)
 
 
 def _read_third_party(path: Path) -> tuple[list[dict[str, Tensor]], dict[str, object] | None]:
@@ -125,16 +176,30 @@ def _torch_load(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...] | None]:
+    """Read the state dict and the recorded class names, if any."""
     try:
-        from safetensors import SafetensorError
+        from safetensors import SafetensorError, safe_open
         from safetensors.torch import load_file
     except ModuleNotFoundError as error:
         raise ValueError(f"reading {path} needs the package safetensors: pip install safetensors") from error
     try:
-        return load_file(path)
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        state = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file: {error}") from error
+    try:
+        return state, _as_class_names(json.loads(metadata.get(_CLASS_NAMES, "null")))
+    except ValueError:  # an entry of another program
+        return state, None
+
+
+def _as_class_names(value: object) -> tuple[str, ...] | None:
+    """Return class names as read from a file; ``None`` if it is anything else."""
+    if isinstance(value, list) and value and all(isinstance(name, str) for name in value):
+        return tuple(value)
+    return None
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -18,6 +18,8 @@ __all__ = ["export_config", "model_card"]
 _TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 #: Data sets: name on the Hugging Face Hub, and name in prose.
 _DATASETS = {"imagenet": ("imagenet-1k", "ImageNet"), "cifar10": ("cifar10", "CIFAR-10")}
+#: Class names in a model card; ``config.json`` has all.
+_MAX_CLASSES = 100
 _METRICS = {"acc1": "top-1 accuracy [%]", "acc5": "top-5 accuracy [%]", "loss": "loss"}
 
 
@@ -159,6 +161,8 @@ def _template_values(
         "is_explainable": is_explainable,
         "is_timm": source.model_name.startswith(TIMM),
         "options": {key: json.dumps(value) for key, value in source.options.items()},
+        "class_names": [json.dumps(name, ensure_ascii=False) for name in (source.class_names or ())[:_MAX_CLASSES]],
+        "n_more_classes": max(0, len(source.class_names or ()) - _MAX_CLASSES),
         "preprocessing": "That of the model in timm." if preprocessing is None else preprocessing.to_sentence(),
         "results": {_METRICS.get(key, key): f"{value:.6g}" for key, value in source.metrics.items()},
         "results_origin": "Published by the authors" if source.is_official else "On the validation set",

@@ -32,7 +32,7 @@ from bcos_train.runs.layout import (
 from bcos_train.utils.suggestions import suggest
 from bcos_train.weights import records, run_source
 from bcos_train.weights.download import load_official
-from bcos_train.weights.files import file_sha256, read_file, read_json, read_weights
+from bcos_train.weights.files import file_sha256, read_file, read_json
 from bcos_train.weights.model_options import TIMM, known_options, model_of_config, option_differences
 
 __all__ = ["ExportConfig", "WeightsSource", "read_export_config", "read_model_weights", "read_weights_source"]
@@ -79,7 +79,7 @@ class WeightsSource:
         preprocessing: Inference transform; ``None``: the model's own.
         activation: ``"sigmoid"`` or ``"softmax"``, converts logits to probabilities under the loss of the training;
             ``None``: the model's own.
-        class_names: Class names in the order of the outputs.
+        class_names: Recorded class names in the order of the outputs; ``None``: none are recorded.
         dataset: Name of the training data set.
         metrics: Validation results of exactly these weights: ``acc1`` and ``acc5`` in percent, ``loss``, ….
         n_images: Number of images behind the metrics; ``None``: the whole validation set.
@@ -104,6 +104,13 @@ class WeightsSource:
     license: str | None = None
     is_official: bool = False
     from_official: bool = False
+
+    @property
+    def class_names_or_usual(self) -> tuple[str, ...] | None:
+        """The recorded class names, else those that the training data set usually has; ``None``: unknown."""
+        if self.class_names is not None or self.dataset is None:
+            return self.class_names
+        return run_source.class_names_of(self.dataset)
 
     def for_model(self, name: str | None, options: Mapping[str, object]) -> "WeightsSource":
         """Apply the user's model name and options.
@@ -221,15 +228,11 @@ def _read_path(path: Path, label: str, use_ema: bool | None) -> WeightsSource:
 
 def _read_bare(path: Path, label: str, use_ema: bool | None) -> WeightsSource:
     """Read weights that no folder describes; official files and training checkpoints are recognized."""
-    name, hyper_parameters = path.resolve().name, None
-    if path.is_dir():
-        state, is_ema = read_weights(path, use_ema)
-    else:
-        state, is_ema, hyper_parameters = read_file(path, use_ema)
-    if hyper_parameters is not None:
+    name, file = path.resolve().name, read_file(path, use_ema)
+    if file.hyper_parameters is not None:
         origin = f"{name}, a checkpoint of the official training code"
-        source = WeightsSource(state=state, is_ema=is_ema, origin=origin, label=label)
-        key = (hyper_parameters.get("base_network"), hyper_parameters.get("experiment_name"))
+        source = WeightsSource(state=file.state, is_ema=file.is_ema, origin=origin, label=label)
+        key = (file.hyper_parameters.get("base_network"), file.hyper_parameters.get("experiment_name"))
         record = next((r for r in records.RECORDS.values() if (r.collection, r.experiment) == key), None)
         if record is None:
             return source
@@ -237,8 +240,8 @@ def _read_bare(path: Path, label: str, use_ema: bool | None) -> WeightsSource:
         return replace(source, model_name=record.name, dataset="imagenet", class_names=names)
     record = next((r for r in records.RECORDS.values() if r.file == path.name), None)
     if record is not None and file_sha256(path).startswith(record.sha256):
-        return _official(record, state, label)
-    return WeightsSource(state=state, is_ema=is_ema, origin=name, label=label)
+        return _official(record, file.state, label)
+    return WeightsSource(state=file.state, is_ema=file.is_ema, origin=name, label=label, class_names=file.class_names)
 
 
 def _read_run(path: Path, label: str, folder: Path, config: Mapping[str, Any], use_ema: bool | None) -> WeightsSource:
@@ -249,22 +252,21 @@ def _read_run(path: Path, label: str, folder: Path, config: Mapping[str, Any], u
             raise ValueError(
                 f"{path}: the run has not finished, so there is no {WEIGHTS}; use a checkpoint, such as {last}"
             )
-        state, is_ema = read_weights(path, use_ema)
+        file = read_file(path, use_ema)
     elif is_final:
-        is_ema = path.name == EMA_WEIGHTS
-        _check_kind(path, is_ema, use_ema)
-        state, _ = read_weights(path)
+        _check_kind(path, path.name == EMA_WEIGHTS, use_ema)
+        file = replace(read_file(path), is_ema=path.name == EMA_WEIGHTS)
     else:
-        state, is_ema, _ = read_file(path, use_ema)
+        file = read_file(path, use_ema)
     # The last checkpoint holds the final weights too, so its name represents them in the origin and the metrics.
     checkpoint = LAST if is_final or path.suffix != CHECKPOINT_SUFFIX else path.name
     origin = f"run {folder.resolve().name}, {LAST if is_final else path.name}"
     name, options = model_of_config(config["model"])
     dataset = run_source.dataset_of(config)
-    metrics, n_images = run_source.read_results(folder, checkpoint, is_ema, config.get("limit_val"))
+    metrics, n_images = run_source.read_results(folder, checkpoint, file.is_ema, config.get("limit_val"))
     return WeightsSource(
-        state=state,
-        is_ema=is_ema,
+        state=file.state,
+        is_ema=file.is_ema,
         origin=origin,
         label=label,
         folder=folder,
@@ -274,7 +276,7 @@ def _read_run(path: Path, label: str, folder: Path, config: Mapping[str, Any], u
             config.get("augmentation"), config.get("encoding"), config.get("dataset")
         ),
         activation=run_source.activation_of(config),
-        class_names=None if dataset is None else run_source.class_names_of(dataset),
+        class_names=file.class_names,
         dataset=dataset,
         metrics=metrics,
         n_images=n_images,
@@ -285,7 +287,7 @@ def _read_run(path: Path, label: str, folder: Path, config: Mapping[str, Any], u
 def _read_export(path: Path, label: str, config: ExportConfig, use_ema: bool | None) -> WeightsSource:
     folder = path if path.is_dir() else path.absolute().parent
     _check_kind(folder, config["averaged"], use_ema)
-    state, _ = read_weights(folder, use_ema=False)
+    state = read_file(folder, use_ema=False).state
     if file_sha256(folder / WEIGHTS) != config["sha256"]:
         raise ValueError(
             f"{folder / WEIGHTS} is not the file that {folder / EXPORT_CONFIG} describes: its SHA-256 differs"
