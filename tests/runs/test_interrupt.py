@@ -59,8 +59,12 @@ def steps_saved(runs: Path) -> int:
 def test_exit_codes(
     signum: int, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    signal_at(monkeypatch, 1, signum)
-    assert train(compose(tmp_path, *SMALL)) == code
+    previous = signal.signal(signum, signal.default_int_handler)  # under nohup, SIGHUP would be ignored
+    try:
+        signal_at(monkeypatch, 1, signum)
+        assert train(compose(tmp_path, *SMALL)) == code
+    finally:
+        signal.signal(signum, previous)
     assert steps_saved(tmp_path) == 2, "the batch was finished, and no other begun"
     name = signal.Signals(signum).name
     assert f"{name}: saving after this step, then stopping (Ctrl-C again stops immediately)" in capfd.readouterr().err
