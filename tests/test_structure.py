@@ -139,7 +139,7 @@ def test_only_config_sees_hydra_and_omegaconf() -> None:
     }
     assert users == {"config"}
     hydra = [module for module, path in MODULES.items() if "hydra" in {name.split(".")[0] for name in imports(path)}]
-    assert hydra == ["bcos_train.config.composition"]
+    assert hydra == ["bcos_train.config.composition", "bcos_train.config.hydra_loader"]
     named = [path for path in FILES if "DictConfig" in path.read_text() and "config" not in path.parts]
     assert named == []
 

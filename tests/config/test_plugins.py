@@ -51,13 +51,17 @@ def test_named_on_the_command_line(command: Command, write_plugin: Write) -> Non
     assert command.seen[0]["plugins"] == ["plugin_a"]  # which the run folder records
 
 
-def test_named_in_the_users_own_folder(command: Command, write_plugin: Write, tmp_path: Path) -> None:
+def test_a_file_only_says_what_it_needs(command: Command, write_plugin: Write, tmp_path: Path) -> None:
     mark = write_plugin("plugin_b")
     (tmp_path / "mine/model").mkdir(parents=True)
     (tmp_path / "mine/model/wide.yaml").write_text(
         "# @package _global_\nplugins: [plugin_b]\nmodel: {_target_: plugin_b.Net, width: 9}\n"
     )
-    assert command("--config-dir", str(tmp_path / "mine"), "model=wide") == (0, "")
+    arguments = ("--config-dir", str(tmp_path / "mine"), "model=wide")
+    message = "plugins=plugin_b: a plugin runs code, so a file can't load it; if you trust it, add plugins=[plugin_b]\n"
+    assert command(*arguments) == (2, message)
+    assert not mark.exists()
+    assert command(*arguments, "plugins=[plugin_b]") == (0, "")
     assert mark.exists()
     assert command.seen[0]["model"]["width"] == 9
 
@@ -85,7 +89,7 @@ def write_run(folder: Path, plugin: str) -> Path:
     return folder
 
 
-REFUSED = "plugins=evil: a plugin runs code; it can only be named on the command line or in a file of your own --config"
+REFUSED = "plugins=evil: a plugin runs code, so a file can't load it; if you trust it, add plugins=[evil]"
 
 
 @pytest.mark.parametrize(

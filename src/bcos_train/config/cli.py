@@ -29,9 +29,10 @@ from bcos_train.config.composition import (
 from bcos_train.config.errors import UserError
 from bcos_train.config.overrides import check_choices, check_values, plugins_in_overrides, read_overrides
 from bcos_train.config.plugins import KEY as PLUGINS
-from bcos_train.config.plugins import load_plugins, plugins_in_folder
+from bcos_train.config.plugins import load_plugins
 from bcos_train.config.validation import Problem, check
 from bcos_train.utils.suggestions import suggest
+from bcos_train.utils.terminal import print_line
 
 __all__ = ["entry_point", "overridden_keys"]
 
@@ -130,17 +131,18 @@ def _run(
     rebase: Rebase,
 ) -> int:
     arguments = parse_command_line()
+    trusted_dir = config_dir
     if arguments.config_path is not None:
         config_dir = Path(arguments.config_path).absolute()
     # First, since a plugin's models are choices of a config group.
     load_plugins(plugins_in_overrides(arguments.overrides))
     rewritten: dict[str, str] = {}
     if not (arguments.help or arguments.hydra_help or arguments.info or arguments.shell_completion):
-        composer = Composer(config_dir, arguments.config_dir)
+        composer = Composer(config_dir, arguments.config_dir, trusted_dir)
         rewritten = _preflight(composer, arguments, config_name, root, check_overrides, rebase)
     outcome = _Outcome()
     extra_dir = None if arguments.config_dir is None else Path(arguments.config_dir).absolute()
-    task = _make_task(main, root, rebase, outcome, extra_dir, full_error=os.environ.get(FULL_ERROR))
+    task = _make_task(main, root, rebase, outcome, full_error=os.environ.get(FULL_ERROR))
     argv = sys.argv
     sys.argv = [argv[0], *(rewritten.get(argument, argument) for argument in argv[1:])]
     if arguments.config_path is not None:
@@ -149,7 +151,7 @@ def _run(
     try:
         # With this variable Hydra raises its errors instead of printing them and exiting with code 1.
         with _environment(FULL_ERROR, "1"):
-            run_jobs(task, config_dir, config_name, extra_dir)
+            run_jobs(task, config_dir, config_name, extra_dir, trusted_dir)
     except (JobFailed, SweepStopped) as stopped:
         return stopped.code
     finally:
@@ -196,7 +198,7 @@ def _preflight(
         problems = check_choices(job, composer, defaults) or check_values(job, composer, defaults, is_valid)
         if not problems:
             config = composer.compose(name, job)
-            _load_plugins(config, job, composer.extra_dir)
+            _load_plugins(config, job)
             # --cfg prints invalid configs too, for debugging.
             problems = [] if arguments.cfg else check(rebase(config, _keys(job)), root=root)
         all_problems += problems
@@ -204,25 +206,20 @@ def _preflight(
     return rewritten
 
 
-def _load_plugins(config: Mapping[str, object], overrides: Sequence[str], extra_dir: Path | None) -> None:
-    """Import the plugins of a composed config if the user named them.
+def _load_plugins(config: Mapping[str, object], overrides: Sequence[str]) -> None:
+    """Import the plugins of a composed config if the command line names them.
 
     Raises:
-        UserError: A plugin is named only in a file outside ``extra_dir``, such as the config of a run used with
-            ``--config-path``, or it cannot be imported.
+        UserError: A plugin is named only in a file, or it cannot be imported.
     """
     names = config.get(PLUGINS) or []
     if not isinstance(names, list) or not names:
         return  # ``check`` reports other types
-    allowed = set(plugins_in_overrides(overrides))
-    if extra_dir is not None and not allowed.issuperset(names):
-        allowed |= set(plugins_in_folder(extra_dir))
-    for name in names:
-        if name not in allowed:
-            raise UserError(
-                f"{PLUGINS}={name}: a plugin runs code; it can only be named on the command line or in a file of your "
-                "own --config-dir"
-            )
+    if refused := [name for name in names if name not in plugins_in_overrides(overrides)]:
+        listed = f"{PLUGINS}=[{','.join(map(str, names))}]"
+        raise UserError(
+            f"{PLUGINS}={refused[0]}: a plugin runs code, so a file can't load it; if you trust it, add {listed}"
+        )
     load_plugins(names)
 
 
@@ -247,7 +244,6 @@ def _make_task(
     root: Callable[..., object],
     rebase: Rebase,
     outcome: _Outcome,
-    extra_dir: Path | None,
     full_error: str | None,
 ) -> Callable[[DictConfig], None]:
     """Return the function that Hydra calls for each job, in this process or, through a launcher, in another."""
@@ -259,7 +255,7 @@ def _make_task(
         with _environment(FULL_ERROR, full_error):
             try:
                 job = to_job_config(config)
-                _load_plugins(job, job_overrides(), extra_dir)  # in another process, or beyond MAX_PREFLIGHT
+                _load_plugins(job, job_overrides())  # in another process, or beyond MAX_PREFLIGHT
                 _raise(check(rebase(job, overridden_keys()), root=root))
                 code = main(job) or 0
             except UserError as error:
@@ -290,7 +286,7 @@ def _report(error: Exception) -> None:
     """Print the message on stderr, and the traceback if ``HYDRA_FULL_ERROR=1``."""
     if os.environ.get(FULL_ERROR) == "1":
         traceback.print_exception(error)
-    print(error if isinstance(error, UserError) else one_line(error), file=sys.stderr)
+    print_line(error if isinstance(error, UserError) else one_line(error))
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Compose configs with Hydra. This is the only module that imports Hydra.
+"""Compose configs with Hydra. Only this module and :mod:`~bcos_train.config.hydra_loader` import Hydra.
 
 Hydra's public API composes too, but supports neither ``--config-dir`` nor sweeps, hence the private imports; they are
 listed in CONTRIBUTING.md.
@@ -9,12 +9,12 @@ import re
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
+import hydra._internal.hydra as hydra_main
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import create_config_search_path, get_args_parser
 from hydra.core.config_search_path import SearchPathQuery
@@ -26,12 +26,13 @@ from hydra.core.override_parser.types import Override, OverrideType
 from hydra.core.utils import setup_globals
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from bcos_train.config.containers import join, to_container
+from bcos_train.config.containers import to_container
 from bcos_train.config.errors import UserError
+from bcos_train.config.hydra_loader import BASIC_SWEEPER, HydraLoader
 
 __all__ = [
     "COMPOSITION_ERRORS",
@@ -59,19 +60,8 @@ OverrideError = HydraException
 FULL_ERROR = "HYDRA_FULL_ERROR"
 VERSION_BASE = "1.3"
 
-#: Classes that the ``hydra`` node of a config may name.
-HYDRA_TARGETS = (
-    "hydra._internal.core_plugins.basic_launcher.BasicLauncher",
-    "hydra._internal.core_plugins.basic_sweeper.BasicSweeper",
-    "hydra_plugins.hydra_submitit_launcher.submitit_launcher.LocalLauncher",
-    "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher",
-)
-
 #: Key under which a recipe declares its intended use; removed from the job's config.
 SUITS = "suits"
-
-#: Placeholder for an interpolation that cannot be resolved yet.
-UNRESOLVED = "${…}"
 
 
 def project_config_dir() -> Path:
@@ -86,25 +76,30 @@ class Composer:
 
     Args:
         config_dir: Folder of the main configs.
-        extra_dir: Additional folder of the user (``--config-dir``), searched after it. Its files may name plugins.
+        extra_dir: Additional folder of the user (``--config-dir``), searched after it.
+        trusted_dir: Folder of the main configs that may set any key under ``hydra``; ``config_dir`` by default.
 
     Raises:
         UserError: A folder does not exist.
     """
 
-    def __init__(self, config_dir: str | os.PathLike[str], extra_dir: str | os.PathLike[str] | None = None) -> None:
+    def __init__(
+        self,
+        config_dir: str | os.PathLike[str],
+        extra_dir: str | os.PathLike[str] | None = None,
+        trusted_dir: str | os.PathLike[str] | None = None,
+    ) -> None:
         for folder in (config_dir, extra_dir):
             if folder is not None and not Path(folder).is_dir():
                 raise UserError(f"{folder}: no such folder of configs")
-        self.extra_dir = None if extra_dir is None else Path(extra_dir)
         hydra.version.setbase(VERSION_BASE)
         setup_globals()
-        _add_models(Path(config_dir), self.extra_dir)
+        _add_models(Path(config_dir), None if extra_dir is None else Path(extra_dir))
         search_path = create_config_search_path(os.path.abspath(config_dir))
         if extra_dir is not None:
             anchor = SearchPathQuery(provider="schema")
             search_path.prepend("command-line", f"file://{os.path.abspath(extra_dir)}", anchor)
-        self._loader = ConfigLoaderImpl(config_search_path=search_path)
+        self._loader = HydraLoader(search_path, Path(trusted_dir or config_dir).absolute())
         self._parser = OverridesParser.create(config_loader=self._loader)
         self._choices: dict[str, list[str]] = {}
 
@@ -169,7 +164,7 @@ class Composer:
     def jobs(self, config_name: str, overrides: Sequence[str]) -> list[list[str]]:
         """Return the overrides of every job of a sweep."""
         config = self._load(config_name, overrides, RunMode.MULTIRUN).hydra
-        assert config.sweeper._target_ == HYDRA_TARGETS[1]
+        assert config.sweeper._target_ == BASIC_SWEEPER
         swept = [f"{key}={value}" for key, value in (config.sweeper.params or {}).items()]
         swept += _texts(config.overrides.task)
         fixed = _texts(config.overrides.hydra)
@@ -178,11 +173,11 @@ class Composer:
 
     def _load(self, config_name: str, overrides: Sequence[str], mode: RunMode) -> DictConfig:
         try:
-            config = self._loader.load_configuration(config_name, list(overrides), run_mode=mode)
+            return self._loader.load_configuration(config_name, list(overrides), run_mode=mode)
+        except UserError:
+            raise
         except (*COMPOSITION_ERRORS, YAMLError, ValueError) as error:
             raise UserError(one_line(error)) from error
-        _reject_unlisted_targets(config.hydra, "hydra")
-        return config
 
 
 def to_job_config(config: DictConfig) -> dict[str, Any]:
@@ -246,7 +241,11 @@ def parse_command_line() -> Namespace:
 
 
 def run_jobs(
-    task: Callable[[DictConfig], None], config_dir: Path, config_name: str, extra_dir: Path | None = None
+    task: Callable[[DictConfig], None],
+    config_dir: Path,
+    config_name: str,
+    extra_dir: Path | None = None,
+    trusted_dir: Path | None = None,
 ) -> None:
     """Let Hydra handle ``sys.argv``: run ``task`` once or for every job of a sweep, print help, or complete words.
 
@@ -255,10 +254,18 @@ def run_jobs(
     """
     _add_models(config_dir, extra_dir)
     run = hydra.main(version_base=VERSION_BASE, config_path=str(config_dir), config_name=config_name)(task)
+    module: Any = hydra_main
+    loader = module.ConfigLoaderImpl
     try:
+        # Every composition by Hydra is checked, right before it is used.
+        module.ConfigLoaderImpl = partial(HydraLoader, trusted_dir=(trusted_dir or config_dir).absolute())
         run()
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError(one_line(error)) from error
+    finally:
+        module.ConfigLoaderImpl = loader
 
 
 def _add_models(config_dir: Path, extra_dir: Path | None) -> None:
@@ -284,30 +291,6 @@ def one_line(error: Exception) -> str:
         text = re.split(r"\n(?:See http|Config search path|Search path:| +full_key:)", str(cause))[0]
         parts.append(" ".join(text.split()).rstrip("."))
     return "; ".join(part for part in parts if part) or type(error).__name__
-
-
-def _reject_unlisted_targets(node: object, path: str) -> None:
-    """Raise a UserError if the ``hydra`` node names anything outside :data:`HYDRA_TARGETS`.
-
-    Hydra instantiates callbacks, plugins and log handlers from that node without an allow-list.
-    """
-    if isinstance(node, DictConfig):
-        keys: list[Any] = list(node)
-    elif isinstance(node, ListConfig):
-        keys = list(range(len(node)))
-    else:
-        return
-    for key in keys:
-        where = join(path, key)
-        try:
-            value = node[key]
-        except OmegaConfBaseException:
-            # For example the job's number, known only inside a job. A target must be known now.
-            value = UNRESOLVED
-        rejected = key == "()" or (key == "_target_" and value not in HYDRA_TARGETS)
-        if rejected or (key == "class" and not str(value).startswith("logging.")):
-            raise UserError(f"{where}={value}: not an allowed name")
-        _reject_unlisted_targets(value, where)
 
 
 def _texts(node: object) -> list[str]:

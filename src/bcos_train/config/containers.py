@@ -6,13 +6,17 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
 from bcos_train.config.errors import UserError
 from bcos_train.utils.atomic import atomic_write
 
-__all__ = ["join", "load", "overlay", "save", "to_container"]
+__all__ = ["check_yaml", "join", "load", "overlay", "save", "to_container"]
+
+#: Limits of a config file, far above any that describes a run.
+MAX_DEPTH, MAX_VALUES = 40, 100_000
 
 
 def join(path: str, key: object) -> str:
@@ -79,7 +83,10 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
         UserError: No such file, or not a YAML mapping.
     """
     try:
+        check_yaml(Path(path))
         loaded = OmegaConf.to_container(OmegaConf.load(Path(path)), resolve=False)
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from error
     except Exception as error:  # the errors of yaml and OmegaConf share no base class
@@ -87,3 +94,41 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise UserError(f"{path}: not a config (a mapping is expected)")
     return {str(key): value for key, value in loaded.items()}
+
+
+def check_yaml(path: Path) -> None:
+    """Check that a YAML file can be read with little memory and without deep recursion; errors of YAML are ignored.
+
+    Raises:
+        UserError: It is nested too deeply, or its aliases repeat too much.
+    """
+    # The faster parser refuses deep nesting, but OmegaConf reads with the other one.
+    for loader in (getattr(yaml, "CSafeLoader", yaml.SafeLoader), yaml.SafeLoader):
+        try:
+            _check_events(path, loader)
+            return
+        except yaml.YAMLError:
+            continue
+
+
+def _check_events(path: Path, loader: Any) -> None:
+    sizes: dict[str, int] = {}  # number of values below each anchor, with the aliases in it
+    stack: list[tuple[str | None, int]] = [(None, 0)]  # anchor and number of values of each open collection
+    with path.open(encoding="utf-8") as file:
+        for event in yaml.parse(file, Loader=loader):
+            anchor, size = None, 0
+            if isinstance(event, yaml.CollectionStartEvent):
+                stack.append((event.anchor, 1))
+                if len(stack) > MAX_DEPTH:
+                    raise UserError(f"{path}: nested more than {MAX_DEPTH} levels deep")
+            elif isinstance(event, yaml.CollectionEndEvent):
+                anchor, size = stack.pop()
+            elif isinstance(event, yaml.AliasEvent):
+                size = sizes.get(event.anchor, MAX_VALUES)  # within its own anchor: without end
+            elif isinstance(event, yaml.ScalarEvent):
+                anchor, size = event.anchor, 1
+            if anchor is not None:
+                sizes[anchor] = size
+            stack[-1] = (stack[-1][0], stack[-1][1] + size)
+            if stack[-1][1] > MAX_VALUES:
+                raise UserError(f"{path}: more than {MAX_VALUES:,} values, with those that aliases repeat")

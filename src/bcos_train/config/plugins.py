@@ -1,23 +1,20 @@
 """Plugins: the user's packages that add models, targets and data sets to those that a config may name.
 
 A plugin is a module that calls ``register_model``, :func:`register_target` or another ``register_…`` function when it
-is imported. It is imported only if the user names it: as ``plugins=[my_package]`` on the command line, or under
-``plugins:`` in a YAML file of their own folder (``--config-dir``). The config of a run or of weights records its
-plugins but cannot load them, since importing a module runs its code.
+is imported. It is imported only if the user names it on the command line: ``plugins=[my_package]``. A config file, such
+as that of a run, records its plugins but cannot load them, since importing a module runs its code.
 """
 
 import importlib
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
-from bcos_train.config.containers import load
 from bcos_train.config.errors import UserError
 from bcos_train.config.targets import REGISTERED
 
-__all__ = ["KEY", "load_plugins", "missing_plugins", "plugins_in_folder", "register_target"]
+__all__ = ["KEY", "load_plugins", "missing_plugins", "register_target"]
 
 #: Top-level key of a config.
 KEY = "plugins"
@@ -70,14 +67,3 @@ def missing_plugins(config: Mapping[str, object]) -> list[str]:
     """Return the plugins that a config names and that have not been imported."""
     names = config.get(KEY) or []
     return [str(name) for name in names if name not in sys.modules] if isinstance(names, (list, tuple)) else []
-
-
-def plugins_in_folder(folder: Path) -> Iterator[str]:
-    """Yield all names under ``plugins:`` in the YAML files of a folder; unreadable files are skipped."""
-    for path in sorted(folder.rglob("*.yaml")):
-        try:
-            names = load(path).get(KEY)
-        except UserError:
-            continue
-        if isinstance(names, list):
-            yield from map(str, names)
