@@ -30,6 +30,7 @@ from bcos_train.report import Panel, Row, map_table, save_gallery
 from bcos_train.runs.layout import RUN_CONFIG
 from bcos_train.utils.command_line import MISTAKE, Parser
 from bcos_train.utils.suggestions import join_words, suggest
+from bcos_train.utils.terminal import print_line
 from bcos_train.weights.run_source import class_names_of
 from bcos_train.weights.source import read_model_weights
 
@@ -146,7 +147,7 @@ def compute_maps(
             maps = method(model, images, classes[:, None])
             parts.append(F.avg_pool2d(maps, smooth, stride=1, padding=smooth // 2)[:, 0].cpu())
     except (CannotExplain, ModuleNotFoundError) as error:
-        print(f"{name}: {error}", file=sys.stderr)
+        print_line(f"{name}: {error}")
         return []
     return torch.cat(parts).unbind()
 
@@ -242,7 +243,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         draw(parser().parse_args(argv))
     except ValueError as error:
-        print(" ".join(str(error).split()), file=sys.stderr)
+        print_line(" ".join(str(error).split()))
         return MISTAKE
     return 0
 

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bcos_train.utils.command_line import MISTAKE, Parser
+from bcos_train.utils.terminal import print_line
 from bcos_train.weights.export import export
 
 
@@ -103,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         run(parser().parse_intermixed_args(argv))
     except ValueError as error:
-        print(error, file=sys.stderr)
+        print_line(error)
         return MISTAKE
     return 0
 

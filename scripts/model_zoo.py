@@ -24,6 +24,7 @@ from bcos_train.evaluation.zoo_rows import Settings, evaluate_row, evaluate_rows
 from bcos_train.report.zoo_table import model_cost, published_row, select_rows, train_command, update_readme
 from bcos_train.utils.command_line import INTERRUPTED, MISTAKE, Parser
 from bcos_train.utils.suggestions import join_words
+from bcos_train.utils.terminal import print_line
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -289,7 +290,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return run(parser().parse_args(argv))
     except ValueError as error:
-        print(error, file=sys.stderr)
+        print_line(error)
         return MISTAKE
 
 

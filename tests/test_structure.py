@@ -37,7 +37,10 @@ ALLOWED = {
     "dataset": set(),
     "config": {"model"},
 }
-FOR_ALL = {f"bcos_train.utils.{name}" for name in ("atomic", "command_line", "compiling", "json_types", "suggestions")}
+FOR_ALL = {
+    f"bcos_train.utils.{name}"
+    for name in ("atomic", "command_line", "compiling", "console", "json_types", "suggestions", "terminal")
+}
 #: Modules that a package may import although the rest of their package is out of reach for it.
 ALLOWED_MODULES = {
     "model": ("bcos_train.augmentation", "bcos_train.dataset.encoding", "bcos_train.dataset.image"),

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import nn
 
 from bcos_train.config import Problem, UserError, check, instantiate, load_plugins, overlay, save, user_errors_at
@@ -59,7 +58,10 @@ from bcos_train.training.finish import finish, report_evaluation
 from bcos_train.training.image_size import check_image_size
 from bcos_train.training.module import Classifier, NonFiniteLoss
 from bcos_train.training.options import split_batch
+from bcos_train.training.side_matters import protect
 from bcos_train.utils.atomic import remove_leftovers
+from bcos_train.utils.console import make_console
+from bcos_train.utils.terminal import print_line
 from bcos_train.weights.model_options import model_of_config
 from bcos_train.weights.source import read_model_weights
 from bcos_train.weights.state_dict import load_weights
@@ -110,8 +112,7 @@ def train(config: Mapping[str, object], folder: Path | None = None) -> int:
                 raise
             return launch.report_exit_code(128 + signal.SIGINT)
         except NonFiniteLoss as error:
-            console = Console(stderr=True, soft_wrap=True)
-            console.print(f"stopped: {error}", style="red", highlight=False, markup=False)
+            make_console(stderr=True).print(f"stopped: {error}", style="red", soft_wrap=True)
             return launch.report_exit_code(DIVERGED)
 
 
@@ -146,7 +147,7 @@ def _restart(config: Mapping[str, object], folder: Path | None, plugins: Sequenc
 
 
 def _train(settings: TrainConfig, config: Mapping[str, object], stop: StopFlag, resumed: Path | None) -> int:
-    console = Console(quiet=launch.rank() > 0)
+    console = make_console(quiet=launch.rank() > 0)
     split = split_batch(settings.batch_size, settings.trainer.world_size, settings.trainer.max_batch_per_device)
     with user_errors_at(""):
         trainer = build_trainer(settings.trainer, split.accumulate)
@@ -176,7 +177,7 @@ def _train(settings: TrainConfig, config: Mapping[str, object], stop: StopFlag, 
         stack.callback(loggers.close, extra_loggers)
         with user_errors_at(""):
             loggers.start(extra_loggers, config)
-        trainer.loggers = [csv_logger, *extra_loggers]
+        trainer.loggers = [csv_logger, *map(protect, extra_loggers)]
         title = f"{settings.model_name} on {settings.dataset.name} · {folder.name}"
         trainer.callbacks += build_callbacks(settings, data, title, folder, console, stop)  # type: ignore[attr-defined]
         print_banner(console, settings, model, data, split, folder, module.compilation)
@@ -361,7 +362,7 @@ def main() -> int:
         return train(config, folders[0] if folders else None)
     except UserError as error:
         if launch.rank() == 0:
-            print(error, file=sys.stderr)
+            print_line(error)
         return launch.report_exit_code(2)
 
 

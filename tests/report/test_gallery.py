@@ -1,6 +1,7 @@
 """The gallery's content: titles, pictures, scale, layout; and that nothing is clipped."""
 
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -195,3 +196,11 @@ def test_wrong_arguments(change: dict, message: str):
     valid = {"images": x, "explanation": explanation, "labels": torch.zeros(2), "class_names": NAMES}
     with pytest.raises(ValueError, match=message):
         gallery(**(valid | change))
+
+
+@pytest.mark.parametrize("name", ["$\\frac{$", "caf\udce9", "a\x1b[2Jb", "$x$", "[/b]"], ids=ascii)
+def test_names_are_drawn_as_they_are(name: str, tmp_path: Path):
+    x, explanation = batch()
+    figure = gallery(x, explanation, torch.zeros(4), [name] * 4, title=name)
+    save_gallery(tmp_path / "gallery.png", figure, dpi=60)
+    assert (tmp_path / "gallery.png").stat().st_size > 1000

@@ -1,19 +1,23 @@
 """TensorBoard and W&B get what metrics.csv gets, and the gallery; without a network where none is asked for."""
 
 import json
+import logging
 import socket
 import struct
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import wandb
+from pytorch_lightning.loggers import WandbLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from bcos_train.config import UserError
 from bcos_train.run import train
-from bcos_train.training import wandb_logger
+from bcos_train.training import loggers, wandb_logger
 from bcos_train.training.callbacks.metrics import read_metrics
 
 from .runs import TINY, compose, run_folder
@@ -137,3 +141,70 @@ def test_wandb_without_a_key_is_refused_before_training(
     with pytest.raises(UserError, match=r"^logger.wandb: .*logger.wandb.mode=offline"):
         train(compose(tmp_path / "runs", *SMALL, "logger=wandb"))
     assert not list(tmp_path.rglob("metrics.csv"))
+
+
+MODES = {
+    "as configured": ({}, "offline", "offline"),
+    "disabled by its mode": ({"WANDB_MODE": "disabled"}, "online", "disabled"),
+    "disabled": ({"WANDB_DISABLED": "true"}, "online", "disabled"),
+    "offline": ({"WANDB_MODE": "offline"}, "online", "offline"),
+    "its old name": ({"WANDB_MODE": "dryrun"}, "online", "offline"),
+    "the more restrictive": ({"WANDB_MODE": "online", "WANDB_DISABLED": "false"}, "disabled", "disabled"),
+}
+
+
+@pytest.mark.parametrize(("environment", "mode", "expected"), MODES.values(), ids=MODES)
+def test_wandb_respects_the_environment(
+    environment: dict[str, str],
+    mode: loggers.Mode,
+    expected: str,
+    tmp_path: Path,
+    network: socket.socket,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert loggers.wandb_mode(mode, tmp_path) == expected
+    with pytest.raises(BlockingIOError):
+        network.accept()
+
+
+@pytest.mark.parametrize("server", ["refuses", "does not answer"])
+def test_wandb_without_a_network_logs_offline(
+    server: str,
+    tmp_path: Path,
+    network: socket.socket,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    if server == "refuses":
+        network.close()
+    monkeypatch.setattr(loggers, "CONNECT_SECONDS", 0.2)
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    wandb.teardown()  # it has read the environment of earlier tests
+    logging.getLogger("bcos_train").setLevel(logging.NOTSET)
+    logger = wandb_logger(folder=tmp_path, run_id="a")
+    assert isinstance(logger, WandbLogger)
+    assert logger._wandb_init["mode"] == "offline"
+    (record,) = [record for record in caplog.records if record.name.startswith("bcos_train")]
+    assert record.getMessage().startswith("W&B: no connection to the server (")
+    assert f"to upload it later: wandb sync {tmp_path}/wandb/offline-run-*" in record.getMessage()
+
+
+def test_wandb_with_a_network(tmp_path: Path, network: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any answer will do, also that there is nothing at this address."""
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    wandb.teardown()
+
+    def answer() -> None:
+        network.setblocking(True)
+        connection, _ = network.accept()
+        connection.recv(1000)
+        connection.sendall(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
+        connection.close()
+
+    thread = threading.Thread(target=answer)
+    thread.start()
+    assert loggers.wandb_mode("online", tmp_path) == "online"
+    thread.join()

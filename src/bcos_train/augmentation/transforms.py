@@ -27,6 +27,8 @@ __all__ = [
 ]
 
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
+#: Largest length of an image in pixels: a config that somebody sent must not exhaust the memory.
+MAX_SIZE = 4096
 Policy = Literal["ra", "ta_wide", "augmix", "imagenet", "cifar10", "svhn"]
 
 
@@ -57,12 +59,15 @@ def plain(size: int | None = None, interpolation: Interpolation = "bilinear") ->
     """
     steps: list[v2.Transform] = []
     if size is not None:
+        check_size("size", size)
         steps.append(v2.Resize((size, size), interpolation=_interpolation(interpolation)))
     return v2.Compose([*steps, v2.PILToTensor()])
 
 
 def crop_flip(size: int = 32, padding: int = 4) -> v2.Compose:
     """Horizontal flip and a ``size`` × ``size`` crop of the image padded with black: the official CIFAR-10 preset."""
+    check_size("size", size)
+    check_size("padding", padding, least=0)
     return v2.Compose([v2.RandomHorizontalFlip(), v2.RandomCrop(size, padding=padding), v2.PILToTensor()])
 
 
@@ -107,6 +112,7 @@ def imagenet_train(
     Raises:
         ValueError: Unknown policy or interpolation.
     """
+    check_size("crop_size", crop_size)
     mode = _interpolation(interpolation)
     steps: list[v2.Transform] = [v2.RandomResizedCrop(crop_size, interpolation=mode)]
     if hflip_prob > 0:
@@ -128,8 +134,16 @@ def imagenet_eval(
 
     There is no option for antialiasing: PIL always antialiases.
     """
+    check_size("resize_size", resize_size)
+    check_size("crop_size", crop_size)
     resize = v2.Resize(resize_size, interpolation=_interpolation(interpolation))
     return v2.Compose([resize, v2.CenterCrop(crop_size), v2.PILToTensor()])
+
+
+def check_size(name: str, value: int, least: int = 1) -> None:
+    """Raise a ValueError for a length in pixels that no image of a data set has and that may exhaust the memory."""
+    if not least <= value <= MAX_SIZE:
+        raise ValueError(f"{name} must lie between {least} and {MAX_SIZE:,} pixels, not {value:,}")
 
 
 def _interpolation(name: str) -> v2.InterpolationMode:

@@ -13,6 +13,8 @@ __all__ = ["Digits"]
 
 #: Largest gray value.
 _MAX_GRAY = 16
+#: Largest ``size``: a config that somebody sent must not exhaust the memory.
+MAX_SIZE = 4096
 
 
 class Digits:
@@ -27,7 +29,7 @@ class Digits:
         class_map: Classes of a trained model, see :data:`~bcos_train.dataset.base.ClassMap`; ``None``: the same ones.
 
     Raises:
-        ValueError: ``size`` is below 1 or ``val_fraction`` out of range.
+        ValueError: ``size`` or ``val_fraction`` out of range.
     """
 
     name = "digits"
@@ -39,8 +41,8 @@ class Digits:
         cache: Cache | None = None,
         class_map: ClassMap | None = None,
     ) -> None:
-        if size < 1:
-            raise ValueError(f"size must be at least 1, not {size}")
+        if not 1 <= size <= MAX_SIZE:
+            raise ValueError(f"size must lie between 1 and {MAX_SIZE:,} pixels, not {size:,}")
         if not 0 < val_fraction < 1:
             raise ValueError(f"val_fraction must lie between 0 and 1, not {val_fraction}")
         self.size = size

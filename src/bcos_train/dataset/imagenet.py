@@ -9,6 +9,7 @@ from pathlib import Path
 
 from bcos_train.dataset.base import ClassMap, ImageDataset, require_root
 from bcos_train.dataset.storage.folder import FolderImages, list_classes
+from bcos_train.utils.terminal import printable
 
 __all__ = ["ImageNet"]
 
@@ -107,7 +108,7 @@ class ImageNet:
             _logger.warning(
                 "%s: the %d class folders are not named by ImageNet's wnids, so the class indices are not the official "
                 "ones",
-                self.root / self.val_folder,
+                printable(str(self.root / self.val_folder)),
                 len(folders),
             )
         return {name: label for label, name in enumerate(folders)}
@@ -124,7 +125,7 @@ class ImageNet:
         if len(images) != expected:
             _logger.warning(
                 "%s contains %s images, the complete ImageNet %s",
-                self.root / part,
+                printable(str(self.root / part)),
                 f"{len(images):,}",
                 f"{expected:,}",
             )

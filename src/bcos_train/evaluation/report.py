@@ -1,7 +1,6 @@
 """Write and print an evaluation: ``explanations.json``, scores, figures and tables."""
 
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -9,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch.nn.functional as F
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from bcos_train.evaluation.measuring import Results, measure
@@ -21,6 +19,7 @@ from bcos_train.evaluation.summary import tables, to_json
 from bcos_train.explanation import evaluating
 from bcos_train.report import Panel, Row, box_plot, map_table, save_gallery, short_class_name
 from bcos_train.runs.layout import EXPLANATION_SCORES, EXPLANATION_SUMMARY, EXPLANATIONS
+from bcos_train.utils.console import make_console
 
 __all__ = ["evaluate_explanations"]
 
@@ -80,7 +79,7 @@ def evaluate_explanations(
     figures = _draw_boxes(results, options, folder, title)
     if results.scores.get("grid_pointing"):
         figures.append(_draw_grids(subject, results, options, folder, title))
-    console = Console()
+    console = make_console()
     parts, lines = tables(summary, options, title, console.width)
     for part in parts:
         console.print(part)
@@ -140,7 +139,7 @@ def _draw_grids(subject: Subject, results: Results, options: ExplanationOptions,
 @contextmanager
 def _progress() -> Iterator[Callable[[str, int, int], None]]:
     """Show progress and remaining time: a bar in a terminal, otherwise one line per minute."""
-    console = Console(file=sys.stderr, soft_wrap=True)
+    console = make_console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     # Methods differ in speed by orders of magnitude: estimate over the whole time, not the last seconds.
     period = 1e9
@@ -160,6 +159,6 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
                 printed_at = time.monotonic()
                 left = display.tasks[0].time_remaining
                 ending = "" if left is None else f", about {math.ceil(left / 60)} min left"
-                console.print(f"explanations: {done} of {total}{ending}", highlight=False)
+                console.print(f"explanations: {done} of {total}{ending}", soft_wrap=True)
 
         yield on_step

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from bcos_train.report.gallery import MUTED
+from bcos_train.report.gallery import MUTED, figure_text
 
 __all__ = ["box_plot"]
 
@@ -85,7 +85,7 @@ def box_plot(
 def _label(ax: Axes, names: list[str], axis: str, title: str) -> None:
     ax.set_xticks(range(1, len(names) + 1), names, rotation=30, ha="right", rotation_mode="anchor", fontsize=9)
     ax.set_ylabel(axis, fontsize=9)
-    ax.set_title(title, loc="left", fontsize=10, weight="bold")
+    ax.set_title(figure_text(title), loc="left", fontsize=10, weight="bold")
     ax.tick_params(axis="y", labelsize=8)
     ax.grid(axis="y", color="#e5e7eb", linewidth=0.7)
     ax.set_axisbelow(True)

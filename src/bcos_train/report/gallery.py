@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from bcos_train.explanation import Explanation, color_explanation, plot_contribution_map
+from bcos_train.utils.terminal import printable
 
 __all__ = ["gallery", "save_gallery", "short_class_name"]
 
@@ -236,7 +237,7 @@ def _draw_header(figure: Figure, layout: _Layout, title: str, epoch: int | None,
     width, height = layout.page
     facts = [] if epoch is None else [f"epoch {epoch}"]
     facts += [] if accuracy is None else [f"accuracy {accuracy:.1%}"]
-    headline = _shorten(title, int((width - 2 * MARGIN) / 0.115))
+    headline = figure_text(_shorten(title, int((width - 2 * MARGIN) / 0.115)))
     figure.text(MARGIN / width, 1 - MARGIN / height, headline, fontsize=12, weight="bold", va="top")
     figure.text(MARGIN / width, 1 - (MARGIN + 0.24) / height, " · ".join(facts), fontsize=9, color=MUTED, va="top")
 
@@ -277,7 +278,12 @@ def _on_white(rgba: Tensor, maps: Tensor, window: int) -> Tensor:
 
 def short_class_name(name: str) -> str:
     """Shorten a class name for a figure: up to the first comma, at most 18 characters."""
-    return _shorten(str(name).split(",")[0].replace("_", " ").strip(), NAME_LENGTH)
+    return figure_text(_shorten(str(name).split(",")[0].replace("_", " ").strip(), NAME_LENGTH))
+
+
+def figure_text(text: str) -> str:
+    """Return text that others chose so that matplotlib draws it as it is: no formulas, no undrawable characters."""
+    return printable(text, keep="").replace("$", r"\$")
 
 
 def _shorten(text: str, length: int) -> str:

@@ -16,7 +16,7 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from bcos_train.explanation import plot_contribution_map
-from bcos_train.report.gallery import FRAME, LEGEND, MUTED, SHARP
+from bcos_train.report.gallery import FRAME, LEGEND, MUTED, SHARP, figure_text
 
 __all__ = ["Panel", "Row", "map_table"]
 
@@ -81,18 +81,20 @@ def map_table(columns: Sequence[str], rows: Sequence[Row], title: str) -> Figure
         MARGIN + HEAD + COLUMN_HEAD + len(rows) * step + FOOTER,
     )
     figure = Figure(figsize=page, facecolor="white")
-    figure.text(MARGIN / page[0], 1 - MARGIN / page[1], title, fontsize=10.5, weight="bold", va="top")
+    figure.text(MARGIN / page[0], 1 - MARGIN / page[1], figure_text(title), fontsize=10.5, weight="bold", va="top")
     for r, row in enumerate(rows):
         top = MARGIN + HEAD + COLUMN_HEAD + r * step
         middle = 1 - (top + height / 2) / page[1]
-        figure.text((left - 0.09) / page[0], middle, row.label, rotation=90, ha="right", va="center", fontsize=8)
+        figure.text(
+            (left - 0.09) / page[0], middle, figure_text(row.label), rotation=90, ha="right", va="center", fontsize=8
+        )
         for c, (name, panel) in enumerate(zip(columns, row.panels, strict=True)):
             x = left + c * (PICTURE + GAP[0])
             bounds = (x / page[0], 1 - (top + height) / page[1], PICTURE / page[0], height / page[1])
             ax = figure.add_axes(bounds)
             _draw(ax, panel)
             if r == 0:
-                ax.set_title(name, fontsize=9, pad=4)
+                ax.set_title(figure_text(name), fontsize=9, pad=4)
     _draw_scale(figure, page)
     return figure
 
@@ -118,6 +120,7 @@ def _draw(ax: Axes, panel: Panel) -> None:
         x, y, box_width, box_height = panel.box
         style = {"fill": False, "edgecolor": CELL, "linewidth": 1.8, "zorder": 3}  # above the lines of the cells
         ax.add_patch(Rectangle((x - 0.5, y - 0.5), box_width, box_height, **style))  # type: ignore[arg-type]
+    # Class names in notes are already protected by short_class_name.
     ax.set_xlabel(panel.note, fontsize=7.5, labelpad=2.5, color=MUTED)
 
 

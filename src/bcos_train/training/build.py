@@ -36,7 +36,7 @@ from bcos_train.runs.layout import EXPLANATIONS
 from bcos_train.task import Classification
 from bcos_train.training.callbacks.checkpoint import Checkpointer
 from bcos_train.training.callbacks.ema import EmaCallback, ema_decay
-from bcos_train.training.callbacks.explanations import ExplanationCallback, metric_names
+from bcos_train.training.callbacks.explanations import ExplanationCallback, GalleryCallback, metric_names
 from bcos_train.training.callbacks.metrics import TrainingLog
 from bcos_train.training.callbacks.progress import ProgressDisplay
 from bcos_train.training.config import CommonConfig, TrainConfig
@@ -307,8 +307,12 @@ def check_monitor(settings: TrainConfig) -> None:
 def build_callbacks(
     settings: TrainConfig, data: DataModule, title: str, folder: RunFolder, console: Console, stop: StopFlag
 ) -> list[pl.Callback]:
-    """Build the callbacks in the order of their hooks: metrics, average, explanations, progress, checkpoint."""
+    """Build the callbacks in the order of their hooks: metrics, average, explanations, progress, checkpoint, gallery.
+
+    The checkpoint may be selected by an explanation metric; the gallery comes after it.
+    """
     callbacks: list[pl.Callback] = [TrainingLog()]
+    after: list[pl.Callback] = []
     if settings.ema is not None:
         every, epochs = settings.ema.every_n_steps, settings.trainer.max_epochs
         warmup_steps = round(settings.schedule.warmup(data.steps_per_epoch) * data.steps_per_epoch)
@@ -316,7 +320,9 @@ def build_callbacks(
             EmaCallback(ema_decay(settings.ema.decay, data.batch_size, every, epochs), every, warmup_steps)
         )
     if settings.explanation is not None:
-        callbacks.append(ExplanationCallback(settings.explanation, folder.path / EXPLANATIONS, title))
+        explanations = ExplanationCallback(settings.explanation, folder.path / EXPLANATIONS, title)
+        callbacks.append(explanations)
+        after.append(GalleryCallback(explanations))
     if settings.trainer.progress:
         callbacks.append(ProgressDisplay(console))
-    return [*callbacks, Checkpointer(folder.checkpoints, settings.checkpointing, stop)]
+    return [*callbacks, Checkpointer(folder.checkpoints, settings.checkpointing, stop), *after]

@@ -28,6 +28,8 @@ from bcos_train.training.callbacks.ema import EmaCallback
 from bcos_train.training.callbacks.explanations import Origin, draw_gallery
 from bcos_train.training.callbacks.progress import duration
 from bcos_train.training.module import Classifier
+from bcos_train.training.side_matters import only_warn
+from bcos_train.utils.console import make_console
 from bcos_train.weights.files import save_weights
 
 #: Number of images in the gallery of an evaluation.
@@ -95,10 +97,11 @@ def report_evaluation(module: Classifier, data: DataModule, origin: Origin, outp
     }
     if is_explainable(module.model):
         samples = data.fixed_val_samples(GALLERY_IMAGES)
-        with evaluating(module.model):
-            figure = draw_gallery(module, data, samples, title=title, accuracy=result["acc1"] / 100)
-        save_gallery(output / GALLERY, figure)
-        content["gallery"] = GALLERY
+        with only_warn("gallery"):
+            with evaluating(module.model):
+                figure = draw_gallery(module, data, samples, title=title, accuracy=result["acc1"] / 100)
+            save_gallery(output / GALLERY, figure)
+            content["gallery"] = GALLERY
     write_json(output / EVALUATION, content)
     table = Table(title=title)
     for name in ("top-1 [%]", "top-5 [%]", "loss", "images", "seconds"):
@@ -110,7 +113,7 @@ def report_evaluation(module: Classifier, data: DataModule, origin: Origin, outp
         f"{int(result['count']):,}",
         f"{seconds:.1f}",
     )
-    console = Console()
+    console = make_console()
     console.print(table)
     console.print(
         f"weights: {origin['weights']}{' (averaged)' if origin['ema'] else ''}", highlight=False, soft_wrap=True

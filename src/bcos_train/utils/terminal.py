@@ -2,12 +2,9 @@
 
 import sys
 import unicodedata
-from typing import Any, TextIO
+from typing import TextIO
 
-from rich.console import Console
-from rich.text import Text
-
-__all__ = ["console", "is_printable", "print_line", "printable"]
+__all__ = ["is_printable", "print_line", "printable"]
 
 #: Unicode categories that a terminal acts on instead of showing them: control characters, which begin escape sequences,
 #: characters that change the direction of the text or are invisible, and halves of surrogate pairs, as Python
@@ -28,18 +25,6 @@ def printable(text: str, keep: str = "\n\t") -> str:
         repr(character)[1:-1] if unicodedata.category(character) in ACTED_ON and character not in keep else character
         for character in text
     )
-
-
-class _Console(Console):
-    """A console that shows text as it is: no markup, no highlights, no escape sequences."""
-
-    def render_str(self, text: str, **options: Any) -> Text:
-        return super().render_str(printable(text), **options)
-
-
-def console(*, stderr: bool = False, quiet: bool = False) -> Console:
-    """Return a rich console for text that others chose, in tables too; only ``style`` formats it."""
-    return _Console(stderr=stderr, quiet=quiet, markup=False, highlight=False, emoji=False, soft_wrap=True)
 
 
 def print_line(text: object, file: TextIO | None = None) -> None:

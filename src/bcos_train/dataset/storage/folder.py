@@ -23,6 +23,7 @@ from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from bcos_train.dataset.image import read_image
+from bcos_train.utils.terminal import printable
 
 __all__ = ["FolderImages", "list_classes", "shorten"]
 
@@ -66,7 +67,7 @@ class FolderImages(Dataset[tuple[Image.Image, int]]):
                 f"{folder} has no images ({_extensions()}) in the class folders {shorten(empty)}{files}: {hint}"
             )
         if left_out:
-            _logger.warning("%s: left out %s", folder, _describe(left_out))
+            _logger.warning("%s: left out %s", printable(str(folder)), printable(_describe(left_out)))
         # Arrays instead of a list of tuples: updates of a million reference counts would copy the list's memory pages
         # in every worker process.
         self._paths = np.array(paths)

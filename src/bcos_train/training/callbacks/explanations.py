@@ -9,6 +9,7 @@ from typing import TypedDict
 import pytorch_lightning as pl
 import torch
 from matplotlib.figure import Figure
+from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 from torch import Tensor
 from torchmetrics.utilities.distributed import gather_all_tensors
@@ -27,6 +28,7 @@ from bcos_train.report import gallery, save_gallery
 from bcos_train.runs.layout import EVALUATION
 from bcos_train.training.distributed import is_distributed
 from bcos_train.training.module import Classifier
+from bcos_train.training.side_matters import only_warn
 
 #: Config keys that scores of explanations depend on, besides the weights and the options of the metrics.
 IDENTITY = ("model", "dataset", "augmentation", "encoding", "limit_val")
@@ -158,7 +160,7 @@ class PredictionRecorder(pl.Callback):
 
 
 class ExplanationCallback(PredictionRecorder):
-    """Measures and draws explanations after an epoch, on rank 0: for the loggers, and as a gallery in ``folder``.
+    """Measures explanations after an epoch, on rank 0; :class:`GalleryCallback` draws them as a gallery in ``folder``.
 
     The images are the same in every run on a data set; those of the grids are the most confident correct predictions of
     the latest validation. Training is not affected: the model is in evaluation mode, and the state of the random
@@ -169,6 +171,7 @@ class ExplanationCallback(PredictionRecorder):
         super().__init__()
         self.options, self.folder, self.title = options, folder, title
         self._samples: tuple[Tensor, Tensor] | None = None
+        self._due_epoch: int | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if trainer.is_global_zero:
@@ -181,11 +184,17 @@ class ExplanationCallback(PredictionRecorder):
         if not is_due or not trainer.is_global_zero:
             return
         assert isinstance(pl_module, Classifier)
-        with evaluating(pl_module.model), isolated_rng():
-            if self.options.methods and self.options.metrics:
+        self._due_epoch = epoch
+        if self.options.methods and self.options.metrics:
+            with only_warn("explanation metrics"), evaluating(pl_module.model), isolated_rng():
                 self._measure(pl_module, predictions)
-            if self.options.gallery_images and is_explainable(pl_module.model):
-                self._draw(trainer, pl_module, epoch)
+
+    def draw(self, trainer: pl.Trainer, module: Classifier) -> None:
+        """Draw the gallery if one is due after this epoch."""
+        epoch, self._due_epoch = self._due_epoch, None
+        if epoch is not None and self.options.gallery_images and is_explainable(module.model):
+            with only_warn("gallery"), evaluating(module.model), isolated_rng():
+                self._draw(trainer, module, epoch)
 
     def _measure(self, module: Classifier, predictions: Predictions | None) -> None:
         subject = make_subject(module, module.data, self.title, self.options.n_images, predictions)
@@ -205,6 +214,20 @@ class ExplanationCallback(PredictionRecorder):
                 logger.log_image("explanation/gallery", [str(path)], step=trainer.global_step)
             elif isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_figure("explanation/gallery", figure, trainer.global_step, close=False)
+
+
+class GalleryCallback(Checkpoint):
+    """Draws the gallery of ``explanations`` after the checkpoint of the epoch is saved, on rank 0.
+
+    A ``Checkpoint`` only because Lightning calls those after all other callbacks.
+    """
+
+    def __init__(self, explanations: ExplanationCallback) -> None:
+        self.explanations = explanations
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, Classifier)
+        self.explanations.draw(trainer, pl_module)
 
 
 class ExplanationReport(PredictionRecorder):

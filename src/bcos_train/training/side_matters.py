@@ -1,0 +1,54 @@
+"""What accompanies a training and must not end it: figures, explanation metrics, loggers."""
+
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from pytorch_lightning.loggers import Logger
+
+from bcos_train.utils.terminal import printable
+
+__all__ = ["only_warn", "protect"]
+
+_logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def only_warn(what: str) -> Iterator[None]:
+    """Turn an exception in the block into a warning of one line; signals still stop the run."""
+    try:
+        yield
+    except Exception as error:
+        _warn(what, error)
+
+
+def protect(logger: Logger) -> Logger:
+    """Let the first exception of a logger end its logging with a warning, instead of the run; returns ``logger``."""
+    is_alive = True
+
+    def guarded(method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal is_alive
+            if not is_alive:
+                return None
+            try:
+                return method(*args, **kwargs)
+            except Exception as error:
+                is_alive = False
+                _warn(f"{type(logger).__name__}, which logs nothing more,", error)
+                return None
+
+        return call
+
+    for name in ("log_metrics", "log_image", "log_graph", "save", "after_save_checkpoint", "finalize"):
+        if hasattr(logger, name):
+            setattr(logger, name, guarded(getattr(logger, name)))
+    return logger
+
+
+def _warn(what: str, error: Exception) -> None:
+    message = printable(" ".join(str(error).split()), keep="")[:300]
+    _logger.warning("%s failed, the training continues: %s: %s", what, type(error).__name__, message)
