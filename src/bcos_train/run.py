@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import nn
 
 from bcos_train.config import Problem, UserError, check, instantiate, load_plugins, overlay, save, user_errors_at
@@ -242,7 +243,7 @@ def evaluate(config: Mapping[str, Any], overridden: Sequence[str] = ()) -> int:
         split = split_batch(settings.batch_size, settings.trainer.world_size, None)
     trainer.strategy.setup_environment()
     if trainer.is_global_zero and (root := getattr(settings.dataset, "root", None)) is not None:
-        Console().print(f"data set: {root}", highlight=False, markup=False, soft_wrap=True)
+        make_console().print(f"data set: {root}", soft_wrap=True)
     match_classes = partial(with_model_classes, class_names=source.class_names, label=source.label)
     data = load_data(settings, split, trainer, match_classes, stage="validate")
     model = build_model(settings, data)

@@ -214,7 +214,9 @@ def _title_sample(
     axes: list[Axes], prediction: int, label: int, target: int, class_names: Sequence[str], shares: Tensor | None
 ) -> None:
     def named(index: int) -> str:
-        return short_class_name(class_names[index]) + ("" if shares is None else f" ({_percent(float(shares[index]))})")
+        return figure_text(short_class_name(class_names[index])) + (
+            "" if shares is None else f" ({_percent(float(shares[index]))})"
+        )
 
     right = prediction == label
     axes[0].set_title(
@@ -278,7 +280,7 @@ def _on_white(rgba: Tensor, maps: Tensor, window: int) -> Tensor:
 
 def short_class_name(name: str) -> str:
     """Shorten a class name for a figure: up to the first comma, at most 18 characters."""
-    return figure_text(_shorten(str(name).split(",")[0].replace("_", " ").strip(), NAME_LENGTH))
+    return _shorten(str(name).split(",")[0].replace("_", " ").strip(), NAME_LENGTH)
 
 
 def figure_text(text: str) -> str:

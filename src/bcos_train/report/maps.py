@@ -120,8 +120,7 @@ def _draw(ax: Axes, panel: Panel) -> None:
         x, y, box_width, box_height = panel.box
         style = {"fill": False, "edgecolor": CELL, "linewidth": 1.8, "zorder": 3}  # above the lines of the cells
         ax.add_patch(Rectangle((x - 0.5, y - 0.5), box_width, box_height, **style))  # type: ignore[arg-type]
-    # Class names in notes are already protected by short_class_name.
-    ax.set_xlabel(panel.note, fontsize=7.5, labelpad=2.5, color=MUTED)
+    ax.set_xlabel(figure_text(panel.note), fontsize=7.5, labelpad=2.5, color=MUTED)
 
 
 def _wrapped(text: str, width: int = 24, lines: int = 6) -> str:
