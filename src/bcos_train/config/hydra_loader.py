@@ -196,7 +196,7 @@ class _Repository(ConfigRepository):
     def load_config(self, config_path: str) -> ConfigResult | None:
         source: Any = next((source for source in self.sources if source.is_config(config_path)), None)
         if source is not None and source.scheme() == "file":
-            check_yaml(Path(source.path, source._normalize_file_name(config_path)))
+            check_yaml(Path(source.path, config_path.removesuffix(".yaml") + ".yaml"))
         return super().load_config(config_path)
 
 
