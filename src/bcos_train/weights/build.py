@@ -77,7 +77,7 @@ def _num_classes(
     build: Callable[[Mapping[str, object]], nn.Module], options: Mapping[str, object], source: WeightsSource
 ) -> int:
     with torch.device("meta"):  # allocates nothing and draws no random numbers
-        return count_classes(build(options), source.state)
+        return count_classes(build(options), source.state, source.label)
 
 
 def _set_transform(model: nn.Module, source: WeightsSource) -> None:

@@ -39,7 +39,7 @@ from bcos_train.weights.files import read_weights, to_safetensors
 from bcos_train.weights.model_card import export_config, model_card
 from bcos_train.weights.model_options import build_model, check_options, known_options
 from bcos_train.weights.source import WeightsSource, read_weights_source
-from bcos_train.weights.state_dict import load_weights
+from bcos_train.weights.state_dict import load_weights, match_keys
 
 __all__ = ["Exported", "export"]
 
@@ -140,9 +140,10 @@ def _validate(source: WeightsSource) -> tuple[WeightsSource, nn.Module]:
     # Shapes suffice, and the largest models take gigabytes.
     with torch.device("meta"):
         network = build_model(name, source.options)
-    shapes = {key: torch.empty_like(value, device="meta") for key, value in source.state.items()}
+    weights = match_keys(network.state_dict(), source.state, source.origin)
+    shapes = {key: torch.empty_like(value, device="meta") for key, value in weights.items()}
     load_weights(network, shapes, source.origin)
-    state = {key: _contiguous_copy(source.state[key]) for key in network.state_dict()}
+    state = {key: _contiguous_copy(weights[key]) for key in network.state_dict()}
     for key, value in state.items():
         if not torch.isfinite(value).all():
             raise ValueError(f"{source.origin}: {key} holds values that are not finite")

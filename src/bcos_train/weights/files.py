@@ -4,20 +4,18 @@ The optional package safetensors is needed for ``.safetensors`` files only.
 """
 
 import json
-import re
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from bcos_train.runs import checkpoint as checkpoints
 from bcos_train.runs.checkpoint import digest_path, file_sha256
 from bcos_train.runs.layout import CHECKPOINT_SUFFIX, EMA_WEIGHTS, WEIGHTS, WEIGHTS_SUFFIX
 from bcos_train.utils.atomic import atomic_write
+from bcos_train.weights.third_party import read_third_party, split_average
 
 __all__ = [
     "WeightsFile",
@@ -32,19 +30,18 @@ __all__ = [
 #: Entry for the class names in the metadata of a safetensors file and in a checkpoint.
 _CLASS_NAMES = "class_names"
 
-#: Key prefixes of the model and its average in checkpoints of the official training code.
-_OFFICIAL_PREFIXES = ("model.", "ema.module.")
-
 
 @dataclass(frozen=True)
 class WeightsFile:
     """Content of a weights file.
 
     Args:
-        state: The state dict. Tensors may be memory-mapped, so that loading them into a model needs no second copy.
+        state: The state dict as it was saved: its keys may begin with a prefix that
+            :func:`bcos_train.weights.state_dict.match_keys` removes. Tensors may be memory-mapped, so that loading them
+            into a model needs no second copy.
         is_ema: True if these are the averaged weights.
         class_names: Recorded in the file, in the order of the outputs; ``None``: not recorded.
-        hyper_parameters: Those of an official training checkpoint, otherwise ``None``.
+        hyper_parameters: Those of a Lightning checkpoint, otherwise ``None``.
     """
 
     state: dict[str, Tensor]
@@ -105,8 +102,8 @@ def read_file(path: Path, use_ema: bool | None = None) -> WeightsFile:
     """Read weights from a file, or from a folder with ``model.safetensors`` (a finished run or an export).
 
     Args:
-        path: A ``.safetensors`` file; one of our checkpoints, which is verified; a checkpoint of the official training
-            code; any other file with a state dict saved by torch; or a folder. Nothing in the file is executed.
+        path: A ``.safetensors`` file; one of our checkpoints, which is verified; a file that another program saved with
+            torch (:mod:`bcos_train.weights.third_party`); or a folder. Nothing in the file is executed.
         use_ema: True for the averaged weights, False for the plain ones; ``None``: averaged if there are any.
 
     Raises:
@@ -126,54 +123,20 @@ def read_file(path: Path, use_ema: bool | None = None) -> WeightsFile:
     class_names, hyper_parameters = None, None
     if path.suffix == WEIGHTS_SUFFIX:
         state, class_names = _read_safetensors(path)
-        states = [state, {}]
+        states = split_average(state)
     elif path.suffix == CHECKPOINT_SUFFIX and digest_path(path).is_file():
         content = checkpoints.load(path)
         if "model" not in content:
             raise ValueError(f"{path} holds no model")
-        states = [content["model"], content.get("model_ema", {})]
+        states = content["model"], content.get("model_ema", {})
         class_names = _as_class_names(content.get(_CLASS_NAMES))
     else:
-        states, hyper_parameters = _read_third_party(path)
+        states, hyper_parameters = read_third_party(path)
     is_ema = bool(states[1]) if use_ema is None else use_ema
-    if is_ema and not states[1]:
-        raise ValueError(f"{path} holds no averaged weights, only the plain ones")
+    if not states[is_ema] and states[not is_ema]:
+        kinds = ("plain", "averaged")
+        raise ValueError(f"{path} holds no {kinds[is_ema]} weights, only the {kinds[not is_ema]} ones")
     return WeightsFile(states[is_ema], is_ema, class_names, hyper_parameters)
-
-
-def _read_third_party(path: Path) -> tuple[list[dict[str, Tensor]], dict[str, object] | None]:
-    """Read plain and averaged weights of another program, and the hyperparameters of the official training code."""
-    content = _torch_load(path)
-    state, hyper_parameters = content.get("state_dict", content), None
-    states = [state, {}]
-    if "state_dict" in content and "pytorch-lightning_version" in content:
-        hyper_parameters = content.get("hyper_parameters")
-        hyper_parameters = hyper_parameters if isinstance(hyper_parameters, dict) else {}
-        states = [{k.removeprefix(p): v for k, v in state.items() if k.startswith(p)} for p in _OFFICIAL_PREFIXES]
-    elif path.suffix == CHECKPOINT_SUFFIX:
-        checkpoints.verify(path)  # its error names the missing digest file
-    if not states[0] or not all(isinstance(value, Tensor) for state in states for value in state.values()):
-        expected = "state dict of tensors" if hyper_parameters is None else "checkpoint of the official training code"
-        raise ValueError(f"{path} is not a {expected}")
-    return states, hyper_parameters
-
-
-def _torch_load(path: Path) -> dict[str, Any]:
-    """Load the dictionary in a file; an empty one if the file holds something else."""
-    try:
-        # Before version 1.6 torch wrote no zip files, and only those can be mapped into memory.
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except OSError as error:
-        raise ValueError(f"can't read {path}: {error.strerror or error}") from error
-    except Exception as error:
-        if match := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            raise ValueError(
-                f"{path} holds a Python object ({match[1]}), and reading that could run code; if you trust the file, "
-                "save its state_dict alone with the program that wrote it"
-            ) from error
-        # torch's own message suggests weights_only=False, which would run whatever the file contains.
-        raise ValueError(f"{path} is not a weights file, or only part of one") from error
-    return content if isinstance(content, dict) else {}
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...] | None]:

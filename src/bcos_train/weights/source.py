@@ -1,7 +1,8 @@
 """Read weights from anywhere, together with everything that is known about them.
 
-Sources are a run folder, an exported folder, a weights file inside either, a checkpoint of the official training code,
-any other state dict file, and the official release. Nothing in a file is executed: pickled objects are refused.
+Sources are a run folder, an exported folder, a weights file inside either, a checkpoint of the official training code
+or of another program, any other state dict file, and the official release. Nothing in a file is executed: pickled
+objects are ignored or refused.
 
 A run folder describes its model in ``config.yaml``, an exported folder in ``config.json``; both descriptions hold for
 the weights files inside the folder too. Options such as B change no tensor's shape: without the description the weights
@@ -69,7 +70,7 @@ class WeightsSource:
     """Weights and everything that is known about them.
 
     Args:
-        state: The state dict as it was read.
+        state: The state dict as it was read; its keys may have a prefix.
         is_ema: True if these are averaged weights.
         origin: Where the weights come from, in a few words without any path on this machine.
         label: Name in messages: the path or name as given.
@@ -229,10 +230,11 @@ def _read_path(path: Path, label: str, use_ema: bool | None) -> WeightsSource:
 def _read_bare(path: Path, label: str, use_ema: bool | None) -> WeightsSource:
     """Read weights that no folder describes; official files and training checkpoints are recognized."""
     name, file = path.resolve().name, read_file(path, use_ema)
-    if file.hyper_parameters is not None:
+    parameters = file.hyper_parameters or {}
+    if {"base_network", "experiment_name"} <= parameters.keys():
         origin = f"{name}, a checkpoint of the official training code"
         source = WeightsSource(state=file.state, is_ema=file.is_ema, origin=origin, label=label)
-        key = (file.hyper_parameters.get("base_network"), file.hyper_parameters.get("experiment_name"))
+        key = (parameters["base_network"], parameters["experiment_name"])
         record = next((r for r in records.RECORDS.values() if (r.collection, r.experiment) == key), None)
         if record is None:
             return source

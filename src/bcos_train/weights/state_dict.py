@@ -1,12 +1,19 @@
 """Copy a state dict into a model, or read the number of classes off it."""
 
-from collections.abc import Mapping
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
 
+import torch
 from torch import Tensor, nn
 
-from bcos_train.utils.suggestions import suggest
+from bcos_train.utils.suggestions import join_words, suggest
 
-__all__ = ["count_classes", "load_weights"]
+__all__ = ["count_classes", "load_weights", "match_keys"]
+
+#: What torch.compile, FSDP and activation checkpointing put into the names of modules.
+_WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_COUNTER = "num_batches_tracked"
 
 
 def load_weights(
@@ -16,7 +23,7 @@ def load_weights(
 
     Args:
         model: Has the keys and shapes of ``state``.
-        state: The weights.
+        state: The weights; see :func:`match_keys` for how their keys may differ.
         label: What the error message calls the weights.
         new_classifier: Allow another number of classes. Tensors of the classifier whose shape depends on it then keep
             their values.
@@ -28,6 +35,7 @@ def load_weights(
         ValueError: Keys or shapes differ; the message names the first of each kind.
     """
     expected = model.state_dict()
+    state = match_keys(expected, state, label)
     class_keys = _keys_of_other_classes(model, expected, state)
     skipped = class_keys if new_classifier else []
     problems = [f"{key} is missing" for key in expected if key not in state][:1]
@@ -44,14 +52,62 @@ def load_weights(
     return skipped
 
 
-def count_classes(model: nn.Module, state: Mapping[str, Tensor]) -> int:
+def match_keys(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], label: str) -> dict[str, Tensor]:
+    """Rename the keys of a state dict that was saved inside a wrapper, such as ``module.`` or ``net.``.
+
+    The prefix is the one under which most of the model's keys are found. What stands elsewhere, such as a loss or a
+    counter of updates, is left out. A missing ``num_batches_tracked`` is 0, as in PyTorch.
+
+    Args:
+        expected: The model's state dict.
+        state: The weights.
+        label: What the error message calls the weights.
+
+    Raises:
+        ValueError: No key is the model's, or several prefixes have all of them.
+    """
+    if expected.keys() == state.keys():
+        return dict(state)
+    state = {_WRAPPERS.sub("", key): value for key, value in state.items()}
+    required = [key for key in expected if not key.endswith(_COUNTER)]
+    prefixes = _prefixes(state, frozenset(required))
+    if not prefixes:
+        shown = [join_words(keys, "and", limit=3) for keys in (state, expected)]
+        raise ValueError(
+            f"{label} doesn't fit the model: none of its keys, {shown[0]}, is one of the model's, {shown[1]}; it must "
+            "hold the state_dict() of this model, with any prefix"
+        )
+    prefix, n = prefixes.most_common(1)[0]
+    if n == len(required) and len(full := [name for name in prefixes if prefixes[name] == n]) > 1:
+        names = join_words((f"{name}*" for name in full), "and")
+        raise ValueError(f"{label} holds this model more than once, as {names}: save the state_dict() of one alone")
+    matched = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    counters = {key: value for key, value in expected.items() if key.endswith(_COUNTER) and key not in matched}
+    return matched | {key: torch.zeros_like(value, device="cpu") for key, value in counters.items()}
+
+
+def _prefixes(keys: Iterable[str], expected: frozenset[str]) -> Counter[str]:
+    """Count for each prefix, "" or with a dot at the end, the expected keys that are found under it."""
+    counts: Counter[str] = Counter()
+    for key in keys:
+        starts = [0, *(match.end() for match in re.finditer(r"\.", key))]
+        counts.update(key[:start] for start in starts if key[start:] in expected)
+    return counts
+
+
+def count_classes(model: nn.Module, state: Mapping[str, Tensor], label: str) -> int:
     """Read the number of classes off a state dict's classifier, which has several rows per class under MaxOut.
 
     Args:
         model: Built as for these weights, with any number of classes.
         state: The weights.
+        label: What the error message calls the weights.
+
+    Raises:
+        ValueError: As for :func:`match_keys`.
     """
     expected, num_classes = model.state_dict(), int(model.num_classes)  # type: ignore[arg-type]
+    state = match_keys(expected, state, label)
     for key in _keys_of_other_classes(model, expected, state):
         n, rest = divmod(len(state[key]) * num_classes, len(expected[key]))
         if n and not rest:
