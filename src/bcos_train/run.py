@@ -25,7 +25,7 @@ from bcos_train.config.overrides import plugins_in_overrides
 from bcos_train.dataset import ImageSizeMismatch, NotCacheable, UnreadableImage
 from bcos_train.dataset.classes import OtherClasses, with_model_classes
 from bcos_train.runs import launch
-from bcos_train.runs.checkpoint import DamagedCheckpoint
+from bcos_train.runs.checkpoint import Check, DamagedCheckpoint, set_aside
 from bcos_train.runs.folder import Resume, RunFolder, find_checkpoint, is_finished, read_run_folder, unused_folder
 from bcos_train.runs.hash import run_hash, with_absolute_paths
 from bcos_train.runs.interrupt import Interrupted, StopFlag
@@ -59,6 +59,7 @@ from bcos_train.training.finish import finish, report_evaluation
 from bcos_train.training.image_size import check_image_size
 from bcos_train.training.module import Classifier, NonFiniteLoss
 from bcos_train.training.options import split_batch
+from bcos_train.training.resuming import check_resumable
 from bcos_train.training.side_matters import protect
 from bcos_train.utils.atomic import remove_leftovers
 from bcos_train.utils.console import make_console
@@ -166,8 +167,16 @@ def _train(settings: TrainConfig, config: Mapping[str, object], stop: StopFlag, 
         compiled_batch_size = split.per_device if should_compile(settings.trainer, model) else None
     with user_errors_at("optimizer"):
         settings.optimizer([nn.Parameter(torch.zeros(1, 1))])  # raises for invalid values before files are written
+    check_checkpoint = partial(
+        check_resumable,
+        model=model,
+        build_optimizer=settings.optimizer,
+        data=data,
+        has_ema=settings.ema is not None,
+        data_changed=settings.resume == "data_changed",
+    )
     with contextlib.ExitStack() as stack:
-        folder = from_rank_zero(trainer, lambda: _open_folder(stack, base, resume, config))
+        folder = from_rank_zero(trainer, lambda: _open_folder(stack, base, resume, config, check_checkpoint))
         for warning in folder.warnings:
             console.print(f"skipped: {warning}", style="yellow", highlight=False, soft_wrap=True)
         if folder.finished:  # in the meantime, by another process
@@ -197,12 +206,16 @@ def _report_finished(console: Console, path: Path) -> int:
     return 0
 
 
-def _open_folder(stack: contextlib.ExitStack, base: Path, resume: Resume, config: Mapping[str, object]) -> RunFolder:
+def _open_folder(
+    stack: contextlib.ExitStack, base: Path, resume: Resume, config: Mapping[str, object], check_checkpoint: Check
+) -> RunFolder:
     """Lock the run folder until the end of ``stack``, then read its state and prepare it."""
     path = base if resume else unused_folder(base)
     stack.enter_context(locked(path))
-    folder = read_run_folder(path, adopt=resume == "adopt")
+    folder = read_run_folder(path, adopt=resume == "adopt", check=check_checkpoint)
     if not folder.finished:
+        for foreign in folder.foreign:  # before a new one replaces it
+            set_aside(foreign)
         remove_leftovers(path)
         save(config, path / RUN_CONFIG)
     return folder

@@ -12,7 +12,10 @@ from torch.utils.data import Dataset
 __all__ = ["Cache", "ClassMap", "ImageDataset", "ImageSource", "require_root"]
 
 ImageDataset = Dataset[tuple[Image.Image, int]]
-"""Map-style: index -> (RGB image, label in [0, num_classes))."""
+"""Map-style: index -> (RGB image, label in [0, num_classes)).
+
+The method ``digest() -> str``, which changes with the images' names, is optional.
+"""
 
 Cache = Literal["device"]
 """Where the images of a data set are kept during a run.

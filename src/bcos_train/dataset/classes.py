@@ -152,6 +152,10 @@ class _MappedLabels(Dataset[tuple[Image.Image, int]]):
     def __len__(self) -> int:
         return len(self._images)  # type: ignore[arg-type]  # map-style data sets have a length
 
+    def digest(self) -> str | None:
+        digest = getattr(self._images, "digest", None)
+        return None if digest is None else str(digest())
+
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         image, label = self._images[index]
         return image, self._labels[label]

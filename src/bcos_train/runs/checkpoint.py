@@ -34,6 +34,14 @@ class DamagedCheckpoint(ValueError):
     """The checkpoint's SHA-256 differs or is missing, or the file can't be read."""
 
 
+class ForeignCheckpoint(ValueError):
+    """The checkpoint is intact, but training can't resume from it: it is of another run, or incomplete."""
+
+
+#: Raises :class:`ForeignCheckpoint` for the content of a checkpoint, see :func:`read_structure`.
+Check = Callable[[Mapping[str, Any]], object]
+
+
 def save(checkpoint: Mapping[str, object], path: Path) -> None:
     """Write a checkpoint as described by the contract.
 
@@ -52,7 +60,7 @@ def save(checkpoint: Mapping[str, object], path: Path) -> None:
             previous = path.with_name(PREVIOUS)
             moves = [(_stage_digest(stage, previous, digest), digest_path(previous)), (path, previous), *moves]
         elif path.is_file():
-            _set_aside(path)
+            set_aside(path)
         # Digests are renamed before their files: in between, only the older file at that path fails verification.
         for source, target in moves:
             os.replace(source, target)
@@ -72,7 +80,8 @@ def load(path: Path, map_location: str | torch.device = "cpu") -> dict[str, Any]
     try:
         return torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:
-        raise DamagedCheckpoint(f"{path} can't be read: {error}") from error
+        # The message of torch advises to load the file without protection.
+        raise DamagedCheckpoint(f"{path} can't be read ({type(error).__name__})") from error
 
 
 def verify(path: Path) -> None:
@@ -92,14 +101,43 @@ def verify(path: Path) -> None:
         raise DamagedCheckpoint(f"{path} is damaged: its SHA-256 isn't the one in {digest_file.name}")
 
 
-def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
-    """Return the newest valid checkpoint in ``folder``, and a message for each damaged one that was skipped."""
+def read_structure(path: Path) -> dict[str, Any]:
+    """Read a checkpoint with tensors that have shapes but no values, within milliseconds.
+
+    Raises:
+        ForeignCheckpoint: It can't be read.
+    """
+    try:
+        content = torch.load(path, map_location="meta", weights_only=True)
+    except Exception as error:
+        # The message of torch advises to load the file without protection.
+        raise ForeignCheckpoint(f"not a file that this package saved ({type(error).__name__})") from error
+    if not isinstance(content, dict):
+        raise ForeignCheckpoint(f"it holds a {type(content).__name__}")
+    return content
+
+
+def newest_valid(
+    folder: Path, check: Check | None = None, foreign: list[Path] | None = None
+) -> tuple[Path | None, list[str]]:
+    """Return the newest valid checkpoint in ``folder``, and a message for each one that was skipped.
+
+    Args:
+        check: Raises :class:`ForeignCheckpoint` for a verified checkpoint to be skipped.
+        foreign: Receives the paths of those.
+    """
     problems = []
     for path in _newest_first(folder):
         try:
             verify(path)
+            if check is not None:
+                check(read_structure(path))
         except DamagedCheckpoint as error:
             problems.append(str(error))
+        except ForeignCheckpoint as error:
+            problems.append(f"{path} is not a checkpoint of this run: {error}")
+            if foreign is not None:
+                foreign.append(path)
         else:
             return path, problems
     return None, problems
@@ -209,7 +247,8 @@ def _stage_digest(stage: Stage, path: Path, digest: str) -> Path:
     return stage(digest_path(path), lambda file: file.write(line))
 
 
-def _set_aside(path: Path) -> None:
+def set_aside(path: Path) -> None:
+    """Rename a checkpoint and its digest, so that they are not overwritten."""
     n = 1
     while (target := path.with_name(f"{path.name}.unverified-{n}")).exists():
         n += 1

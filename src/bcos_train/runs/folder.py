@@ -19,13 +19,15 @@ class RunFolder:
         path: ``<runs>/<dataset>/<model>/<name>-<hash>``.
         resume_from: Newest valid checkpoint; ``None``: start from scratch.
         finished: True if the run has ended.
-        warnings: A message for each damaged checkpoint that was skipped.
+        warnings: A message for each damaged or foreign checkpoint that was skipped.
+        foreign: Verified checkpoints among those, which are not of this run.
     """
 
     path: Path
     resume_from: Path | None = None
     finished: bool = False
     warnings: tuple[str, ...] = ()
+    foreign: tuple[Path, ...] = ()
 
     @property
     def checkpoints(self) -> Path:
@@ -36,8 +38,9 @@ class RunFolder:
         return self.path.name
 
 
-#: True, False, or ``"adopt"``: as True, and a checkpoint without a digest is accepted if it can be read.
-Resume = bool | Literal["adopt"]
+#: True, False, or as True with a reservation dropped. ``"adopt"``: a checkpoint without a digest is accepted if it can be
+#: read; ``"data_changed"``: the images may differ from those of the checkpoint.
+Resume = bool | Literal["adopt", "data_changed"]
 
 
 def is_finished(path: Path) -> bool:
@@ -54,26 +57,29 @@ def unused_folder(base: Path) -> Path:
     return path
 
 
-def read_run_folder(path: Path, *, adopt: bool = False) -> RunFolder:
+def read_run_folder(path: Path, *, adopt: bool = False, check: checkpoint.Check | None = None) -> RunFolder:
     """Read the state of a run, which may not have begun. The caller holds the lock, so that the state can't change.
 
     Args:
         path: The run folder, which need not exist.
         adopt: Accept a checkpoint without a digest if it can be read, and write its digest.
+        check: Raises :class:`~bcos_train.runs.checkpoint.ForeignCheckpoint` for one that isn't of this run.
 
     Raises:
-        ValueError: The run has checkpoints, but none of them is valid; or there is none to adopt.
+        ValueError: The run has checkpoints, but none of them is valid; or there is none to adopt. Other errors of
+            ``check`` pass through.
     """
     finished = is_finished(path)
     if adopt and not finished:
         checkpoint.adopt(path / CHECKPOINTS)
-    newest, problems = checkpoint.newest_valid(path / CHECKPOINTS)
+    foreign: list[Path] = []
+    newest, problems = checkpoint.newest_valid(path / CHECKPOINTS, None if finished else check, foreign)
     if newest is None and problems and not finished:
         raise ValueError(
             f"no valid checkpoint among {len(problems)} in {path / CHECKPOINTS}: {'; '.join(problems)}. Restore the "
             "files, use resume=adopt to accept one without a checksum, or resume=false to train again in a new folder"
         )
-    return RunFolder(path, newest, finished, tuple(problems))
+    return RunFolder(path, newest, finished, tuple(problems), tuple(foreign))
 
 
 def find_checkpoint(folder: Path, which: str) -> Path:

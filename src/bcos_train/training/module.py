@@ -15,7 +15,6 @@ from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from bcos_train.dataset.batch import Batch
-from bcos_train.dataset.classes import check_same_classes
 from bcos_train.dataset.data_module import DataModule
 from bcos_train.dataset.encoding import BcosEncoding, Standardize, to_float
 from bcos_train.dataset.randomness import step_seed
@@ -26,6 +25,7 @@ from bcos_train.schedule import Schedule
 from bcos_train.task import Task
 from bcos_train.training.compilation import CompiledNetwork
 from bcos_train.training.distributed import broadcast_buffers, is_distributed, max_over_processes, mean_and_votes
+from bcos_train.training.resuming import move_to_position
 
 #: Dtype of sums over batches. Apple's GPUs have no float64; in float32, the sum of a thousand losses has a relative
 #: error of about 1e-6.
@@ -295,18 +295,15 @@ class Classifier(pl.LightningModule):
         del checkpoint["state_dict"]
         checkpoint["model"] = self.model.state_dict()
         checkpoint["class_names"] = [str(name) for name in self.data.class_names]
+        checkpoint["images"] = self.data.inventory
         epoch, step = divmod(self.global_step, self.steps_per_epoch)
         checkpoint["position"] = {"epoch": epoch, "step": step, "steps_per_epoch": self.steps_per_epoch}
         with self.train_score.sync_context(dist_sync_fn=gather_all_tensors, should_sync=is_distributed()):
             checkpoint["train_score"] = {key: value.clone() for key, value in self.train_score.state_dict().items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if (names := checkpoint.get("class_names")) is not None:  # older checkpoints have none
-            hint = "restore the class folders, or train another run with resume=false"
-            check_same_classes(self.data.class_names, names, "this run", hint)
         checkpoint["state_dict"] = self.state_dict() | {f"model.{k}": v for k, v in checkpoint["model"].items()}
-        position = checkpoint["position"]
-        self.data.seek(position["epoch"], position["step"])
+        self.data.seek(*move_to_position(checkpoint, self.steps_per_epoch, self.trainer.accumulate_grad_batches))
         if self.trainer.is_global_zero:
             # The saved score is the sum over all processes.
             checkpoint["state_dict"] |= {f"train_score.{k}": v for k, v in checkpoint["train_score"].items()}

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from bcos_train.utils.suggestions import join_words, suggest
 
-__all__ = ["count_classes", "load_weights", "match_keys"]
+__all__ = ["check_weights", "count_classes", "load_weights", "match_keys"]
 
 #: What torch.compile, FSDP and activation checkpointing put into the names of modules.
 _WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -34,8 +34,17 @@ def load_weights(
     Raises:
         ValueError: Keys or shapes differ; the message names the first of each kind.
     """
+    state = match_keys(model.state_dict(), state, label)
+    skipped = check_weights(model, state, label, new_classifier=new_classifier)
+    model.load_state_dict({key: value for key, value in state.items() if key not in skipped}, strict=not skipped)
+    return skipped
+
+
+def check_weights(
+    model: nn.Module, state: Mapping[str, Tensor], label: str, *, new_classifier: bool = False
+) -> list[str]:
+    """Raise a ``ValueError`` unless keys and shapes are the model's, and return the keys that are not to be loaded."""
     expected = model.state_dict()
-    state = match_keys(expected, state, label)
     class_keys = _keys_of_other_classes(model, expected, state)
     skipped = class_keys if new_classifier else []
     problems = [f"{key} is missing" for key in expected if key not in state][:1]
@@ -48,7 +57,6 @@ def load_weights(
     ][:1]
     if problems:
         raise ValueError(f"{label} doesn't fit the model: {'; '.join(problems)}")
-    model.load_state_dict({key: state[key] for key in expected if key not in skipped}, strict=not skipped)
     return skipped
 
 

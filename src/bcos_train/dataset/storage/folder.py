@@ -11,6 +11,7 @@ What is left out is counted in one line.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from collections import Counter
@@ -77,6 +78,12 @@ class FolderImages(Dataset[tuple[Image.Image, int]]):
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def digest(self) -> str:
+        """Return a hash of the relative paths and the labels of all images (0.1 s for a million)."""
+        content = hashlib.sha256(self._paths.tobytes())
+        content.update(self.labels.tobytes())
+        return content.hexdigest()
 
     def path(self, index: int) -> str:
         return os.path.join(self._folder, os.fsdecode(bytes(self._paths[index])))

@@ -1,0 +1,54 @@
+"""What images a data set consists of, recorded in checkpoints to notice that they changed between stop and resume."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch.utils.data import Subset
+
+from bcos_train.dataset.base import ImageDataset
+
+__all__ = ["OtherImages", "check_same_images", "take_inventory"]
+
+_PARTS = {"train": "training", "val": "validation"}
+
+
+class OtherImages(ValueError):
+    """The images of a data set are not those that a run was started with."""
+
+
+def take_inventory(train: ImageDataset, val: ImageDataset) -> dict[str, dict[str, Any]]:
+    """Return the number of images in each part and, if the data set has a method ``digest``, the hash of their names.
+
+    Of a subset, it is that of the whole data set, from which the subset was drawn.
+    """
+    return {"train": _part(train), "val": _part(val)}
+
+
+def _part(images: ImageDataset) -> dict[str, Any]:
+    if isinstance(images, Subset):
+        images = images.dataset
+    digest = getattr(images, "digest", None)
+    return {"count": len(images), "digest": None if digest is None else digest()}  # type: ignore[arg-type]
+
+
+def check_same_images(dataset: Mapping[str, Mapping[str, Any]], recorded: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise :class:`OtherImages` unless two inventories are equal.
+
+    Args:
+        dataset: That of the data set as it is now.
+        recorded: That of a checkpoint.
+    """
+    changes = []
+    for part, name in _PARTS.items():
+        now, before = dataset[part], recorded[part]
+        if now["count"] != before["count"]:
+            changes.append(f"{now['count']:,} instead of {before['count']:,} {name} images")
+        elif now["digest"] != before["digest"]:
+            changes.append(f"other names or classes among the {now['count']:,} {name} images")
+    if changes:
+        raise OtherImages(
+            f"dataset: the images changed since the last checkpoint: {', '.join(changes)}; restore them, use "
+            "resume=data_changed to continue with those of now, or resume=false to train again in a new folder"
+        )
