@@ -3,10 +3,11 @@
 python scripts/export_weights.py RUN out/resnet50 --license apache-2.0     # a folder for the Hugging Face Hub
 python scripts/export_weights.py RUN resnet50.pth --hash --no-ema          # like the official files
 python scripts/export_weights.py official:resnet50 resnet50.safetensors
+python scripts/export_weights.py RUN resnet50.onnx                         # compared with the model by onnxruntime
 python scripts/export_weights.py epoch=89.ckpt out --model resnet50        # a checkpoint of the official training code
 
 SOURCE is a run folder, a checkpoint or weights file (.ckpt, .pth, .safetensors), an exported folder, or
-official:<model>. TARGET is a .pth file, a .safetensors file, or else a folder.
+official:<model>. TARGET is a .pth, .safetensors or .onnx file, or else a folder.
 """
 
 import argparse
@@ -43,6 +44,7 @@ def parser() -> Parser:
     add("--force", action="store_true", help="overwrite existing files")
     add("--license", metavar="ID", help="license of the weights, such as apache-2.0 (default: that of the source)")
     add("--classes", metavar="FILE", type=Path, help="class names, one per line, in the order of the outputs")
+    add("--image-size", metavar="PIXELS", type=int, help="side of an ONNX model's images (default: the transform's)")
     return result
 
 
@@ -91,11 +93,12 @@ def run(arguments: argparse.Namespace) -> None:
         force=arguments.force,
         license=arguments.license,
         class_names=None if arguments.classes is None else read_lines(arguments.classes),
+        image_size=arguments.image_size,
     )
     source = exported.source
     print(f"{source.model_name}, {'averaged' if source.is_ema else 'plain'} weights of {source.origin}")
     print(f"written: {exported.path}")
-    print(f"sha256 of the weights: {exported.sha256}")
+    print(f"sha256 of the {'file' if exported.path.suffix == '.onnx' else 'weights'}: {exported.sha256}")
     if source.license is None and exported.path.is_dir():
         print("no license: give one with --license before you publish the folder", file=sys.stderr)
 

@@ -48,6 +48,7 @@ def test_from_config(node: dict[str, Any], size: tuple[int, int], sentence: str)
     assert x.shape == (6, *size)
     assert torch.equal(x[3:], 1 - x[:3])
     assert found.to_sentence().startswith(sentence)
+    assert found.image_size == (size[0] if size[0] == size[1] else None)
 
 
 @pytest.mark.parametrize(

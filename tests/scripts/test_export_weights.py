@@ -37,6 +37,20 @@ def test_hash(script: ModuleType, source: str, tmp_path: Path, capsys: pytest.Ca
     assert f"sha256 of the weights: {written.stem.removeprefix('a-')}" in capsys.readouterr().out
 
 
+def test_onnx(script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(name, reason=f"needs {name}")
+    torch.manual_seed(0)
+    torch.save(create_model("plain_cnn9", num_classes=3, logit_bias=0.0).state_dict(), tmp_path / "w.pth")
+    target = tmp_path / "m.onnx"
+    options = ["--model", "plain_cnn9", "logit_bias=0.0", "--image-size", "16"]
+    assert script.main([str(tmp_path / "w.pth"), str(target), *options]) == 0
+    captured = capsys.readouterr()
+    assert [line.partition(":")[0] for line in captured.out.splitlines()[1:]] == ["written", "sha256 of the file"]
+    assert captured.err == ""
+    assert target.is_file()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

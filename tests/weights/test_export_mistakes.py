@@ -80,7 +80,7 @@ def unfinished(folder: Path) -> str:
         (good, {"license": "my own: do not share"}, "share': must be an identifier of the Hugging Face Hub"),
         (good, {"class_names": ["a"]}, "1 class names, but the model has 10 classes"),
         (good, {"target": "out.pt"}, "not .pt; did you mean .pth?"),
-        (good, {"target": "out.ckpt"}, "a target is a .pth or .safetensors file or a folder, not .ckpt"),
+        (good, {"target": "out.ckpt"}, "a target is a .pth, .safetensors or .onnx file or a folder, not .ckpt"),
         (good, {"with_hash": True}, "--hash needs a file"),
         (bad_shape, {}, "conv1.linear.weight has the shape (32, 3, 3, 3), the model (32, 6, 3, 3)"),
         (not_finite, {}, "conv1.linear.weight holds values that are not finite"),

@@ -44,6 +44,13 @@ class Preprocessing:
     std: tuple[float, ...] | None = None
     exif_orientation: bool = False
 
+    @property
+    def image_size(self) -> int | None:
+        """Side in pixels of the square input; ``None`` if it depends on the image."""
+        if self.crop_size is not None:
+            return self.crop_size
+        return self.resize_size[0] if isinstance(self.resize_size, tuple) else None
+
     @classmethod
     def from_transform(cls, transform: object) -> "Preprocessing | None":
         """Describe a model's ``transform``; ``None`` if it is not an :class:`InferenceTransform`."""

@@ -1,9 +1,10 @@
-"""Export weights as official-style ``.pth``, as ``.safetensors``, or as a folder for the Hugging Face Hub.
+"""Export weights as official-style ``.pth``, as ``.safetensors``, as ONNX, or as a folder for the Hugging Face Hub.
 
 The contract:
 
 * Weights are checked against the model, keys and shapes, before anything is written.
-* What was written is read back and compared, and only then gets its name: a failure leaves nothing behind.
+* What was written is read back and compared, and only then gets its name: a failure leaves nothing behind. Of an ONNX
+  model the outputs are compared, before it is written.
 * Nothing is overwritten unless requested, and a run folder never.
 """
 
@@ -34,18 +35,20 @@ from bcos_train.runs.layout import (
 )
 from bcos_train.utils.atomic import temporary_path
 from bcos_train.utils.suggestions import join_words, suggest
-from bcos_train.weights.build import with_num_classes
+from bcos_train.weights.build import build_from_source, with_num_classes
 from bcos_train.weights.files import read_weights, to_safetensors
 from bcos_train.weights.model_card import export_config, model_card
 from bcos_train.weights.model_options import build_model, check_options, known_options
+from bcos_train.weights.onnx_file import check_onnx_packages, onnx_bytes
 from bcos_train.weights.source import WeightsSource, read_weights_source
 from bcos_train.weights.state_dict import load_weights, match_keys
 
 __all__ = ["Exported", "export"]
 
-_FILE_SUFFIXES = (".pth", WEIGHTS_SUFFIX)
+_ONNX = ".onnx"
+_FILE_SUFFIXES = (".pth", WEIGHTS_SUFFIX, _ONNX)
 #: Suffixes of other file formats, which are no valid names of folders.
-_REJECTED = (CHECKPOINT_SUFFIX, ".pt", ".bin", ".pkl", ".onnx", ".h5", ".tar", ".zip", ".gz", ".json", ".safetensor")
+_REJECTED = (CHECKPOINT_SUFFIX, ".pt", ".bin", ".pkl", ".h5", ".tar", ".zip", ".gz", ".json", ".safetensor")
 
 
 @dataclass(frozen=True)
@@ -74,13 +77,15 @@ def export(
     force: bool = False,
     license: str | None = None,
     class_names: Sequence[str] | None = None,
+    image_size: int | None = None,
 ) -> Exported:
     """Export weights.
 
     Args:
         source: As for :func:`bcos_train.weights.read_weights_source`.
-        target: ``*.pth``: a state dict as in the official release. ``*.safetensors``: the same in that format. Any
-            other name: a folder with ``model.safetensors``, ``config.json`` and a model card, ``README.md``.
+        target: ``*.pth``: a state dict as in the official release. ``*.safetensors``: the same in that format.
+            ``*.onnx``: the model itself, for images of one size; see :func:`bcos_train.weights.onnx_file.onnx_bytes`.
+            Any other name: a folder with ``model.safetensors``, ``config.json`` and a model card, ``README.md``.
         model: Model name, ``timm:<name>`` for one of timm's; ``None``: that of the source.
         options: Model options that the source doesn't specify. The number of classes is read off the weights.
         use_ema: True for the averaged weights, False for the plain ones; ``None``: averaged if there are any.
@@ -88,12 +93,20 @@ def export(
         force: Overwrite existing files; in a folder, the three files.
         license: License of the weights, as an identifier of the Hugging Face Hub; ``None``: that of the source, if any.
         class_names: In the order of the outputs; ``None``: those of the source or of a known data set.
+        image_size: Side in pixels of an ONNX model's images; ``None``: that of the inference transform.
 
     Raises:
         ValueError: The source can't be read, its weights don't fit the model, the target exists or can't be written, or
-            the license is not an identifier.
+            the license is not an identifier; for ONNX also if the image size is unknown, and as for
+            :func:`bcos_train.weights.onnx_file.onnx_bytes`.
     """
     is_file = _check_target(target, with_hash)
+    if image_size is not None and target.suffix != _ONNX:
+        raise ValueError(f"--image-size is for a target that ends in {_ONNX}, not for {target}")
+    if image_size is not None and image_size < 1:
+        raise ValueError(f"--image-size={image_size}: at least 1")
+    if target.suffix == _ONNX:
+        check_onnx_packages()
     if license is not None and not re.fullmatch(r"[\w.+-]+", license):
         raise ValueError(
             f"license {license!r}: must be an identifier of the Hugging Face Hub, such as apache-2.0, mit or other"
@@ -101,22 +114,22 @@ def export(
     if not with_hash:
         _check_free(target, force)
     weights, network = _validate(read_weights_source(source, use_ema).for_model(model, options or {}))
-    names = _class_names(weights, class_names)
-    weights = replace(weights, license=license or weights.license, class_names=names)
+    weights = replace(weights, license=license or weights.license, class_names=_class_names(weights, class_names))
     if is_file:
-        content = _pth_bytes(weights.state) if target.suffix == ".pth" else to_safetensors(weights.state, names)
+        content = _file_bytes(target.suffix, weights, network, image_size)
         digest = hashlib.sha256(content).hexdigest()
         if with_hash:
             target = target.with_name(f"{target.stem}-{digest[:10]}{target.suffix}")
         _check_free(target, force)
         files = {target.name: content}
     else:
-        content = to_safetensors(weights.state, names)
+        content = to_safetensors(weights.state, weights.class_names)
         digest = hashlib.sha256(content).hexdigest()
         files = {WEIGHTS: content, **_description_files(weights, network, digest)}
     with _stage_files(target, files) as stage:
         written = stage / target.name if is_file else stage
-        _verify_written(written, weights.state)
+        if target.suffix != _ONNX:  # was checked, and holds no state dict
+            _verify_written(written, weights.state)
         _publish(stage, target, is_file, list(files))
     return Exported(target, weights, digest)
 
@@ -185,7 +198,9 @@ def _check_target(target: Path, with_hash: bool) -> bool:
     is_file = target.suffix in _FILE_SUFFIXES
     if not is_file and target.suffix in _REJECTED:
         near = suggest(target.suffix, _FILE_SUFFIXES)
-        raise ValueError(f"{target}: a target is a .pth or .safetensors file or a folder, not {target.suffix}{near}")
+        raise ValueError(
+            f"{target}: a target is a .pth, .safetensors or .onnx file or a folder, not {target.suffix}{near}"
+        )
     if with_hash and not is_file:
         raise ValueError(f"--hash needs a file, and {target} would be a folder; its {EXPORT_CONFIG} holds the SHA-256")
     return is_file
@@ -203,11 +218,29 @@ def _check_free(target: Path, force: bool) -> None:
             raise ValueError(f"{target} exists: choose another name, or use --force to overwrite it")
         return
     if target.exists() and not target.is_dir():
-        raise ValueError(f"{target} is a file; a target is a .pth or .safetensors file or a folder")
+        raise ValueError(f"{target} is a file; a target is a .pth, .safetensors or .onnx file or a folder")
     if any((target / name).exists() for name in (RUN_CONFIG, EMA_WEIGHTS)):
         raise ValueError(f"{target} is a run folder, and nothing is exported into those: choose another place")
     if target.exists() and any(target.iterdir()) and not force:
         raise ValueError(f"{target} exists and isn't empty: choose another name, or use --force to overwrite its files")
+
+
+def _file_bytes(suffix: str, source: WeightsSource, network: nn.Module, image_size: int | None) -> bytes:
+    if suffix == _ONNX:
+        return _onnx_bytes(source, network, image_size)
+    return _pth_bytes(source.state) if suffix == ".pth" else to_safetensors(source.state, source.class_names)
+
+
+def _onnx_bytes(source: WeightsSource, network: nn.Module, image_size: int | None) -> bytes:
+    """Return the model as ONNX, with what ``config.json`` would say as the property ``config``."""
+    preprocessing = _preprocessing(source, network)
+    if image_size is None and preprocessing is not None:
+        image_size = preprocessing.image_size
+    if image_size is None:
+        raise ValueError("the inference transform fixes no image size: set --image-size PIXELS, the side of the images")
+    config = {**export_config(source, preprocessing, _in_chans(network), "")}
+    del config["sha256"]  # of a weights file, which this is not
+    return onnx_bytes(build_from_source(source), _in_chans(network), image_size, {"config": json.dumps(config)})
 
 
 def _pth_bytes(state: Mapping[str, Tensor]) -> bytes:
@@ -218,12 +251,19 @@ def _pth_bytes(state: Mapping[str, Tensor]) -> bytes:
 
 def _description_files(source: WeightsSource, network: nn.Module, digest: str) -> dict[str, bytes]:
     """Return the contents of ``config.json`` and the model card by file name."""
-    preprocessing = source.preprocessing or Preprocessing.from_transform(getattr(network, "transform", None))
-    in_chans = int(getattr(network, "in_chans", 3))
+    preprocessing = _preprocessing(source, network)
     n_params = sum(parameter.numel() for parameter in network.parameters())
-    config = export_config(source, preprocessing, in_chans, digest)
+    config = export_config(source, preprocessing, _in_chans(network), digest)
     card = model_card(source, preprocessing, n_params, is_explainable(network))
     return {EXPORT_CONFIG: (json.dumps(config, indent=2) + "\n").encode(), CARD: card.encode()}
+
+
+def _preprocessing(source: WeightsSource, network: nn.Module) -> Preprocessing | None:
+    return source.preprocessing or Preprocessing.from_transform(getattr(network, "transform", None))
+
+
+def _in_chans(network: nn.Module) -> int:
+    return int(getattr(network, "in_chans", 3))
 
 
 @contextlib.contextmanager
