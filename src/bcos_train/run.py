@@ -64,6 +64,7 @@ from bcos_train.training.side_matters import protect
 from bcos_train.utils.atomic import remove_leftovers
 from bcos_train.utils.console import make_console
 from bcos_train.utils.terminal import print_line
+from bcos_train.weights.build import warn_of_assumed_bias
 from bcos_train.weights.model_options import model_of_config
 from bcos_train.weights.source import read_model_weights
 from bcos_train.weights.state_dict import load_weights
@@ -262,6 +263,7 @@ def evaluate(config: Mapping[str, Any], overridden: Sequence[str] = ()) -> int:
     model = build_model(settings, data)
     with user_errors_at(""):
         load_weights(model, source.state, source.label)
+        warn_of_assumed_bias(model, source, *model_of_config(model_config))
     module = Classifier(
         model,
         encoding=settings.encoding,

@@ -1,17 +1,21 @@
 """Build models with weights: the part of :func:`bcos_train.create_model` that reads files."""
 
+import math
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
 from torch import nn
 
+from bcos_train.nn import LogitLayer
 from bcos_train.weights.model_options import build_model
+from bcos_train.weights.records import RECORDS
 from bcos_train.weights.source import WeightsSource, read_model_weights
 from bcos_train.weights.state_dict import count_classes, load_weights
 
-__all__ = ["build_from_source", "build_with_weights", "with_num_classes"]
+__all__ = ["build_from_source", "build_with_weights", "warn_of_assumed_bias", "with_num_classes"]
 
 
 def build_with_weights(
@@ -26,6 +30,9 @@ def build_with_weights(
 
     Args:
         build: Builds the model from all of its options, with random weights.
+
+    Warns:
+        UserWarning: As for :func:`warn_of_assumed_bias`.
     """
     source = read_model_weights(name, weights, progress=progress)
     if source.folder is not None:
@@ -38,7 +45,8 @@ def build_with_weights(
     model = build(merged)
     listed = ", ".join(f"{key}={value}" for key, value in options.items())
     label = f"{source.label}, loaded with {listed}," if listed else source.label
-    load_weights(model, source.state, label, new_classifier="num_classes" in options)
+    if not load_weights(model, source.state, label, new_classifier="num_classes" in options):
+        warn_of_assumed_bias(model, source, name, merged, stacklevel=4)
     _set_transform(model, source)
     return model
 
@@ -64,13 +72,43 @@ def build_from_source(source: WeightsSource) -> nn.Module:
 
     Raises:
         ValueError: Unknown model or option, or the weights don't fit.
+
+    Warns:
+        UserWarning: As for :func:`warn_of_assumed_bias`.
     """
     source = with_num_classes(source)
     assert source.model_name is not None
     model = build_model(source.model_name, source.options)
     load_weights(model, source.state, source.label)
+    warn_of_assumed_bias(model, source, source.model_name, source.options, stacklevel=4)
     _set_transform(model, source)
     return model
+
+
+def warn_of_assumed_bias(
+    model: nn.Module, source: WeightsSource, name: str, options: Mapping[str, object], stacklevel: int = 2
+) -> None:
+    """Warn if the weights may have been trained with another logit bias than the model's: no state dict holds it.
+
+    An official network whose classifier is replaced keeps the logit bias of its 1000 classes.
+
+    Args:
+        model: Has all of the weights.
+        source: The weights; a folder describes the bias too.
+        name: Model name.
+        options: Its options.
+        stacklevel: As for :func:`warnings.warn`.
+    """
+    layer = next((module for module in model.modules() if isinstance(module, LogitLayer)), None)
+    is_described = source.folder is not None or source.is_official or options.get("logit_bias") is not None
+    if is_described or layer is None or name not in RECORDS or model.num_classes == (n := RECORDS[name].num_classes):
+        return
+    warnings.warn(
+        f"{source.label} doesn't record its logit bias: {layer.logit_bias:.4f} is assumed, the default for "
+        f"{model.num_classes} classes; if its classifier was replaced after training on {n} classes, set "
+        f"logit_bias={-math.log(n - 1):.4f}, or its probabilities change",
+        stacklevel=stacklevel,
+    )
 
 
 def _num_classes(

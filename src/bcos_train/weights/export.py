@@ -35,7 +35,7 @@ from bcos_train.runs.layout import (
 )
 from bcos_train.utils.atomic import temporary_path
 from bcos_train.utils.suggestions import join_words, suggest
-from bcos_train.weights.build import build_from_source, with_num_classes
+from bcos_train.weights.build import build_from_source, warn_of_assumed_bias, with_num_classes
 from bcos_train.weights.files import read_weights, to_safetensors
 from bcos_train.weights.model_card import export_config, model_card
 from bcos_train.weights.model_options import build_model, check_options, known_options
@@ -123,6 +123,8 @@ def export(
         _check_free(target, force)
         files = {target.name: content}
     else:
+        assert weights.model_name is not None
+        warn_of_assumed_bias(network, weights, weights.model_name, weights.options)
         content = to_safetensors(weights.state, weights.class_names)
         digest = hashlib.sha256(content).hexdigest()
         files = {WEIGHTS: content, **_description_files(weights, network, digest)}
