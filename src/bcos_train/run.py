@@ -1,7 +1,6 @@
 """``train`` and ``evaluate``: from a validated config to a run folder or an evaluation."""
 
 import contextlib
-import errno
 import logging
 import signal
 import sys
@@ -21,12 +20,13 @@ from torch import nn
 from bcos_train.config import Problem, UserError, check, instantiate, load_plugins, overlay, save, user_errors_at
 from bcos_train.config import load as load_config
 from bcos_train.config.composition import Override
+from bcos_train.config.errors import advice
 from bcos_train.config.overrides import plugins_in_overrides
 from bcos_train.dataset import ImageSizeMismatch, NotCacheable, UnreadableImage
 from bcos_train.dataset.classes import OtherClasses, with_model_classes
 from bcos_train.runs import launch
 from bcos_train.runs.checkpoint import Check, DamagedCheckpoint, set_aside
-from bcos_train.runs.folder import Resume, RunFolder, find_checkpoint, is_finished, read_run_folder, unused_folder
+from bcos_train.runs.folder import Resume, RunFolder, find_checkpoint, is_finished, read_run_folder
 from bcos_train.runs.hash import run_hash, with_absolute_paths
 from bcos_train.runs.interrupt import Interrupted, StopFlag
 from bcos_train.runs.layout import CHECKPOINTS, RUN_CONFIG
@@ -61,7 +61,7 @@ from bcos_train.training.module import Classifier, NonFiniteLoss
 from bcos_train.training.options import split_batch
 from bcos_train.training.resuming import check_resumable
 from bcos_train.training.side_matters import protect
-from bcos_train.utils.atomic import remove_leftovers
+from bcos_train.utils.atomic import remove_leftovers, unused_path
 from bcos_train.utils.console import make_console
 from bcos_train.utils.terminal import print_line
 from bcos_train.weights.build import warn_of_assumed_bias
@@ -132,10 +132,9 @@ def _as_user_errors() -> Iterator[None]:
     except (DamagedCheckpoint, OtherClasses, UnknownMonitor) as error:
         raise UserError(str(error)) from error
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if (hint := advice(error)) is None:
             raise
-        text = "free some space and run the same command again; the checkpoints are unchanged"
-        raise UserError(f"{error}: {text}") from error
+        raise UserError(f"{error}: {hint} and run the same command again; the checkpoints are unchanged") from error
 
 
 def _restart(config: Mapping[str, object], folder: Path | None, plugins: Sequence[str], processes: int) -> int:
@@ -211,7 +210,7 @@ def _open_folder(
     stack: contextlib.ExitStack, base: Path, resume: Resume, config: Mapping[str, object], check_checkpoint: Check
 ) -> RunFolder:
     """Lock the run folder until the end of ``stack``, then read its state and prepare it."""
-    path = base if resume else unused_folder(base)
+    path = base if resume else unused_path(base)
     stack.enter_context(locked(path))
     folder = read_run_folder(path, adopt=resume == "adopt", check=check_checkpoint)
     if not folder.finished:
@@ -275,11 +274,11 @@ def evaluate(config: Mapping[str, Any], overridden: Sequence[str] = ()) -> int:
     with _as_user_errors():
         check_image_size(model, data, settings.encoding, config, ["eval"])
         trainer.validate(module, datamodule=data, verbose=False)
-    if trainer.is_global_zero:
-        output = Path(config["output"] or folder or Path("evaluations", settings.model_name))
-        origin: Origin = {"weights": str(path), "ema": source.is_ema, "model": settings.model_name}
-        report_evaluation(module, data, origin, output, time.monotonic() - started)
-        explanations.write(module, data, settings.explanation, origin, config, output)
+        if trainer.is_global_zero:
+            output = Path(config["output"] or folder or Path("evaluations", settings.model_name))
+            origin: Origin = {"weights": str(path), "ema": source.is_ema, "model": settings.model_name}
+            report_evaluation(module, data, origin, output, time.monotonic() - started)
+            explanations.write(module, data, settings.explanation, origin, config, output)
     return 0
 
 

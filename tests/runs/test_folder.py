@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 from training.runs import TINY, compose, run_folder, signal_at
 
 from bcos_train.config import UserError
@@ -16,11 +17,12 @@ from bcos_train.config.signature import keyword_parameters
 from bcos_train.config.targets import TARGETS, resolve
 from bcos_train.run import train
 from bcos_train.runs import checkpoint as files
-from bcos_train.runs.folder import find_checkpoint, read_run_folder, unused_folder
+from bcos_train.runs.folder import find_checkpoint, read_run_folder
 from bcos_train.runs.hash import PATHS, run_hash, with_absolute_paths
 from bcos_train.runs.layout import LAST
 from bcos_train.runs.lock import locked
-from bcos_train.utils.atomic import remove_leftovers
+from bcos_train.utils.atomic import remove_leftovers, unused_path
+from bcos_train.weights.files import save_weights
 
 SMALL = (*TINY, "limit_train=16", "limit_val=9", "trainer.max_epochs=1")
 
@@ -139,11 +141,11 @@ def test_hash_does_not_change_the_config(tmp_path: Path) -> None:
 
 def test_new_folders_are_numbered(tmp_path: Path) -> None:
     base = tmp_path / "name-1234"
-    assert unused_folder(base) == base
+    assert unused_path(base) == base
     base.mkdir()
-    assert unused_folder(base) == tmp_path / "name-1234-2"
+    assert unused_path(base) == tmp_path / "name-1234-2"
     (tmp_path / "name-1234-2").mkdir()
-    assert unused_folder(base) == tmp_path / "name-1234-3"
+    assert unused_path(base) == tmp_path / "name-1234-3"
     folder = read_run_folder(tmp_path / "name-1234-3")
     assert (folder.resume_from, folder.finished, folder.warnings) == (None, False, ())
 
@@ -155,7 +157,8 @@ def test_resume_state(tmp_path: Path) -> None:
     assert folder.resume_from == folder.checkpoints / LAST
     assert not folder.finished
     (tmp_path / "checkpoints" / LAST).write_bytes(b"")
-    (tmp_path / "summary.json").write_text("{}")
+    (tmp_path / "summary.json").write_text('{"steps": 2}')
+    save_weights(nn.Linear(1, 1), tmp_path / "model.safetensors")
     folder = read_run_folder(tmp_path)
     assert folder.resume_from == folder.checkpoints / files.PREVIOUS
     assert folder.finished

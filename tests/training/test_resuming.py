@@ -1,5 +1,6 @@
 """What a run refuses to resume from, what it falls back to, and data that changed since the last checkpoint."""
 
+import json
 import re
 import shutil
 import signal
@@ -190,3 +191,31 @@ def test_falls_back_to_the_previous_one_and_overwrites_nothing(
     shutil.copytree(stopped / "runs", other / "runs")
     assert train(config(other)) == 0
     assert_same_state(final_state(folder)["model"], final_state(run_folder(other))["model"])
+
+
+def test_results_of_a_finished_run_are_verified(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(config(run)) == 0
+    folder = run_folder(run)
+    weights, summary = folder / "model.safetensors", folder / "summary.json"
+    good = weights.read_bytes(), json.loads(summary.read_text())
+    for path, content in ((weights, None), (weights, good[0][:-1]), (summary, b""), (summary, b"{}"), (summary, b"{")):
+        path.unlink()
+        if content is not None:
+            path.write_bytes(content)
+        assert train(config(run)) == 0
+        after = json.loads(summary.read_text())
+        seconds = {"seconds_since_start_or_resume": 0}
+        assert (weights.read_bytes(), after | seconds) == (good[0], good[1] | seconds)
+    capsys.readouterr()
+    shutil.rmtree(folder / CHECKPOINTS)
+    assert train(config(run)) == 0
+    assert "already finished" in capsys.readouterr().out
+    weights.unlink()
+    assert "is finished, but model.safetensors is missing, and there is no checkpoint" in mistake(config(run))
+    assert not weights.exists()
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 2**64])
+def test_seeds_out_of_range(seed: int, tmp_path: Path) -> None:
+    settings = {**compose(tmp_path, *SETTINGS, "dataset=digits"), "seed": seed}
+    assert mistake(settings) == f"seed={seed}: must lie between 0 and 4294967295"

@@ -1,14 +1,24 @@
 """Run folder: path, resume state and checkpoints."""
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from bcos_train.runs import checkpoint
-from bcos_train.runs.layout import BEST, CHECKPOINTS, SUMMARY, check_checkpoint_name
+from bcos_train.runs.layout import (
+    BEST,
+    CHECKPOINT_SUFFIX,
+    CHECKPOINTS,
+    EMA_WEIGHTS,
+    LAST,
+    SUMMARY,
+    WEIGHTS,
+    check_checkpoint_name,
+)
 
-__all__ = ["Resume", "RunFolder", "find_checkpoint", "is_finished", "read_run_folder", "unused_folder"]
+__all__ = ["Resume", "RunFolder", "find_checkpoint", "is_finished", "read_run_folder"]
 
 
 @dataclass(frozen=True)
@@ -44,17 +54,58 @@ Resume = bool | Literal["adopt", "data_changed"]
 
 
 def is_finished(path: Path) -> bool:
-    """True if the run in this folder has ended."""
-    return (path / SUMMARY).exists()
+    """True if the run in this folder has ended, and its results are there.
+
+    Raises:
+        ValueError: It has ended, but its results are missing or damaged, and no checkpoint is there to write them from.
+    """
+    if not (path / SUMMARY).exists():
+        return False
+    problems = _problems_of_results(path)
+    if problems and not any((path / CHECKPOINTS).glob(f"*{CHECKPOINT_SUFFIX}")):
+        raise ValueError(
+            f"{path} is finished, but {problems[0]}, and there is no checkpoint to write it from; resume=false trains "
+            "again in a new folder"
+        )
+    return not problems
 
 
-def unused_folder(base: Path) -> Path:
-    """Return the first of ``base``, ``base-2``, ``base-3``, … that doesn't exist."""
-    path, n = base, 1
-    while path.exists():
-        n += 1
-        path = base.with_name(f"{base.name}-{n}")
-    return path
+def _problems_of_results(path: Path) -> list[str]:
+    """Return what is missing or damaged in the folder of a run that has ended."""
+    problems = []
+    try:
+        if not isinstance(summary := json.loads((path / SUMMARY).read_bytes()), dict) or not summary:
+            problems.append(f"{SUMMARY} is empty")
+    except (OSError, ValueError):
+        problems.append(f"{SUMMARY} is damaged")
+    last = path / CHECKPOINTS / LAST
+    for name in (WEIGHTS, EMA_WEIGHTS):
+        weights = path / name
+        is_expected = name == WEIGHTS or (last.is_file() and "model_ema" in _entries(last))
+        if weights.exists():
+            if not _is_safetensors(weights):
+                problems.append(f"{name} is damaged")
+        elif is_expected:
+            problems.append(f"{name} is missing")
+    return problems
+
+
+def _entries(path: Path) -> Collection[str]:
+    try:
+        return checkpoint.read_structure(path)
+    except ValueError:
+        return ()
+
+
+def _is_safetensors(path: Path) -> bool:
+    """True if the header can be read and the file has the length that it states; the tensors are not read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
 
 
 def read_run_folder(path: Path, *, adopt: bool = False, check: checkpoint.Check | None = None) -> RunFolder:

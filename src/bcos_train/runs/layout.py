@@ -41,6 +41,7 @@ __all__ = [
     "check_checkpoint_name",
     "checkpoints_by_epoch",
     "read_metrics",
+    "salvage_metrics",
 ]
 
 RUN_CONFIG, METRICS, LOCK = "config.yaml", "metrics.csv", ".lock"
@@ -58,9 +59,38 @@ EXPORT_CONFIG, CARD, LIBRARY = "config.json", "README.md", "bcos-train"
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Return the rows of a ``metrics.csv`` without their empty cells."""
-    with path.open(newline="") as file:
-        return [{key: _number(text) for key, text in row.items() if text} for row in csv.DictReader(file)]
+    """Return the rows of a ``metrics.csv`` without their empty cells.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    _, rows, problem = salvage_metrics(path)
+    if problem is not None:
+        raise ValueError(f"{path} is damaged: {problem}")
+    return rows
+
+
+def salvage_metrics(path: Path) -> tuple[list[str], list[dict[str, float]], str | None]:
+    """Return the columns and the readable rows of a ``metrics.csv``, and what is wrong with the file, if anything."""
+    if path.is_dir():
+        return [], [], "it is a folder"
+    lines = path.read_bytes().decode(errors="replace").splitlines()
+    columns = next(csv.reader(lines[:1]), [])
+    if "step" not in columns or len(set(columns)) < len(columns):
+        return [], [], "its first line doesn't name the column step and others" if lines else "it is empty"
+    rows: list[dict[str, float]] = []
+    damaged = []
+    for number, line in enumerate(lines[1:], start=2):
+        try:
+            cells = next(csv.reader([line], strict=True), [])
+            row = {key: _number(text) for key, text in zip(columns, cells, strict=True) if text}
+            if row["step"] < (rows[-1]["step"] if rows else 0):
+                raise ValueError("steps are in order")
+        except (ValueError, KeyError, csv.Error):
+            damaged.append(number)
+        else:
+            rows.append(row)
+    return columns, rows, f"line {damaged[0]} can't be read, {len(damaged)} in all" if damaged else None
 
 
 def checkpoints_by_epoch(run: Path) -> dict[int, Path]:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from bcos_train.augmentation import Augmentation
+from bcos_train.config.errors import UserError
 from bcos_train.config.targets import resolve
 from bcos_train.dataset import BcosEncoding, ImageSource, Standardize
 from bcos_train.evaluation import ExplanationOptions
@@ -45,6 +46,9 @@ class CommonConfig:
             most two cores.
         seed: Seeds weight initialization, data order, augmentation and per-step randomness; 42 by default.
         plugins: Modules of the user that register models and targets, imported before the config is validated.
+
+    Raises:
+        UserError: ``seed`` is out of range.
     """
 
     model: partial[nn.Module]
@@ -60,6 +64,10 @@ class CommonConfig:
     num_workers: int | None = None
     seed: int = 42
     plugins: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed={self.seed}: must lie between 0 and {2**32 - 1}")
 
     @property
     def model_name(self) -> str:

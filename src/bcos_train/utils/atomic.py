@@ -5,12 +5,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["atomic_write", "remove_leftovers", "temporary_path"]
+__all__ = ["atomic_write", "remove_leftovers", "temporary_path", "unused_path"]
 
 
 def temporary_path(path: Path) -> Path:
     """Return the path beside ``path`` where this process prepares the file or folder that replaces it."""
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def unused_path(path: Path) -> Path:
+    """Return the first of ``path``, ``path-2``, ``path-3``, … that doesn't exist."""
+    unused, n = path, 1
+    while os.path.lexists(unused):
+        n += 1
+        unused = path.with_name(f"{path.name}-{n}")
+    return unused
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -296,16 +296,22 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
     assert saver.saved_at == [1, 2, 3, 4]
 
 
-def test_full_disk_is_the_users_to_put_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*args: Any) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "last.ckpt")
+def test_a_disk_that_refuses_is_the_users_to_put_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = 0
 
-    with monkeypatch.context() as patch:
-        patch.setattr(files, "_dump", full)
-        with pytest.raises(
-            UserError, match=r"No space left on device: 'last.ckpt': free some space and run the same command"
-        ):
-            train(compose(tmp_path, *SMALL))
+    def refuse(*args: Any) -> None:
+        raise OSError(code, os.strerror(code), "last.ckpt")
+
+    for code, hint in (
+        (errno.ENOSPC, "free some space"),
+        (errno.EROFS, "make it accessible"),
+        (errno.EIO, "check the disk or the network drive"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "_dump", refuse)
+            with pytest.raises(UserError) as caught:
+                train(compose(tmp_path, *SMALL))
+        assert f"{os.strerror(code)}: 'last.ckpt': {hint} and run the same command again" in str(caught.value)
     assert train(compose(tmp_path, *SMALL)) == 0
 
 

@@ -9,7 +9,8 @@ import torch
 
 from bcos_train.run import train
 from bcos_train.runs import checkpoint as files
-from bcos_train.training.callbacks.metrics import CsvLogger, read_metrics
+from bcos_train.runs.layout import read_metrics
+from bcos_train.training.callbacks.metrics import CsvLogger
 
 from ..runs import TINY, compose, metric_rows, run_folder
 
@@ -81,6 +82,49 @@ def test_incomplete_line_is_dropped(cut: int, tmp_path: Path) -> None:
     again = CsvLogger(tmp_path)
     again.log_metrics({"loss": 0.25}, step=2)
     assert path.read_text() == "step,loss\n1,0.125\n2,0.25\n"
+
+
+GOOD = "step,loss\n1,0.5\n2,0.25\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "kept", "problem"),
+    [
+        (b"\x00\xff\x80" * 50 + b"\n", 0, "its first line doesn't name"),
+        (b"", 0, "it is empty"),
+        (b"loss,epoch\n0.5,1\n", 0, "its first line doesn't name"),
+        (b"step,step\n1,1\n", 0, "its first line doesn't name"),
+        (GOOD.encode() + b"3,0.1,7\n", 2, "line 4 can't be read"),
+        (GOOD.encode() + b"3\n4,0.1\n", 3, "line 4 can't be read"),
+        (b"step,loss\n1,0.5\nx,\xff\n2,0.25\n", 2, "line 3 can't be read"),
+        (b"step,loss\n,0.5\n2,0.25\n", 1, "line 2 can't be read"),
+        (b"step,loss\n5,0.5\n2,0.25\n", 1, "line 3 can't be read"),
+        (None, 0, "it is a folder"),
+    ],
+)
+def test_damage_is_repaired(
+    content: bytes | None, kept: int, problem: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "metrics.csv"
+    if content is None:
+        path.mkdir()
+    else:
+        path.write_bytes(content)
+    logger = CsvLogger(tmp_path)
+    (record,) = caplog.records
+    assert f"metrics.csv is damaged ({problem}" in record.getMessage()
+    assert f"{kept} rows were kept" in record.getMessage()
+    assert content is None or (tmp_path / "metrics.csv.damaged").read_bytes() == content
+    logger.log_metrics({"loss": 1.0, "new": 2.0}, step=9)
+    assert len(read_metrics(path)) == kept + 1
+    assert read_metrics(path)[-1] == {"step": 9, "loss": 1.0, "new": 2.0}
+
+
+def test_an_empty_column_stays_in_place(tmp_path: Path) -> None:
+    """Rows that are appended have the columns of the file, also those without a value."""
+    (tmp_path / "metrics.csv").write_text("step,loss,acc\n1,,5\n")
+    CsvLogger(tmp_path).log_metrics({"acc": 6}, step=2)
+    assert read_metrics(tmp_path / "metrics.csv") == [{"step": 1, "acc": 5}, {"step": 2, "acc": 6}]
 
 
 @pytest.mark.parametrize("step", range(2))

@@ -1,6 +1,7 @@
 """Metrics during training, and ``metrics.csv``."""
 
 import csv
+import logging
 import os
 import time
 from collections.abc import Mapping
@@ -14,9 +15,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from bcos_train.dataset.batch import Batch
-from bcos_train.runs.layout import METRICS, read_metrics
+from bcos_train.runs.layout import METRICS, salvage_metrics
 from bcos_train.training.module import Classifier
-from bcos_train.utils.atomic import atomic_write
+from bcos_train.utils.atomic import atomic_write, unused_path
+from bcos_train.utils.terminal import printable
+
+_logger = logging.getLogger(__name__)
 
 
 class CsvLogger(Logger):
@@ -31,10 +35,27 @@ class CsvLogger(Logger):
         self.path = Path(folder) / METRICS
         self._columns: list[str] = []
         self._rows: list[dict[str, float]] = []
-        if self.path.exists():
+        self._load()
+
+    @rank_zero_only
+    def _load(self) -> None:
+        """Read the rows of a run that resumes; a damaged file is kept under another name, and replaced."""
+        if not self.path.exists():
+            return
+        if self.path.is_file():
             self._drop_incomplete_line()
-            self._rows = read_metrics(self.path)
-            self._columns = list(dict.fromkeys(key for row in self._rows for key in row))
+        self._columns, self._rows, problem = salvage_metrics(self.path)
+        if problem is not None:
+            aside = unused_path(self.path.with_name(f"{METRICS}.damaged"))
+            self.path.rename(aside)
+            self._rewrite()
+            _logger.warning(
+                "%s is damaged (%s): %d rows were kept, the damaged one is now %s",
+                printable(str(self.path)),
+                problem,
+                len(self._rows),
+                aside.name,
+            )
 
     @property
     def name(self) -> str:
