@@ -56,7 +56,7 @@ from bcos_train.training.config import (
 )
 from bcos_train.training.distributed import from_rank_zero
 from bcos_train.training.finish import finish, report_evaluation
-from bcos_train.training.image_size import check_image_size
+from bcos_train.training.image_size import check_image_size, check_smallest_batch
 from bcos_train.training.module import Classifier, NonFiniteLoss
 from bcos_train.training.options import split_batch
 from bcos_train.training.resuming import check_resumable
@@ -163,6 +163,7 @@ def _train(settings: TrainConfig, config: Mapping[str, object], stop: StopFlag, 
     data = load_data(settings, split, trainer, keep_initial_classes(settings))
     model = build_model(settings, data)
     check_image_size(model, data, settings.encoding, config)
+    check_smallest_batch(model, data, settings.encoding, settings.trainer.world_size)
     with user_errors_at(""):
         compiled_batch_size = split.per_device if should_compile(settings.trainer, model) else None
     with user_errors_at("optimizer"):

@@ -61,6 +61,7 @@ HASHED = (
     "augmentation.mixup_alpha=0.5",
     "augmentation.train.degrees=5.0",
     "batch_size=16",
+    "drop_last=true",
     "trainer.max_epochs=3",
     "trainer.precision=bf16",
     "trainer.gradient_clip_val=0.1",

@@ -1,14 +1,17 @@
 """Mistakes that only show while a run is put together: one line each, and nothing is left behind."""
 
+import errno
+import os
 import signal
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from bcos_train.config import UserError
+from bcos_train.config import UserError, check
 from bcos_train.run import train
 from bcos_train.runs.hash import run_hash
+from bcos_train.training.config import TrainConfig
 
 from .runs import TINY, compose, final_state, run_folder, signal_at
 
@@ -84,3 +87,34 @@ def test_a_run_in_a_further_folder_goes_on_from_it(tmp_path: Path, monkeypatch: 
     assert train(config, folder) == 0
     assert run_folder(tmp_path) == folder
     assert final_state(folder)["global_step"] == 10
+
+
+def test_a_single_image_in_the_last_batch(tmp_path: Path) -> None:
+    """Centered norms need two values per channel."""
+    overrides = (*TINY, "model=standard_resnet18", "limit_train=9", "limit_val=4", "trainer.max_epochs=1")
+    settings = compose(tmp_path, *(text for text in overrides if not text.startswith("model.")))
+    with pytest.raises(UserError, match=r"batch_size=8: of 9 training images .* 1 per device, .*drop_last=true") as e:
+        train(settings)
+    assert "\n" not in str(e.value)
+    assert list(tmp_path.iterdir()) == []
+    assert train({**settings, "drop_last": True}) == 0
+    assert final_state(run_folder(tmp_path))["global_step"] == 1
+    with pytest.raises(UserError, match="7 training images are fewer than batch_size=8: drop_last=false"):
+        train({**settings, "limit_train": 7, "drop_last": True})
+
+
+def test_a_float_is_no_precision(tmp_path: Path) -> None:
+    (problem,) = check(compose(tmp_path, "trainer.precision=16.0"), root=TrainConfig)
+    assert str(problem) == "trainer.precision=16.0: expected 32, 16 or bf16; did you mean 16?"
+
+
+def test_a_class_folder_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "val" / "a").mkdir(parents=True)
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match=r"^dataset: .*Permission denied: .*val") as caught:
+        train(compose(tmp_path / "runs", "dataset=imagefolder", f"dataset.root={tmp_path}", "trainer.accelerator=cpu"))
+    assert "\n" not in str(caught.value)

@@ -27,6 +27,17 @@ def test_cache_is_persistent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gi
     assert cache_dir() == str(expected)
 
 
+def test_home_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = tmp_path / "compiler"
+    compiler.touch(mode=0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(compiler))  # a file
+    prepare_to_compile("this")
+    assert cache_dir() == default_cache_dir()
+
+
 def test_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("CXX", "c++-of-my-own")

@@ -61,6 +61,10 @@ def mismatch(value: object, annotation: Any) -> str | None:
 
     Whole numbers are numbers; ``true`` and ``"3"`` are not.
     """
+    if get_origin(annotation) is Literal and not any(
+        type(value) is type(choice) and value == choice for choice in get_args(annotation)
+    ):  # pydantic takes 16.0 for 16
+        return describe(annotation) + _did_you_mean(value, annotation)
     try:
         TypeAdapter(annotation).validate_json(json.dumps(value, default=str), strict=True)
     except ValidationError as error:

@@ -136,6 +136,12 @@ class DataModule(pl.LightningDataModule):
         length = epoch_length(self.num_train, self.repetitions)
         return length // self.batch_size if self.drop_last else -(-length // self.batch_size)
 
+    def smallest_batch(self, world_size: int) -> int:
+        """Number of images in the smallest micro-batch of an epoch on a device."""
+        rest = epoch_length(self.num_train, self.repetitions) % self.batch_size
+        size = self.batch_size if self.drop_last or not rest else rest
+        return -(-size // (world_size * self.accumulate))
+
     def prepare_data(self) -> None:
         self.dataset.prepare()
 

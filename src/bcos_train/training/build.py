@@ -221,6 +221,7 @@ def load_data(
             num_workers=default_workers() if settings.num_workers is None else settings.num_workers,
             seed=settings.seed,
             repetitions=settings.augmentation.repetitions,
+            drop_last=settings.drop_last,
             accumulate=split.accumulate,
             pin_memory=settings.trainer.uses_cuda,
             limit_train=settings.limit_train,
@@ -234,6 +235,10 @@ def load_data(
         data.setup(stage)
         if data.num_val == 0 or (stage == "fit" and data.num_train == 0):
             raise ValueError(f"{data.dataset.name} has no {'training' if data.num_val else 'validation'} images")
+        if stage == "fit" and data.steps_per_epoch == 0:
+            raise ValueError(
+                f"{data.num_train} training images are fewer than batch_size={split.batch}: drop_last=false"
+            )
         if stage == "fit" and data.num_classes < 2:
             raise ValueError(f"{', '.join(data.class_names)} is the only class; a classifier needs at least two")
     return data

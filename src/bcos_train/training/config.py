@@ -40,6 +40,7 @@ class CommonConfig:
         eval_loss: ``(logits, target) -> scalar`` for validation; its ``probabilities`` convert logits to confidences.
         trainer: Epochs, devices, precision, gradient clipping, compilation.
         batch_size: Images per optimizer step, over all devices.
+        drop_last: Drop the last batch of an epoch if it is smaller than ``batch_size``.
         explanation: Explanation metrics and galleries; ``None`` (the default): none.
         limit_train, limit_val: Use only this many images, always the same ones; ``None``: all. For trials.
         num_workers: Data loading processes of each process; ``None``: its share of the cores minus one, and 0 with at
@@ -58,6 +59,7 @@ class CommonConfig:
     eval_loss: nn.Module
     trainer: TrainerOptions
     batch_size: int
+    drop_last: bool = False
     explanation: ExplanationOptions | None = None
     limit_train: int | None = None
     limit_val: int | None = None

@@ -1,5 +1,6 @@
 """Check at the start of a run that the model accepts the size of the images, which only the transforms determine."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -10,9 +11,10 @@ from torch.func import functional_call
 from bcos_train.config import UserError
 from bcos_train.dataset import BcosEncoding, ImageSizeMismatch, Standardize, UnreadableImage
 from bcos_train.dataset.data_module import DataModule
+from bcos_train.dataset.randomness import isolated_rng
 from bcos_train.explanation import evaluating
 
-__all__ = ["check_image_size"]
+__all__ = ["check_image_size", "check_smallest_batch"]
 
 Part = Literal["train", "eval"]
 
@@ -52,6 +54,29 @@ def check_image_size(
                 f"{_size_key(config, part)}: the {kind} images have {height}x{width} pixels, which "
                 f"{config['model']['name']} doesn't accept ({error})"
             )
+
+
+def check_smallest_batch(
+    model: nn.Module, data: DataModule, encoding: BcosEncoding | Standardize, world_size: int
+) -> None:
+    """Run the model in training mode on a single image, if a batch of an epoch has no more.
+
+    Raises:
+        UserError: The model can't be trained on it: torch's batch norms refuse one value per channel.
+    """
+    if data.smallest_batch(world_size) > 1:
+        return
+    model = copy.deepcopy(model).train()  # running statistics change
+    try:
+        with torch.no_grad(), isolated_rng():
+            model(encoding(_first_images(data, "train")[:1]))
+    except ValueError as error:
+        options = "" if data.drop_last else "drop_last=true, "
+        raise UserError(
+            f"batch_size={data.batch_size}: of {data.num_train} training images the smallest batch of an epoch has 1 "
+            f"per device, on which the model can't be trained ({' '.join(str(error).split())}); use {options}another "
+            "batch_size or model.norm_layer"
+        ) from error
 
 
 def _first_images(data: DataModule, part: Part) -> Tensor:

@@ -1,10 +1,12 @@
 """Check and set up what ``torch.compile`` requires of the machine."""
 
+import contextlib
 import importlib.util
 import os
 import shutil
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
@@ -37,7 +39,8 @@ def missing_for_compiling(cuda: bool = False) -> str | None:
 def prepare_to_compile(option: str, cuda: bool = False) -> None:
     """Check that there is a compiler, and set a persistent cache folder for compiled code.
 
-    The folder is ``~/.cache/bcos-train`` (``$XDG_CACHE_HOME``), unless ``TORCHINDUCTOR_CACHE_DIR`` names another.
+    The folder is ``~/.cache/bcos-train`` (``$XDG_CACHE_HOME``), unless ``TORCHINDUCTOR_CACHE_DIR`` names another
+    or it can't be written.
 
     Args:
         option: The option that requires a compiler, for the message.
@@ -50,5 +53,9 @@ def prepare_to_compile(option: str, cuda: bool = False) -> None:
         raise ValueError(f"{option} {missing}")
     # Importing parts of torch sets the variable to its default, a temporary folder.
     if os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (None, default_cache_dir()):
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache / "bcos-train" / "inductor")
+        # Without a usable home, compiled code goes to torch's temporary folder.
+        with contextlib.suppress(OSError, RuntimeError):
+            folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bcos-train" / "inductor"
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
