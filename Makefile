@@ -6,13 +6,14 @@ STAMP := $(VENV)/.installed
 # File of version constraints, set by test-oldest and test-locked.
 CONSTRAINTS :=
 
-.PHONY: train test test-all test-backends test-oldest test-locked lint lock clean help
+.PHONY: train test test-all test-backends test-no-fast test-oldest test-locked lint lock clean help
 
 help:
 	@echo "make train          create $(VENV), install, train with the defaults"
 	@echo "make test           create $(VENV), install, then lint, types and tests"
 	@echo "make test-all       make test with the slow tests"
 	@echo "make test-backends  the tests with model.backend=reference and compiled"
+	@echo "make test-no-fast   the tests in a copy without nn/fast"
 	@echo "make lock           pin all dependencies with hashes in requirements.lock"
 	@echo "make test-oldest    the tests with the oldest supported PyTorch, installed in .venv-oldest"
 	@echo "make test-locked    lint, types and tests with the versions of requirements.lock, in .venv-locked"
@@ -41,6 +42,14 @@ test-all: lint
 test-backends: $(STAMP)
 	$(BIN)/python -m pytest -n auto --backend=reference
 	$(BIN)/python -m pytest -n auto --backend=compiled
+
+# In a copy of the files that git tracks or would track.
+test-no-fast: $(STAMP)
+	rm -rf .no-fast && mkdir .no-fast
+	git ls-files -z --cached --others --exclude-standard | tar --null -T - -cf - | tar -xf - -C .no-fast
+	rm -r .no-fast/src/bcos_train/nn/fast .no-fast/tests/nn/fast
+	cd .no-fast && PYTHONPATH=src $(abspath $(BIN))/python -m pytest -n auto
+	rm -rf .no-fast
 
 # Without mypy, since the annotations of the newest PyTorch differ.
 test-oldest:
