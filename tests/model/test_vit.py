@@ -211,7 +211,8 @@ def test_positional_embedding_has_the_dtype_of_the_tokens() -> None:
 
 def test_patches_are_read_row_by_row() -> None:
     x = torch.arange(2 * 3 * 8 * 12.0).view(2, 3, 8, 12)
-    patches = create_model("simple_vit_ti_patch16_224", **SMALL, patch_size=4, in_chans=3)[0].to_patch_embedding.patches
+    model = create_model("simple_vit_ti_patch16_224", **SMALL, patch_size=4, in_chans=3)
+    patches = model[0].to_patch_embedding.rearrage
     out = patches(x)
     assert out.shape == (2, 2, 3, 48)
     for row in range(2):

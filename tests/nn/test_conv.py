@@ -60,6 +60,17 @@ def run(layer: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, 
     return out.detach(), *torch.autograd.grad(out, [x, layer.linear.weight], cotangent.to(out.dtype))
 
 
+@pytest.mark.parametrize("case", SHARED)
+def test_has_the_geometry_attributes_of_the_official_layer(case):
+    kwargs, shape = SHARED[case]
+    ours, official = BcosConv2d(**kwargs, max_out=2), OfficialBcosConv2d(**kwargs, max_out=2)
+    for name in ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode", "patch_size"):
+        assert getattr(ours, name) == getattr(official, name), name
+    x = torch.randn(shape)
+    norms = official.calc_patch_norms(x)
+    assert_near(ours.calc_patch_norms(x).expand_as(norms), norms, 1e-5, "norms")
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("b", "max_out"), BS_AND_MAX_OUTS)
 @pytest.mark.parametrize("case", SHARED)

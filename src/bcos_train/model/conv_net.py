@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from functools import partial
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bcos_train.dataset.encoding import BcosEncoding
@@ -55,9 +56,10 @@ class BcosConvNet(BcosModel):
     logit_layer: LogitLayer
     conv_layer: LayerFactory
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.avgpool = nn.AdaptiveAvgPool2d(1)
+    def average(self, x: Tensor) -> Tensor:
+        """Average over positions, by the child ``avgpool`` in networks whose official counterparts have that child."""
+        pool = getattr(self, "avgpool", None)
+        return (F.adaptive_avg_pool2d(x, 1) if pool is None else pool(x)).flatten(1)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Compute the feature map before the classifier: ``(N, in_chans, H, W) -> (N, num_features, H', W')``.
@@ -74,11 +76,11 @@ class BcosConvNet(BcosModel):
         Without average (``global_pool=""``) the latter is ``(N, head_hidden_size, H', W')``.
         """
         if self.num_classes and not pre_logits:
-            return self.logit_layer(self.avgpool(self.get_classifier()(x)).flatten(1))
+            return self.logit_layer(self.average(self.get_classifier()(x)))
         if "." in self.logit_conv_name:
             for module in list(self.get_classifier().children())[:-1]:
                 x = module(x)
-        return self.avgpool(x).flatten(1) if self.global_pool else x
+        return self.average(x) if self.global_pool else x
 
     def get_classifier(self) -> nn.Module:
         """Return the module that computes logits at each position, before the global average."""

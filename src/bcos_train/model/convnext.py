@@ -121,6 +121,7 @@ class BcosConvNeXt(BcosConvNet):
         self.num_features = self.head_hidden_size = channels[-1]
         self.num_classes = num_classes
         self.in_chans = in_chans
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Sequential(
             norm_layer(self.num_features), conv_layer(self.num_features, num_classes, kernel_size=1)
         )

@@ -158,8 +158,8 @@ class BcosDenseNet(BcosConvNet):
         self.num_features = self.head_hidden_size = channels
         self.num_classes = num_classes
         self.in_chans = in_chans
-        self.logit_layer = make_logit_layer(num_classes, logit_temperature, logit_bias)
         self.classifier = conv_layer(channels, num_classes, kernel_size=1)
+        self.logit_layer = make_logit_layer(num_classes, logit_temperature, logit_bias)
         self.init_convs()
         if memory_efficient:
             self.set_grad_checkpointing()

@@ -88,13 +88,13 @@ class BcosPlainCnn(BcosConvNet):
     ) -> None:
         super().__init__()
         layer_scale, logit_temperature = _scales(b, layer_scale, logit_temperature)
-        self.logit_layer = make_logit_layer(num_classes, logit_temperature, logit_bias)
         self.conv_layer = conv_layer = partial(ScaledBcosConv2d, b=b, max_out=max_out, scale=layer_scale)
         channels = in_chans
         for index, (out_channels, stride) in enumerate(LAYERS):
             self.add_module(str(index), conv_layer(channels, out_channels, kernel_size=3, stride=stride, padding=1))
             channels = out_channels
         self.add_module(self.logit_conv_name, conv_layer(channels, num_classes, kernel_size=1))
+        self.logit_layer = make_logit_layer(num_classes, logit_temperature, logit_bias)
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = channels

@@ -173,7 +173,6 @@ class BcosResNet(BcosConvNet):
         width_per_group: int = 64,
     ) -> None:
         super().__init__()
-        self.logit_layer = make_logit_layer(num_classes, logit_temperature, logit_bias)
         steps = _strides_and_dilations(len(layers), replace_stride_with_dilation)
         norm_layer = resolve_norm(norm_layer)
         self.conv_layer = conv_layer = resolve_conv(conv_layer, b, max_out)
@@ -204,7 +203,9 @@ class BcosResNet(BcosConvNet):
         self.num_features = self.head_hidden_size = channels
         self.num_classes = num_classes
         self.in_chans = in_chans
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = conv_layer(channels, num_classes, kernel_size=1)
+        self.logit_layer = make_logit_layer(num_classes, logit_temperature, logit_bias)
         self._init_weights(zero_init_residual)
 
     def _init_weights(self, zero_init_residual: bool) -> None:

@@ -12,7 +12,7 @@ Axes: N images, C channels, H height, W width, P patch size, T tokens, D token d
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -84,12 +84,13 @@ class SimpleViT(nn.Module):
         if stem:
             embedding["conv_stem"] = conv_stem(in_chans, stem, conv_layer, norm2d_layer, act_layer)
             channels = stem[-1]
-        embedding["patches"] = Patches(patch_size)
+        embedding["rearrage"] = Patches(patch_size)  # spelled as in the official code
         embedding["linear"] = linear_layer(channels * patch_size**2, dim)
         self.to_patch_embedding = nn.Sequential(embedding)
         self.positional_embedding = PositionalEmbedding()
         block = partial(Encoder, dim, heads, mlp_dim, linear_layer, norm_layer, act_layer)
         self.transformer = CheckpointedBlocks(OrderedDict((f"encoder_{i}", block()) for i in range(depth)))
+        self.to_latent = nn.Identity()  # only so that the children are the official ones
         self.linear_head = nn.Sequential(OrderedDict(norm=norm_layer(dim), linear=linear_layer(dim, num_classes)))
         self.linear_layer = linear_layer
         self.num_features = self.head_hidden_size = dim
@@ -106,7 +107,7 @@ class SimpleViT(nn.Module):
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Compute logits ``(N, K)`` from tokens; with ``pre_logits`` the average after the head's norm, ``(N, D)``."""
         norm, linear = self.linear_head
-        x = norm(x.mean(dim=1) if self.global_pool else x)
+        x = norm(self.to_latent(x.mean(dim=1) if self.global_pool else x))
         return x if pre_logits else linear(x)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -222,8 +223,16 @@ class BcosSimpleViT(BcosModel):
         self.num_classes = num_classes
         self.in_chans = in_chans
 
-    def __getitem__(self, index: int) -> Any:
-        return list(self.children())[index]
+    # The official model is an `nn.Sequential`.
+    def __getitem__(self, index: int | slice) -> Any:
+        modules = list(self.children())[index]
+        return nn.Sequential(*modules) if isinstance(modules, list) else modules
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return self.children()
 
     @property
     def logit_layer(self) -> LogitLayer:

@@ -1,5 +1,7 @@
 """The B-cos convolution."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -80,6 +82,10 @@ class BcosConv2d(BcosLayer):
             device=device,
             dtype=dtype,
         )
+        # As given, for code that reads the geometry; `linear` computes with its own.
+        self.kernel_size, self.stride, self.padding, self.dilation = kernel_size, stride, padding, dilation
+        self.groups, self.padding_mode = groups, padding_mode
+        self.patch_size = math.prod(self.linear.kernel_size)  # positions
         if out_channels % groups:
             raise ValueError(f"out_channels={out_channels} is not a multiple of groups={groups}.")
 
@@ -92,6 +98,10 @@ class BcosConv2d(BcosLayer):
         if is_linear(self.b):
             return out
         return bcos_transform(out, self.input_norm(x), self.b, self.detach)
+
+    def calc_patch_norms(self, x: Tensor) -> Tensor:
+        """Return `input_norm`, under its name in the official code."""
+        return self.input_norm(x)
 
     def input_norm(self, x: Tensor) -> Tensor:
         """Return ‖x‖ of every patch, (N, C, H, W) -> (N, 1 or O, P, Q)."""
