@@ -82,7 +82,10 @@ def test_digits_split_is_stratified(fraction: float) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"size": 0}, "size must lie between 1 and 4,096 pixels, not 0"), ({"val_fraction": 1.0}, "val_fraction must lie between 0 and 1, not 1.0")],
+    [
+        ({"size": 0}, "size must lie between 1 and 4,096 pixels, not 0"),
+        ({"val_fraction": 1.0}, "val_fraction must lie between 0 and 1, not 1.0"),
+    ],
 )
 def test_digits_arguments(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
