@@ -213,6 +213,7 @@ def test_wrong_groups():
 @pytest.mark.parametrize("name", NORM_NAMES)
 def test_autocast_keeps_the_statistics_in_float32(name, explain, dtype):
     """In float16 the variance of values about ±300 overflows, and eps = 1e-5 is almost lost."""
+    torch.manual_seed(0)  # channels of equal sign have so little variance that a true gradient may exceed float16
     norm = make_norm(name)(4)
     if explain:
         norm = norm.eval() if name in ("an", "bn") else norm

@@ -8,7 +8,7 @@ import torch
 
 from bcos_train.config import UserError
 from bcos_train.run import train
-from bcos_train.training.callbacks.metrics import read_metrics
+from bcos_train.runs.layout import read_metrics
 from bcos_train.utils.compiling import compiler_name
 
 from .runs import TINY, compose

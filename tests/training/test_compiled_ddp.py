@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bcos_train import create_model
-from bcos_train.training.callbacks.metrics import read_metrics
+from bcos_train.runs.layout import read_metrics
 
 from .toys import RandomSource, fit, make_data, make_module
 

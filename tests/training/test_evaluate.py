@@ -17,8 +17,7 @@ from bcos_train import commands
 from bcos_train.config import UserError, save
 from bcos_train.run import evaluate, rebase_on_run, train
 from bcos_train.runs import checkpoint as files
-from bcos_train.runs.layout import LAST
-from bcos_train.training.callbacks.metrics import read_metrics
+from bcos_train.runs.layout import LAST, read_metrics
 
 from .runs import TINY, compose, run_folder
 

@@ -17,8 +17,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from bcos_train.config import UserError
 from bcos_train.run import train
+from bcos_train.runs.layout import read_metrics
 from bcos_train.training import loggers, wandb_logger
-from bcos_train.training.callbacks.metrics import read_metrics
 
 from .runs import TINY, compose, run_folder
 

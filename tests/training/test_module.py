@@ -23,10 +23,10 @@ from bcos_train.run import train
 from bcos_train.runs import checkpoint as files
 from bcos_train.runs.checkpoint import LAST
 from bcos_train.runs.interrupt import StopFlag
+from bcos_train.runs.layout import read_metrics
 from bcos_train.schedule import Cosine, Schedule, Step
 from bcos_train.training import Checkpointing, Classifier, NonFiniteLoss
 from bcos_train.training.callbacks.checkpoint import Checkpointer
-from bcos_train.training.callbacks.metrics import read_metrics
 
 from .runs import TINY, compose, run_folder
 from .toys import RandomSource, TinyNet, fit, make_data, make_module, make_trainer

@@ -74,7 +74,7 @@ def test_image_size_of_the_transform(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(export_module, "onnx_bytes", fake)
     torch.save(random_state("resnet18", layers=(1, 1, 1, 1), num_classes=2), tmp_path / "w.pth")
-    options = {"layers": (1, 1, 1, 1)}
+    options = {"layers": (1, 1, 1, 1), "logit_bias": -0.5}
     export(str(tmp_path / "w.pth"), tmp_path / "a.onnx", model="resnet18", options=options)
     export(str(tmp_path / "w.pth"), tmp_path / "b.onnx", model="resnet18", options=options, image_size=64)
     assert sizes == [(6, 224), (6, 64)]

@@ -12,10 +12,10 @@ from torch.optim.swa_utils import AveragedModel
 from bcos_train.runs import checkpoint as files
 from bcos_train.runs.checkpoint import LAST
 from bcos_train.runs.interrupt import Interrupted, StopFlag
+from bcos_train.runs.layout import read_metrics
 from bcos_train.training import Checkpointing, Ema
 from bcos_train.training.callbacks.checkpoint import Checkpointer
 from bcos_train.training.callbacks.ema import EmaCallback, ema_decay
-from bcos_train.training.callbacks.metrics import read_metrics
 
 from ..runs import assert_same_state
 from ..toys import TinyNet, fit, make_data, make_module, make_trainer

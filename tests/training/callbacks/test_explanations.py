@@ -10,8 +10,8 @@ import torch
 
 from bcos_train.evaluation import METRICS, Results
 from bcos_train.run import evaluate, train
+from bcos_train.runs.layout import read_metrics
 from bcos_train.training.callbacks.explanations import PredictionRecorder, logged_metrics
-from bcos_train.training.callbacks.metrics import read_metrics
 from bcos_train.training.config import restore_dataset_settings
 
 from ..runs import TINY, assert_same_state, compose, final_state, run_folder

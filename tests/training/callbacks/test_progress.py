@@ -11,9 +11,9 @@ import pytorch_lightning as pl
 from rich.console import Console
 
 from bcos_train.runs.interrupt import Interrupted, StopFlag
+from bcos_train.runs.layout import read_metrics
 from bcos_train.training.callbacks import progress
 from bcos_train.training.callbacks.checkpoint import Checkpointer, Checkpointing
-from bcos_train.training.callbacks.metrics import read_metrics
 from bcos_train.training.callbacks.progress import ProgressDisplay, duration
 from bcos_train.training.module import NonFiniteLoss
 
