@@ -179,7 +179,7 @@ def _train(settings: TrainConfig, config: Mapping[str, object], stop: StopFlag, 
     with contextlib.ExitStack() as stack:
         folder = from_rank_zero(trainer, lambda: _open_folder(stack, base, resume, config, check_checkpoint))
         for warning in folder.warnings:
-            console.print(f"skipped: {warning}", style="yellow", highlight=False, soft_wrap=True)
+            console.print(f"skipped: {warning}", style="yellow", soft_wrap=True)
         if folder.finished:  # in the meantime, by another process
             return _report_finished(console, folder.path)
         module = build_module(settings, model, data, compiled_batch_size)
@@ -203,7 +203,7 @@ def _train(settings: TrainConfig, config: Mapping[str, object], stop: StopFlag, 
 
 def _report_finished(console: Console, path: Path) -> int:
     text = f"already finished: {path} (resume=false trains again in another folder)"
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    console.print(text, soft_wrap=True)
     return 0
 
 

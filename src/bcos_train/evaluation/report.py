@@ -84,7 +84,7 @@ def evaluate_explanations(
     for part in parts:
         console.print(part)
     lines.append(f"explanations: {output / EXPLANATION_SUMMARY}" + (f"; figures: {folder}" if figures else ""))
-    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+    console.print("\n".join(lines), soft_wrap=True)
     return results
 
 

@@ -48,7 +48,7 @@ def print_banner(
     if compilation is None:
         del lines["compile"]
     for key, text in lines.items():
-        console.print(f"{key:>10}  {text}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"{key:>10}  {text}", soft_wrap=True)
 
 
 def _statistics(model: nn.Module, split: BatchSplit, options: TrainerOptions) -> str:

@@ -74,7 +74,7 @@ def finish(
     lines.append(f"folder: {folder.path}")
     if galleries:
         lines.append(f"gallery: {galleries[-1]}")
-    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+    console.print("\n".join(lines), soft_wrap=True)
 
 
 def report_evaluation(module: Classifier, data: DataModule, origin: Origin, output: Path, seconds: float) -> None:
@@ -115,7 +115,5 @@ def report_evaluation(module: Classifier, data: DataModule, origin: Origin, outp
     )
     console = make_console()
     console.print(table)
-    console.print(
-        f"weights: {origin['weights']}{' (averaged)' if origin['ema'] else ''}", highlight=False, soft_wrap=True
-    )
-    console.print(f"results: {output}", highlight=False, soft_wrap=True)
+    console.print(f"weights: {origin['weights']}{' (averaged)' if origin['ema'] else ''}", soft_wrap=True)
+    console.print(f"results: {output}", soft_wrap=True)

@@ -80,7 +80,7 @@ class FolderImages(Dataset[tuple[Image.Image, int]]):
         return len(self.labels)
 
     def digest(self) -> str:
-        """Return a hash of the relative paths and the labels of all images (0.1 s for a million)."""
+        """Return a hash of the relative paths and the labels of all images, in less than 0.1 s for a million."""
         content = hashlib.sha256(self._paths.tobytes())
         content.update(self.labels.tobytes())
         return content.hexdigest()

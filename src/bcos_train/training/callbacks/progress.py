@@ -84,7 +84,7 @@ class ProgressDisplay(pl.Callback):
         self._stop()
 
     def _print(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self.console.print(text, soft_wrap=True)
 
     def _stop(self) -> None:
         if self._bar is not None:
