@@ -181,6 +181,15 @@ def convolutions_take_a_weight() -> None:
     assert torch.equal(conv._conv_forward(x, conv.weight, None), conv(x))
 
 
+def versions_count_writes() -> None:
+    x = torch.zeros(2)
+    counter = x.detach()
+    counter.data = x.new_empty(0)
+    assert counter._version == 0
+    x += 1
+    assert counter._version == x._version == 1
+
+
 def parts_are_dicts() -> None:
     assert set(nn.Sequential(nn.ReLU())._modules) == {"0"}
     assert set(nn.BatchNorm2d(2)._buffers) == {"running_mean", "running_var", "num_batches_tracked"}
@@ -206,6 +215,7 @@ def imagenet_has_its_names() -> None:
         forward_mode_is_seen,
         global_hooks_are_seen,
         convolutions_take_a_weight,
+        versions_count_writes,
         parts_are_dicts,
         imagenet_has_its_names,
     ],

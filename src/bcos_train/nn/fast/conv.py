@@ -19,6 +19,7 @@ from bcos_train.nn.fast.kernels import (
     scale_backward,
     scale_output,
     to_chosen,
+    write_counter,
 )
 from bcos_train.nn.fast.maxout import from_blocked, maxout_with_indices, to_blocked
 from bcos_train.nn.functional import PATCH_EPS, bcos_transform, maxout, patch_norm, statistics_dtype
@@ -108,9 +109,11 @@ class _BcosConv2d(torch.autograd.Function):
         norm = kernels.patch_norm(x, conv)
         best, choice = _candidates(conv, x, weight, candidates, groups)
         y, saved = scale_output(best, _grouped(norm, groups), b, kernels)
+        out = _ungrouped(y, groups).data
+        ctx.writes = write_counter(out) if saved is y else None
         ctx.save_for_backward(x, weight, norm, saved, choice)
         ctx.options = (conv, b, candidates, kernels)
-        return _ungrouped(y, groups)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -122,6 +125,8 @@ class _BcosConv2d(torch.autograd.Function):
         groups = _viewed_groups(conv, len(weight))
         dim = _unit_dim(groups)
         norm = _grouped(norm, groups)
+        if ctx.writes is not None and ctx.writes._version:
+            saved = scale_output(_candidates(conv, x, weight, candidates, groups)[0], norm, b, kernels)[1]
         # With one unit per group there is no axis to sum over.
         summed = None if len(weight) == conv.groups else dim
         best, s = scale_backward(_grouped(grad, groups), saved, norm, b, summed, kernels)
@@ -147,7 +152,7 @@ class _DetachedBcosConv2d(torch.autograd.Function):
         scale = detached_scale(best, _grouped(conv.norm(x), groups), b)
         ctx.save_for_backward(to_blocked(weight, candidates, groups), scale, choice)
         ctx.options = (conv, candidates, x.shape, memory_format(x))
-        return _ungrouped(best.mul_(scale), groups)
+        return _ungrouped(best.mul_(scale), groups).data  # a view can't be modified in place
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

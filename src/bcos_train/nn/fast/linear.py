@@ -13,6 +13,7 @@ from bcos_train.nn.fast.kernels import (
     scale_backward,
     scale_output,
     to_chosen,
+    write_counter,
 )
 from bcos_train.nn.fast.matmul import linear_transform
 from bcos_train.nn.fast.maxout import from_blocked, maxout_with_indices, to_blocked
@@ -25,12 +26,13 @@ class _BcosLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, b: float, candidates: int, kernels: Kernels) -> Tensor:
         norm = kernels.feature_norm(x)
-        out = linear_transform(x, to_blocked(weight, candidates, 1))
-        best, choice = maxout_with_indices(out, candidates, x.dim() - 1)
+        best, choice = _candidates(x, weight, candidates)
         y, saved = scale_output(best, norm, b, kernels)
+        out = y.data
+        ctx.writes = write_counter(out) if saved is y else None
         ctx.save_for_backward(x, weight, norm, saved, choice)
         ctx.options = (b, candidates, kernels)
-        return y
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -39,6 +41,8 @@ class _BcosLinear(torch.autograd.Function):
         if torch.is_grad_enabled():
             grads = reference_backward(lambda x, w: _reference_linear(x, w, b, candidates), (x, weight), grad)
             return *grads, *[None] * 3
+        if ctx.writes is not None and ctx.writes._version:
+            saved = scale_output(_candidates(x, weight, candidates)[0], norm, b, kernels)[1]
         best, s = scale_backward(grad, saved, norm, b, -1, kernels)
         large = to_chosen(best, choice, candidates, x.dim() - 1)
         grad_x = grad_weight = None
@@ -60,7 +64,7 @@ class _DetachedBcosLinear(torch.autograd.Function):
         scale = detached_scale(best, feature_norm(x), b)
         ctx.save_for_backward(weight, scale, choice)
         ctx.candidates = candidates
-        return best.mul_(scale)
+        return best.mul_(scale).data  # a view can't be modified in place
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -75,7 +79,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return linear_transform(x, weight)
+        return linear_transform(x, weight).data  # a view can't be modified in place
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -84,6 +88,11 @@ class _Linear(torch.autograd.Function):
             return tuple(reference_backward(F.linear, (x, weight), grad))
         grad_x = linear_transform(grad, weight.T) if ctx.needs_input_grad[0] else None
         return grad_x, _outer(grad, x) if ctx.needs_input_grad[1] else None
+
+
+def _candidates(x: Tensor, weight: Tensor, candidates: int) -> tuple[Tensor, Tensor | None]:
+    """Return ŵ·x of the largest candidate, (*, O), and its index; None if there is only one."""
+    return maxout_with_indices(linear_transform(x, to_blocked(weight, candidates, 1)), candidates, x.dim() - 1)
 
 
 def _outer(grad: Tensor, x: Tensor) -> Tensor:
