@@ -28,7 +28,8 @@ from bcos_train.explanation import evaluating
 from bcos_train.model import Bottleneck, create_model, list_models, model_signature
 from bcos_train.model.base import resolve_pooling
 from bcos_train.model.conv_net import BcosConvNet
-from bcos_train.model.grad_checkpointing import CheckpointedBlocks, set_grad_checkpointing
+from bcos_train.model.grad_checkpointing import set_grad_checkpointing
+from bcos_train.model.intermediates import last_of_each_resolution
 from bcos_train.utils.suggestions import join_words, suggest
 from bcos_train.weights.records import RECORDS, timm_name
 
@@ -256,21 +257,16 @@ def _trunk(model: BcosConvNet) -> tuple[nn.Module, list[FeatureInfo]]:
     x = torch.zeros(1, model.in_chans, size, size, device=reference.device, dtype=reference.dtype)
     parts: OrderedDict[str, nn.Module] = OrderedDict()
     info: list[FeatureInfo] = []
-    previous: nn.Module | None = None
+    modules = list(model.get_feature_extractor().children())
+    ends = last_of_each_resolution(modules)
     with torch.no_grad(), evaluating(model):
-        for module in model.get_feature_extractor().children():
+        for index, module in enumerate(modules):
             x = module(x)
             name = names[id(module)]
             top = name.partition(".")[0]
             parts[top] = model.get_submodule(top)
-            feature = FeatureInfo(num_chs=x.shape[1], reduction=size // x.shape[-1], module=name)
-            # Stages that dilation keeps at one resolution have a feature map each, as in timm's ResNet.
-            is_dilated = isinstance(module, CheckpointedBlocks) and isinstance(previous, CheckpointedBlocks)
-            if info and info[-1]["reduction"] == feature["reduction"] and not is_dilated:
-                info[-1] = feature
-            else:
-                info.append(feature)
-            previous = module
+            if index in ends:
+                info.append(FeatureInfo(num_chs=x.shape[1], reduction=size // x.shape[-1], module=name))
     return nn.Sequential(parts), info
 
 

@@ -7,7 +7,7 @@ Axes: N images, C channels, H height, W width, K classes.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch.nn.functional as F
@@ -15,6 +15,13 @@ from torch import Tensor, nn
 
 from bcos_train.dataset.encoding import BcosEncoding
 from bcos_train.model.base import BcosModel, check_images, resolve_pooling
+from bcos_train.model.intermediates import (
+    Intermediates,
+    check_output_format,
+    last_of_each_resolution,
+    run_and_collect,
+    take_indices,
+)
 from bcos_train.model.transform import InferenceTransform
 from bcos_train.nn import BcosConv2d, LogitLayer, make_norm
 
@@ -69,6 +76,40 @@ class BcosConvNet(BcosModel):
         """
         check_images(x, self.in_chans, self.min_size, type(self).__name__)
         return self.get_feature_extractor()(x)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Intermediates:
+        """Compute feature maps as timm's models do: the last one of each resolution, like ``features_only=True``.
+
+        Args:
+            x: As for ``forward_features``.
+            indices: Indices of the feature maps; an integer: the last so many; ``None``: all.
+            norm: No effect, as in timm's ResNet: there is no norm that fits all of them.
+            stop_early: Skip what follows the last of these feature maps.
+            output_fmt: ``"NCHW"``.
+            intermediates_only: Return the feature maps alone.
+
+        Returns:
+            The output of ``forward_features`` (with ``stop_early`` the last feature map) and a list of feature maps
+            (N, C, H', W').
+
+        Raises:
+            ValueError: As for ``forward_features``, or ``indices`` or ``output_fmt`` is another value.
+        """
+        check_images(x, self.in_chans, self.min_size, type(self).__name__)
+        check_output_format(output_fmt, ["NCHW"])
+        modules = list(self.get_feature_extractor().children())
+        ends = last_of_each_resolution(modules)
+        taps = [ends[index] for index in take_indices(len(ends), indices)]
+        x, features = run_and_collect(modules, x, taps, stop_early)
+        return features if intermediates_only else (x, features)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Compute logits ``(N, K)``, or ``(N, head_hidden_size)`` with ``pre_logits``, from the feature map.

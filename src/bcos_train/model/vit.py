@@ -23,6 +23,7 @@ from bcos_train.dataset.encoding import Standardize
 from bcos_train.model.base import BcosModel, GroupMatcher, check_images, resolve_pooling
 from bcos_train.model.conv_net import LayerFactory, make_logit_layer
 from bcos_train.model.grad_checkpointing import CheckpointedBlocks, set_grad_checkpointing
+from bcos_train.model.intermediates import Intermediates, check_output_format, take_indices
 from bcos_train.model.registry import Builder, register_model
 from bcos_train.model.transform import InferenceTransform
 from bcos_train.model.vit_parts import Attention, Encoder, Patches, PositionalEmbedding, conv_stem
@@ -103,6 +104,47 @@ class SimpleViT(nn.Module):
         for name in self.feature_names:
             x = getattr(self, name)(x)
         return x
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Intermediates:
+        """Compute the tokens after each transformer block, as timm's ViT does.
+
+        Args:
+            x: As for ``forward_features``.
+            indices: Indices of the blocks; an integer: the last so many; ``None``: all.
+            norm: Apply the head's norm to them.
+            stop_early: Skip what follows the last of these blocks.
+            output_fmt: ``"NCHW"``, (N, D, H', W'), or ``"NLC"``, (N, T, D).
+            intermediates_only: Return the list alone.
+
+        Returns:
+            The output of ``forward_features`` (with ``stop_early`` that of the last block computed), and the list.
+
+        Raises:
+            ValueError: As for ``forward_features``, or ``indices`` or ``output_fmt`` is another value.
+        """
+        check_images(x, self.in_chans, 1, type(self).__name__)
+        check_output_format(output_fmt, ["NCHW", "NLC"])
+        blocks = list(self.transformer)
+        taps = take_indices(len(blocks), indices)
+        x = self.to_patch_embedding(x)
+        grid = x.shape[1:3]
+        x = self.positional_embedding(x)
+        features = []
+        for index, block in enumerate(blocks[: taps[-1] + 1] if stop_early else blocks):
+            x = self.transformer.run_block([block], x)
+            if index in taps:
+                tokens = self.linear_head[0](x) if norm else x
+                is_map = output_fmt == "NCHW"
+                features.append(tokens.unflatten(1, grid).permute(0, 3, 1, 2).contiguous() if is_map else tokens)
+        return features if intermediates_only else (x, features)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Compute logits ``(N, K)`` from tokens; with ``pre_logits`` the average after the head's norm, ``(N, D)``."""
@@ -241,6 +283,18 @@ class BcosSimpleViT(BcosModel):
     def forward_features(self, x: Tensor) -> Tensor:
         """Compute the tokens after the transformer: ``(N, in_chans, H, W) -> (N, T, D)``."""
         return self[0].forward_features(x)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Intermediates:
+        """See :meth:`SimpleViT.forward_intermediates`."""
+        return self[0].forward_intermediates(x, indices, norm, stop_early, output_fmt, intermediates_only)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Compute logits ``(N, K)`` from tokens; with ``pre_logits`` the average after the head's norm, ``(N, D)``."""
