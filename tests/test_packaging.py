@@ -39,10 +39,10 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wheel_holds_all_modules_and_configs(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
-    modules = {str(path.relative_to(ROOT / "src")) for path in (ROOT / "src/bcos_train").rglob("*.py")}
+    modules = {str(path.relative_to(ROOT / "src")) for path in (ROOT / "src").rglob("*.py")}
     configs = {f"bcos_train/{path.relative_to(ROOT)}" for path in (ROOT / "configs").rglob("*.yaml")}
     assert modules | configs | {"bcos_train/py.typed"} <= names
-    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"bcos_train"}
+    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"bcos_train", "bcos_train_commands.py"}
 
 
 @pytest.mark.slow
