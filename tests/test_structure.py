@@ -46,6 +46,7 @@ ALLOWED_MODULES = {
     "model": ("bcos_train.augmentation", "bcos_train.dataset.encoding", "bcos_train.dataset.image"),
     "evaluation": ("bcos_train.loading", "bcos_train.runs.layout"),
     "task": ("bcos_train.dataset.batch",),
+    "config": ("bcos_train.runs.launcher",),
 }
 #: Packages that never see Lightning, Hydra or OmegaConf.
 PURE = {

@@ -29,6 +29,7 @@ from bcos_train.runs.checkpoint import Check, DamagedCheckpoint, set_aside
 from bcos_train.runs.folder import Resume, RunFolder, find_checkpoint, is_finished, read_run_folder
 from bcos_train.runs.hash import run_hash, with_absolute_paths
 from bcos_train.runs.interrupt import Interrupted, StopFlag
+from bcos_train.runs.launcher import launched, rank
 from bcos_train.runs.layout import CHECKPOINTS, RUN_CONFIG
 from bcos_train.runs.lock import locked
 from bcos_train.training import loggers
@@ -55,10 +56,12 @@ from bcos_train.training.config import (
     restore_dataset_settings,
 )
 from bcos_train.training.distributed import from_rank_zero
+from bcos_train.training.environment import check_launcher
 from bcos_train.training.finish import finish, report_evaluation
 from bcos_train.training.image_size import check_image_size, check_smallest_batch
 from bcos_train.training.module import Classifier, NonFiniteLoss
 from bcos_train.training.options import split_batch
+from bcos_train.training.peers import PeerFailed, joined
 from bcos_train.training.resuming import check_resumable
 from bcos_train.training.side_matters import protect
 from bcos_train.utils.atomic import remove_leftovers, unused_path
@@ -91,25 +94,19 @@ def train(config: Mapping[str, object], folder: Path | None = None) -> int:
     options = settings.trainer
     if not settings.name or "/" in settings.name:
         raise UserError(f"name={settings.name}: expected a prefix for the run folder's name, without /")
-    world = launch.launched_world_size()
-    if world is None and options.num_nodes > 1:
-        raise UserError(f"trainer.num_nodes={options.num_nodes} needs a launcher: srun, torchrun or submitit")
-    if world not in (None, options.world_size):
-        raise UserError(
-            f"the launcher started {world} processes, but trainer.devices x trainer.num_nodes is {options.world_size}"
-        )
+    place = check_launcher(options)
     with user_errors_at(""):
         split_batch(settings.batch_size, options.world_size, options.max_batch_per_device)
     check_monitor(settings)
-    if world is None and options.world_size > 1:
+    if place is None and options.world_size > 1:
         return _restart(config, folder, settings.plugins, options.processes_per_node)
     stop = StopFlag()
     with stop.handling_signals():
         try:
-            with _as_user_errors():
+            with joined(place, stop), _as_user_errors():
                 return launch.report_exit_code(_train(settings, config, stop, folder))
-        except Interrupted as interrupted:
-            return launch.report_exit_code(interrupted.exit_code)
+        except (Interrupted, PeerFailed) as end:
+            return launch.report_exit_code(end.exit_code)
         except (KeyboardInterrupt, SystemExit):
             if not stop.immediate:  # Lightning turns a KeyboardInterrupt into SystemExit(1)
                 raise
@@ -149,7 +146,7 @@ def _restart(config: Mapping[str, object], folder: Path | None, plugins: Sequenc
 
 
 def _train(settings: TrainConfig, config: Mapping[str, object], stop: StopFlag, resumed: Path | None) -> int:
-    console = make_console(quiet=launch.rank() > 0)
+    console = make_console(quiet=rank() > 0)
     split = split_batch(settings.batch_size, settings.trainer.world_size, settings.trainer.max_batch_per_device)
     with user_errors_at(""):
         trainer = build_trainer(settings.trainer, split.accumulate)
@@ -246,8 +243,20 @@ def evaluate(config: Mapping[str, Any], overridden: Sequence[str] = ()) -> int:
     model_config = {key: value for key, value in config["model"].items() if key not in ("pretrained", "weights")}
     # Optimizer, loss and schedule of the training are not built.
     settings = CommonConfig(**instantiate(CommonConfig.select({**config, "model": model_config})))
-    if launch.launched_world_size() is None:
-        settings = replace(settings, trainer=replace(settings.trainer, devices=1, num_nodes=1))
+    with user_errors_at(""):
+        if launched() is None:
+            settings = replace(settings, trainer=replace(settings.trainer, devices=1, num_nodes=1))
+    try:
+        with joined(check_launcher(settings.trainer)), _as_user_errors():
+            _evaluate(settings, config, folder, model_config)
+    except PeerFailed as end:
+        return end.exit_code
+    return 0
+
+
+def _evaluate(
+    settings: CommonConfig, config: Mapping[str, Any], folder: Path | None, model_config: Mapping[str, Any]
+) -> None:
     with user_errors_at(""):
         path = find_checkpoint(folder / CHECKPOINTS, config["checkpoint"]) if folder else config["weights"]
         assert path is not None
@@ -272,15 +281,13 @@ def evaluate(config: Mapping[str, Any], overridden: Sequence[str] = ()) -> int:
     )
     explanations = ExplanationReport(trainer)
     started = time.monotonic()
-    with _as_user_errors():
-        check_image_size(model, data, settings.encoding, config, ["eval"])
-        trainer.validate(module, datamodule=data, verbose=False)
-        if trainer.is_global_zero:
-            output = Path(config["output"] or folder or Path("evaluations", settings.model_name))
-            origin: Origin = {"weights": str(path), "ema": source.is_ema, "model": settings.model_name}
-            report_evaluation(module, data, origin, output, time.monotonic() - started)
-            explanations.write(module, data, settings.explanation, origin, config, output)
-    return 0
+    check_image_size(model, data, settings.encoding, config, ["eval"])
+    trainer.validate(module, datamodule=data, verbose=False)
+    if trainer.is_global_zero:
+        output = Path(config["output"] or folder or Path("evaluations", settings.model_name))
+        origin: Origin = {"weights": str(path), "ema": source.is_ema, "model": settings.model_name}
+        report_evaluation(module, data, origin, output, time.monotonic() - started)
+        explanations.write(module, data, settings.explanation, origin, config, output)
 
 
 def check_beside_run(overrides: Sequence[Override]) -> list[Problem]:
@@ -341,7 +348,7 @@ def _silence_lightning() -> None:
     """Suppress messages of Lightning that the banner replaces or that don't apply."""
     for package in ("pytorch_lightning", "lightning_fabric", "lightning.fabric"):
         logging.getLogger(package).setLevel(logging.ERROR)
-    if launch.rank() > 0:  # one line about the data set, not one from each process
+    if rank() > 0:  # one line about the data set, not one from each process
         logging.getLogger("bcos_train").setLevel(logging.ERROR)
     for message in (
         ".*sync_dist=True.*",  # metrics logged on rank 0 are already reduced over the processes
@@ -349,6 +356,7 @@ def _silence_lightning() -> None:
         ".*smaller than the logging interval.*",
         ".*LeafSpec.*",
         ".*your dataloader is not resumable.*",
+        ".*`srun` command is available.*",  # what a launcher has to start is checked before
     ):
         warnings.filterwarnings("ignore", message=message)
 
@@ -377,7 +385,7 @@ def main() -> int:
             folders = [path.parent]
         return train(config, folders[0] if folders else None)
     except UserError as error:
-        if launch.rank() == 0:
+        if rank() == 0:
             print_line(error)
         return launch.report_exit_code(2)
 

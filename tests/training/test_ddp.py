@@ -1,5 +1,6 @@
 """Two processes on the CPU do what one does with the same global batch."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -35,8 +36,8 @@ SELF_START = [sys.executable, "train.py", "trainer.devices=2"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py"]
 
 
-def start(command: list[str], *overrides: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
+def start(command: list[str], *overrides: str, path: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(path)])}
     return subprocess.run(
         [*command, *overrides], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
@@ -79,7 +80,11 @@ def test_batch_that_cannot_be_split(tmp_path: Path) -> None:
 def test_wrong_number_of_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
-    with pytest.raises(UserError, match=r"started 2 processes, but trainer.devices x trainer.num_nodes is 3"):
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    with pytest.raises(
+        UserError, match=r"torchrun started 2 processes, but trainer.devices=3 x trainer.num_nodes=1 is 3"
+    ):
         train(compose(tmp_path, *SMALL, "trainer.devices=3"))
 
 
@@ -95,3 +100,32 @@ def test_a_mistake_that_rank_zero_finds_is_one_line(tmp_path: Path) -> None:
     (line,) = [line for line in result.stderr.splitlines() if line]
     assert line.startswith("dataset: ")
     assert "missing" in line
+
+
+#: A plugin with which the disk is full when rank 0 saves for the second time.
+FULL_DISK = """
+import errno, os
+from bcos_train.runs import checkpoint
+
+dump, saved = checkpoint._dump, []
+
+def refuse(content, file):
+    saved.append(file)
+    if len(saved) == 2 and "FULL_DISK" in os.environ:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "last.ckpt")
+    return dump(content, file)
+
+checkpoint._dump = refuse
+"""
+
+
+@pytest.mark.slow
+def test_a_full_disk_of_rank_zero_ends_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "full_disk.py").write_text(FULL_DISK)
+    overrides = (*SMALL, "plugins=[full_disk]")
+    monkeypatch.setenv("FULL_DISK", "1")
+    result = start(SELF_START, *overrides, f"runs={tmp_path / 'full'}", path=tmp_path)
+    assert result.returncode == 2
+    (line,) = [line for line in result.stderr.splitlines() if line]
+    assert line.startswith(f"[Errno {errno.ENOSPC}] {os.strerror(errno.ENOSPC)}: 'last.ckpt': free some space and run")
+    assert final_state(run_folder(tmp_path / "full"))["global_step"] == 3

@@ -31,6 +31,7 @@ from bcos_train.config.overrides import check_choices, check_values, plugins_in_
 from bcos_train.config.plugins import KEY as PLUGINS
 from bcos_train.config.plugins import load_plugins
 from bcos_train.config.validation import Problem, check
+from bcos_train.runs.launcher import rank
 from bcos_train.utils.suggestions import suggest
 from bcos_train.utils.terminal import print_line
 
@@ -283,7 +284,9 @@ def _raise(problems: Iterable[Problem]) -> None:
 
 
 def _report(error: Exception) -> None:
-    """Print the message on stderr, and the traceback if ``HYDRA_FULL_ERROR=1``."""
+    """Print the message on stderr, and the traceback if ``HYDRA_FULL_ERROR=1``; of several processes, in rank 0."""
+    if rank() > 0:
+        return  # the same mistake, or printed already
     if os.environ.get(FULL_ERROR) == "1":
         traceback.print_exception(error)
     print_line(error if isinstance(error, UserError) else one_line(error))

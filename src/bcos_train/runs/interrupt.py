@@ -11,7 +11,8 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-from bcos_train.runs.launch import install_handlers, rank, signal_handler
+from bcos_train.runs.launch import install_handlers, signal_handler
+from bcos_train.runs.launcher import rank
 
 
 class Interrupted(Exception):

@@ -1,4 +1,4 @@
-"""Processes of a run: rank and world size from the launcher, and restarting under torchrun."""
+"""Processes of a run: its signals, and restarting under torchrun."""
 
 import contextlib
 import os
@@ -11,6 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from bcos_train.runs.launcher import rank
 from bcos_train.runs.orphans import GRACE, end_with_parent
 from bcos_train.utils.atomic import atomic_write
 
@@ -46,23 +47,6 @@ def signal_handler(handler: Callable[[int, FrameType | None], None]) -> Iterator
             signal.signal(signum, previous_handler)
 
 
-def rank() -> int:
-    """Return the rank that the launcher assigned to this process; 0 without a launcher."""
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0") if _under_srun() else "0"))
-
-
-def launched_world_size() -> int | None:
-    """Return the number of processes started by torchrun, srun or submitit; ``None`` without a launcher."""
-    if "WORLD_SIZE" in os.environ and "RANK" in os.environ:
-        return int(os.environ["WORLD_SIZE"])
-    return int(os.environ["SLURM_NTASKS"]) if _under_srun() else None
-
-
-def _under_srun() -> bool:
-    # A shell inside an allocation has SLURM_NTASKS too, but no step.
-    return int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_ID" in os.environ
-
-
 def run_under_torchrun(module: str, config_path: Path, processes: int, arguments: Sequence[str] = ()) -> int:
     """Run ``python -m <module> <config_path> <arguments>`` in several processes.
 
@@ -74,8 +58,11 @@ def run_under_torchrun(module: str, config_path: Path, processes: int, arguments
     """
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report"
-        command = [sys.executable, "-m", "bcos_train.runs.agent", "--standalone", f"--nproc-per-node={processes}"]
-        environment = {**os.environ, REPORT: str(report)}
+        command = [sys.executable, "-m", "bcos_train.runs.agent", "--standalone", "--nnodes=1"]
+        command.append(f"--nproc-per-node={processes}")
+        # torchrun takes its options from variables that begin with PET_, too: of another job, such as PyTorchJob's.
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("PET_")}
+        environment[REPORT] = str(report)
         # Divide the cores among the processes, unless the user has set the number of threads.
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
         command += ["-m", module, str(config_path), *arguments]

@@ -1,7 +1,6 @@
 """Build the parts of a run: trainer, data, model, module, loggers, callbacks."""
 
 import inspect
-import os
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -11,9 +10,10 @@ from typing import Any, Literal
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import Logger
-from pytorch_lightning.plugins.environments import ClusterEnvironment, SLURMEnvironment
+from pytorch_lightning.plugins.environments import ClusterEnvironment
 from pytorch_lightning.plugins.io import CheckpointIO
 from pytorch_lightning.strategies import DDPStrategy, Strategy
+from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from torch import nn
@@ -32,6 +32,7 @@ from bcos_train.optimizer import prefer_fused
 from bcos_train.runs import checkpoint as files
 from bcos_train.runs.folder import RunFolder
 from bcos_train.runs.interrupt import StopFlag
+from bcos_train.runs.launcher import launched
 from bcos_train.runs.layout import EXPLANATIONS
 from bcos_train.task import Classification
 from bcos_train.training.callbacks.checkpoint import Checkpointer
@@ -41,6 +42,7 @@ from bcos_train.training.callbacks.metrics import TrainingLog
 from bcos_train.training.callbacks.progress import ProgressDisplay
 from bcos_train.training.config import CommonConfig, TrainConfig
 from bcos_train.training.distributed import from_rank_zero
+from bcos_train.training.environment import LaunchedEnvironment
 from bcos_train.training.module import Classifier, EndEvaluation
 from bcos_train.training.options import BatchSplit, TrainerOptions, default_workers
 from bcos_train.utils.suggestions import join_words, suggest
@@ -90,10 +92,8 @@ def build_trainer(options: TrainerOptions, accumulate: int = 1) -> pl.Trainer:
         # Buffers are broadcast before a validation instead (see training.distributed.broadcast_buffers).
         buffers: dict[str, Any] = {_SYNC_BUFFERS: False}
         strategy = DDPStrategy(gradient_as_bucket_view=True, **buffers)
-    plugins: list[CheckpointIO | ClusterEnvironment] = [VerifiedCheckpointIO()]
-    if "SLURM_PROCID" in os.environ and options.world_size > 1 and "RANK" not in os.environ:
-        # Requeueing would save a checkpoint in the signal handler, in the middle of a step.
-        plugins.append(SLURMEnvironment(auto_requeue=False))
+    environment = LaunchedEnvironment(launched() if options.world_size > 1 else None, options.processes_per_node)
+    plugins: list[CheckpointIO | ClusterEnvironment] = [VerifiedCheckpointIO(), environment]
     precision = _PRECISION[str(options.precision)]
     try:
         with warnings.catch_warnings():
@@ -104,6 +104,8 @@ def build_trainer(options: TrainerOptions, accumulate: int = 1) -> pl.Trainer:
     if trainer.precision != precision:
         # Lightning only warns and uses a different one.
         raise ValueError(f"trainer.precision={options.precision} needs a GPU: use bf16 or 32")
+    # Lightning takes the rank that logs from variables that may be left over.
+    rank_zero_only.rank = trainer.global_rank  # type: ignore[attr-defined]
     # Before each batch Lightning broadcasts whether it has received SIGTERM, and waits for it. Here the Checkpointer
     # handles signals, and shares them together with the loss.
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]

@@ -19,19 +19,27 @@ def is_distributed() -> bool:
 
 
 def from_rank_zero(trainer: pl.Trainer, compute: Callable[[], T]) -> T:
-    """Compute in rank 0 and return the result in all ranks, or raise its ``ValueError`` there as :class:`UserError`.
+    """Compute in rank 0 and return the result in all ranks.
 
-    If rank 0 alone raised it, the others would wait for rank 0 and fail with a traceback.
+    If rank 0 alone raised an error, the others would wait for rank 0 and fail with a traceback.
+
+    Raises:
+        UserError: ``compute`` raised a ``ValueError``.
+        OSError: ``compute`` raised one.
     """
-    result, cause = None, None
+    result: T | None = None
+    problem: UserError | OSError | None = None
+    cause: ValueError | None = None
     if trainer.is_global_zero:
         try:
             result = compute()
         except ValueError as error:
-            cause = error
-    result, problem = trainer.strategy.broadcast((result, None if cause is None else str(cause)))
+            problem, cause = UserError(str(error)), error
+        except OSError as error:
+            problem = error
+    result, problem = trainer.strategy.broadcast((result, problem))
     if problem is not None:
-        raise UserError(problem) from cause
+        raise problem from cause
     return cast(T, result)
 
 
