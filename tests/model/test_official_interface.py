@@ -99,3 +99,17 @@ def test_slices_compute_the_same(name: str, part: Callable[[Any], Any]) -> None:
         with torch.no_grad():
             outputs.append(module(x))
     assert official_models.relative_error(*outputs) < 1e-4
+
+
+ATTRIBUTES = ("stride", "inplanes", "dilation", "groups", "base_width", "scale", "patch_dim", "expansion")
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d", "resnet20", "simple_vit_ti_patch16_224"])
+def test_attributes_have_the_official_values(name: str) -> None:
+    with torch.device("meta"):
+        ours, official = build(name)
+    modules = dict(ours.named_modules())
+    for path, module in official.named_modules():
+        for key in ATTRIBUTES:
+            if path in modules and key in vars(module):
+                assert getattr(modules[path], key) == getattr(module, key), f"{path}.{key}"

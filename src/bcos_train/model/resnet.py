@@ -82,6 +82,7 @@ class BasicBlock(ResidualBlock):
                 "replace_stride_with_dilation needs the bottleneck block (resnet50 and deeper), not the basic block"
             )
         super().__init__(stochastic_depth_prob)
+        self.stride = stride
         self.conv1 = conv_layer(inplanes, planes, kernel_size=3, stride=stride, padding=1)
         self.bn1 = norm_layer(planes)
         self.conv2 = conv_layer(planes, planes, kernel_size=3, padding=1)
@@ -109,6 +110,7 @@ class Bottleneck(ResidualBlock):
         stochastic_depth_prob: float,
     ) -> None:
         super().__init__(stochastic_depth_prob)
+        self.stride = stride
         width = int(planes * (base_width / 64.0)) * groups
         self.conv1 = conv_layer(inplanes, width, kernel_size=1)
         self.bn1 = norm_layer(width)
@@ -203,6 +205,8 @@ class BcosResNet(BcosConvNet):
         self.num_features = self.head_hidden_size = channels
         self.num_classes = num_classes
         self.in_chans = in_chans
+        # Official names; there they are the state of the constructor at its end.
+        self.inplanes, self.dilation, self.groups, self.base_width = channels, steps[-1][2], groups, width_per_group
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = conv_layer(channels, num_classes, kernel_size=1)
         self.logit_layer = make_logit_layer(num_classes, logit_temperature, logit_bias)

@@ -94,6 +94,7 @@ class SimpleViT(nn.Module):
         self.to_latent = nn.Identity()  # only so that the children are the official ones
         self.linear_head = nn.Sequential(OrderedDict(norm=norm_layer(dim), linear=linear_layer(dim, num_classes)))
         self.linear_layer = linear_layer
+        self.patch_dim = channels * patch_size**2  # values of a patch
         self.num_features = self.head_hidden_size = dim
         self.num_classes = num_classes
         self.in_chans = in_chans

@@ -78,6 +78,7 @@ class Attention(Detachable):
     def __init__(self, dim: int, heads: int, linear_layer: LayerFactory, norm_layer: LayerFactory) -> None:
         super().__init__()
         self.heads = heads
+        self.scale = (dim // heads) ** -0.5
         self.norm = norm_layer(dim)
         self.to_qkv = Linear(dim, 3 * dim, bias=False)
         self.to_out = linear_layer(dim, dim, bias=False)
@@ -86,7 +87,7 @@ class Attention(Detachable):
         qkv = self.to_qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (N, A, T, D/A) each
         if self.detach:
-            scores = q.detach() @ k.detach().transpose(-2, -1) * q.shape[-1] ** -0.5
+            scores = q.detach() @ k.detach().transpose(-2, -1) * self.scale
             out = scores.softmax(dim=-1) @ v
         else:
             out = F.scaled_dot_product_attention(q, k, v)
