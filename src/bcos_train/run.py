@@ -7,11 +7,10 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -20,6 +19,7 @@ from torch import nn
 from bcos_train.config import Problem, UserError, check, instantiate, load_plugins, overlay, save, user_errors_at
 from bcos_train.config import load as load_config
 from bcos_train.config.composition import Override
+from bcos_train.config.containers import Config
 from bcos_train.config.errors import advice
 from bcos_train.config.overrides import plugins_in_overrides
 from bcos_train.dataset import ImageSizeMismatch, NotCacheable, UnreadableImage
@@ -78,7 +78,7 @@ DIVERGED = 3
 EVALUATION_KEYS = ("run", "checkpoint", "weights", "use_ema", "output")
 
 
-def train(config: Mapping[str, object], folder: Path | None = None) -> int:
+def train(config: Config, folder: Path | None = None) -> int:
     """Train with a validated config and return the exit code.
 
     Args:
@@ -134,7 +134,7 @@ def _as_user_errors() -> Iterator[None]:
         raise UserError(f"{error}: {hint} and run the same command again; the checkpoints are unchanged") from error
 
 
-def _restart(config: Mapping[str, object], folder: Path | None, plugins: Sequence[str], processes: int) -> int:
+def _restart(config: Config, folder: Path | None, plugins: Sequence[str], processes: int) -> int:
     """Train with the same config, in the same folder, in several processes."""
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary) / RUN_CONFIG
@@ -145,7 +145,7 @@ def _restart(config: Mapping[str, object], folder: Path | None, plugins: Sequenc
         return launch.run_under_torchrun("bcos_train.run", path, processes, arguments)
 
 
-def _train(settings: TrainConfig, config: Mapping[str, object], stop: StopFlag, resumed: Path | None) -> int:
+def _train(settings: TrainConfig, config: Config, stop: StopFlag, resumed: Path | None) -> int:
     console = make_console(quiet=rank() > 0)
     split = split_batch(settings.batch_size, settings.trainer.world_size, settings.trainer.max_batch_per_device)
     with user_errors_at(""):
@@ -205,7 +205,7 @@ def _report_finished(console: Console, path: Path) -> int:
 
 
 def _open_folder(
-    stack: contextlib.ExitStack, base: Path, resume: Resume, config: Mapping[str, object], check_checkpoint: Check
+    stack: contextlib.ExitStack, base: Path, resume: Resume, config: Config, check_checkpoint: Check
 ) -> RunFolder:
     """Lock the run folder until the end of ``stack``, then read its state and prepare it."""
     path = base if resume else unused_path(base)
@@ -219,7 +219,7 @@ def _open_folder(
     return folder
 
 
-def evaluate(config: Mapping[str, Any], overridden: Sequence[str] = ()) -> int:
+def evaluate(config: Config, overridden: Sequence[str] = ()) -> int:
     """Evaluate with a validated config and return the exit code.
 
     Args:
@@ -311,7 +311,7 @@ def check_beside_run(overrides: Sequence[Override]) -> list[Problem]:
     return problems
 
 
-def rebase_on_run(config: Mapping[str, Any], overridden: Sequence[str] = ()) -> dict[str, Any]:
+def rebase_on_run(config: Config, overridden: Sequence[str] = ()) -> Config:
     """Return the config of the run that ``config`` names, if any, with the keys of the command line.
 
     The data set's folder is that of ``dataset.root`` on the command line, else that of ``DATA_ROOT`` or

@@ -6,7 +6,7 @@ import os
 import sys
 import traceback
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from bcos_train.config.composition import (
     run_jobs,
     to_job_config,
 )
+from bcos_train.config.containers import Config
 from bcos_train.config.errors import UserError
 from bcos_train.config.overrides import check_choices, check_values, plugins_in_overrides, read_overrides
 from bcos_train.config.plugins import KEY as PLUGINS
@@ -39,7 +40,7 @@ __all__ = ["entry_point", "overridden_keys"]
 
 Task = Callable[[dict[str, object]], int | None]
 #: Composed config and keys on the command line -> config to validate.
-Rebase = Callable[[Mapping[str, object], Sequence[str]], dict[str, object]]
+Rebase = Callable[[Config, Sequence[str]], Config]
 #: Parsed overrides -> problems.
 CheckOverrides = Callable[[Sequence[Override]], list[Problem]]
 
@@ -207,7 +208,7 @@ def _preflight(
     return rewritten
 
 
-def _load_plugins(config: Mapping[str, object], overrides: Sequence[str]) -> None:
+def _load_plugins(config: Config, overrides: Sequence[str]) -> None:
     """Import the plugins of a composed config if the command line names them.
 
     Raises:

@@ -30,7 +30,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from bcos_train.config.containers import to_container
+from bcos_train.config.containers import Config, to_container, uninterpolated
 from bcos_train.config.errors import UserError
 from bcos_train.config.hydra_loader import BASIC_SWEEPER, HydraLoader
 
@@ -132,7 +132,7 @@ class Composer:
         """Parse one ``key=value``. Raises :data:`OverrideError`."""
         return self._parser.parse_overrides([override])[0]
 
-    def compose(self, config_name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    def compose(self, config_name: str, overrides: Sequence[str] = ()) -> Config:
         """Return the config of one job as plain containers, interpolations resolved, without the ``hydra`` node.
 
         Raises:
@@ -148,13 +148,13 @@ class Composer:
         finally:
             hydra_config.cfg = before
 
-    def defaults(self, config_name: str) -> dict[str, Any]:
+    def defaults(self, config_name: str) -> Config:
         """Return the config without overrides, interpolations unresolved, without the ``hydra`` node.
 
         Raises:
             UserError: The files do not make a config.
         """
-        config: Any = OmegaConf.to_container(self._load(config_name, (), RunMode.RUN), resolve=False)
+        config = uninterpolated(self._load(config_name, (), RunMode.RUN))
         return {key: value for key, value in config.items() if key != "hydra"}
 
     def is_sweep(self, config_name: str, overrides: Sequence[str]) -> bool:
@@ -180,7 +180,7 @@ class Composer:
             raise UserError(one_line(error)) from error
 
 
-def to_job_config(config: DictConfig) -> dict[str, Any]:
+def to_job_config(config: DictConfig) -> Config:
     """Return the config of the current Hydra job as plain containers, after checking that its recipe fits the choices.
 
     A recipe may declare the choices that it doesn't support and, for the message, what it is for::

@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import Container, DictConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
 from bcos_train.config.errors import UserError
 from bcos_train.utils.atomic import atomic_write
 
-__all__ = ["check_yaml", "join", "load", "overlay", "save", "to_container"]
+__all__ = ["Config", "check_yaml", "join", "load", "overlay", "save", "to_container", "uninterpolated"]
 
+#: A config, or a node of one, as plain containers.
+Config = dict[str, Any]
 #: Limits of a config file, far above any that describes a run.
 MAX_DEPTH, MAX_VALUES = 40, 100_000
 
@@ -24,7 +26,7 @@ def join(path: str, key: object) -> str:
     return f"{path}.{key}" if path else str(key)
 
 
-def to_container(config: Mapping[str, object], path: str = "") -> dict[str, Any]:
+def to_container(config: Mapping[str, object], path: str = "") -> Config:
     """Convert to dicts, lists and scalars, interpolations resolved and without the ``hydra`` node. ``???`` is kept.
 
     Raises:
@@ -35,11 +37,20 @@ def to_container(config: Mapping[str, object], path: str = "") -> dict[str, Any]
     if isinstance(config, DictConfig) and "hydra" in config and not path:
         config = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
     try:
-        container: Any = OmegaConf.to_container(config, resolve=True)
+        return _plain(config, resolve=True)
     except OmegaConfBaseException as error:
         key = join(path, error.full_key) if error.full_key else path or "config"
         raise UserError(f"{key}: {_reason(error)}") from error
-    return container
+
+
+def uninterpolated(config: Container) -> Config:
+    """Convert to plain containers in which interpolations are text."""
+    return _plain(config, resolve=False)
+
+
+def _plain(config: object, resolve: bool) -> Config:
+    plain: Any = OmegaConf.to_container(config, resolve=resolve, enum_to_str=True)
+    return plain
 
 
 def _reason(error: OmegaConfBaseException) -> str:
@@ -50,7 +61,7 @@ def _reason(error: OmegaConfBaseException) -> str:
     return line.partition(" raised while resolving interpolation: ")[2].strip('"') or line
 
 
-def overlay(base: Mapping[str, object], config: Mapping[str, object], keys: Iterable[str]) -> dict[str, Any]:
+def overlay(base: Mapping[str, object], config: Mapping[str, object], keys: Iterable[str]) -> Config:
     """Return a copy of ``base`` with the values of ``config`` at the dotted ``keys``.
 
     Raises:
@@ -76,7 +87,7 @@ def save(config: Mapping[str, object], path: str | os.PathLike[str]) -> None:
         temporary.write_text(OmegaConf.to_yaml(OmegaConf.create(to_container(config))), encoding="utf-8")
 
 
-def load(path: str | os.PathLike[str]) -> dict[str, Any]:
+def load(path: str | os.PathLike[str]) -> Config:
     """Read a saved config. Nothing in the file is executed or resolved: ``${…}`` is text here.
 
     Raises:
@@ -111,7 +122,7 @@ def check_yaml(path: Path) -> None:
             continue
 
 
-def _check_events(path: Path, loader: Any) -> None:
+def _check_events(path: Path, loader: type[yaml.SafeLoader]) -> None:
     sizes: dict[str, int] = {}  # number of values below each anchor, with the aliases in it
     stack: list[tuple[str | None, int]] = [(None, 0)]  # anchor and number of values of each open collection
     with path.open(encoding="utf-8") as file:

@@ -25,7 +25,7 @@ from omegaconf import Container, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from bcos_train.config.annotations import mismatch
-from bcos_train.config.containers import check_yaml, join
+from bcos_train.config.containers import check_yaml, join, uninterpolated
 from bcos_train.config.errors import UserError
 from bcos_train.utils.suggestions import suggest
 from bcos_train.utils.terminal import is_printable, printable
@@ -141,8 +141,7 @@ class HydraLoader(ConfigLoaderImpl):
         super()._process_config_searchpath(config_name, parsed_overrides, repo)
 
     def _check_files(self, config: DictConfig, overrides: Sequence[str]) -> None:
-        hydra: Any = OmegaConf.to_container(config, resolve=False, enum_to_str=True)
-        hydra = hydra["hydra"]
+        hydra = uninterpolated(config)["hydra"]
         written = [text for texts in hydra["overrides"].values() for text in texts]
         if sorted(map(str, written)) != sorted(overrides):
             raise _refused(("hydra", "overrides"), written, self._file(("hydra", "overrides")))
@@ -182,9 +181,9 @@ class HydraLoader(ConfigLoaderImpl):
     def _file(self, path: Path_) -> str | None:
         """Return the last file that contains the key, without Hydra's own."""
         for file, content in reversed(self._files):
-            node: Any = OmegaConf.to_container(content, resolve=False)
+            node: object = uninterpolated(content)
             for key in path:
-                node = node.get(key, None) if isinstance(node, Mapping) else None
+                node = node.get(key) if isinstance(node, Mapping) else None
             if node is not None and not file.startswith(("pkg://", "structured://")):
                 return file
         return None
@@ -194,7 +193,7 @@ class _Repository(ConfigRepository):
     """Hydra's access to the config files, which are checked before they are read."""
 
     def load_config(self, config_path: str) -> ConfigResult | None:
-        source: Any = next((source for source in self.sources if source.is_config(config_path)), None)
+        source = next((source for source in self.sources if source.is_config(config_path)), None)
         if source is not None and source.scheme() == "file":
             check_yaml(Path(source.path, config_path.removesuffix(".yaml") + ".yaml"))
         return super().load_config(config_path)
@@ -221,9 +220,10 @@ def _leaves_of_main_configs(folder: Path) -> frozenset[tuple[Path_, str]]:
     return frozenset(leaf for path in folder.glob("*.yaml") for leaf in _hydra_leaves(OmegaConf.load(path)))
 
 
-def _hydra_leaves(config: Any) -> frozenset[tuple[Path_, str]]:
-    node: Any = OmegaConf.to_container(config, resolve=False, enum_to_str=True)
-    return frozenset((path, repr(value)) for path, value in _leaves(node.get("hydra") or {}, ("hydra",)))
+def _hydra_leaves(config: DictConfig | ListConfig) -> frozenset[tuple[Path_, str]]:
+    return frozenset(
+        (path, repr(value)) for path, value in _leaves(uninterpolated(config).get("hydra") or {}, ("hydra",))
+    )
 
 
 def _name(path: Path_) -> str:

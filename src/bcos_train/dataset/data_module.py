@@ -7,7 +7,6 @@ import signal
 import threading
 from collections.abc import Sequence
 from functools import cached_property, partial
-from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -17,7 +16,7 @@ from torch.utils.data import DataLoader, Sampler, Subset
 from bcos_train.dataset.base import ImageDataset, ImageSource
 from bcos_train.dataset.device_cache import DeviceCache, DeviceLoader
 from bcos_train.dataset.device_transform import DeviceTransform
-from bcos_train.dataset.inventory import take_inventory
+from bcos_train.dataset.inventory import Inventory, take_inventory
 from bcos_train.dataset.randomness import Stream, epoch_length, permutation
 from bcos_train.dataset.sampler import EvalBatchSampler, SampleKey, TrainBatchSampler
 from bcos_train.dataset.seeded import Sample, SeededDataset, Transform, collate
@@ -126,7 +125,7 @@ class DataModule(pl.LightningDataModule):
         return len(self._val_dataset())  # type: ignore[arg-type]
 
     @cached_property
-    def inventory(self) -> dict[str, dict[str, Any]]:
+    def inventory(self) -> Inventory:
         """Numbers and hashes of all images, see :func:`~bcos_train.dataset.inventory.take_inventory`."""
         return take_inventory(self._train_dataset(), self._val_dataset())
 

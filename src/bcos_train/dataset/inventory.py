@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TypedDict
 
 from torch.utils.data import Subset
 
 from bcos_train.dataset.base import ImageDataset
 
-__all__ = ["OtherImages", "check_same_images", "take_inventory"]
+__all__ = ["Inventory", "OtherImages", "check_same_images", "take_inventory"]
 
 _PARTS = {"train": "training", "val": "validation"}
+
+
+class PartInventory(TypedDict):
+    """Number of images, and the hash of their names if the data set has one."""
+
+    count: int
+    digest: str | None
+
+
+#: By part: ``"train"`` and ``"val"``.
+Inventory = Mapping[str, PartInventory]
 
 
 class OtherImages(ValueError):
     """The images of a data set are not those that a run was started with."""
 
 
-def take_inventory(train: ImageDataset, val: ImageDataset) -> dict[str, dict[str, Any]]:
+def take_inventory(train: ImageDataset, val: ImageDataset) -> Inventory:
     """Return the number of images in each part and, if the data set has a method ``digest``, the hash of their names.
 
     Of a subset, it is that of the whole data set, from which the subset was drawn.
@@ -26,14 +37,14 @@ def take_inventory(train: ImageDataset, val: ImageDataset) -> dict[str, dict[str
     return {"train": _part(train), "val": _part(val)}
 
 
-def _part(images: ImageDataset) -> dict[str, Any]:
+def _part(images: ImageDataset) -> PartInventory:
     if isinstance(images, Subset):
         images = images.dataset
     digest = getattr(images, "digest", None)
     return {"count": len(images), "digest": None if digest is None else digest()}  # type: ignore[arg-type]
 
 
-def check_same_images(dataset: Mapping[str, Mapping[str, Any]], recorded: Mapping[str, Mapping[str, Any]]) -> None:
+def check_same_images(dataset: Inventory, recorded: Inventory) -> None:
     """Raise :class:`OtherImages` unless two inventories are equal.
 
     Args:

@@ -175,7 +175,7 @@ def _resolve_weights(timm_id: str, name: str, cfg: Mapping[str, object]) -> tupl
     return "official", False
 
 
-def _dilation(name: str, output_stride: int, options: Mapping[str, Any]) -> dict[str, list[bool]]:
+def _dilation(name: str, output_stride: int, options: Mapping[str, object]) -> dict[str, list[bool]]:
     """Return the options for which the last feature map has this stride."""
     timm_id, cfg = timm_name(name), _default_cfg(name)
     chosen = {key: parameter.default for key, parameter in model_signature(name).parameters.items()} | dict(options)

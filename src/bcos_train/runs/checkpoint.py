@@ -38,8 +38,10 @@ class ForeignCheckpoint(ValueError):
     """The checkpoint is intact, but training can't resume from it: it is of another run, or incomplete."""
 
 
+#: Content of a checkpoint: tensors, and what JSON can hold.
+Checkpoint = dict[str, Any]
 #: Raises :class:`ForeignCheckpoint` for the content of a checkpoint, see :func:`read_structure`.
-Check = Callable[[Mapping[str, Any]], object]
+Check = Callable[[Checkpoint], object]
 
 
 def save(checkpoint: Mapping[str, object], path: Path) -> None:
@@ -67,7 +69,7 @@ def save(checkpoint: Mapping[str, object], path: Path) -> None:
         _sync_folder(path.parent)
 
 
-def load(path: Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:
+def load(path: Path, map_location: str | torch.device = "cpu") -> Checkpoint:
     """Verify and load a checkpoint.
 
     Raises:
@@ -101,7 +103,7 @@ def verify(path: Path) -> None:
         raise DamagedCheckpoint(f"{path} is damaged: its SHA-256 isn't the one in {digest_file.name}")
 
 
-def read_structure(path: Path) -> dict[str, Any]:
+def read_structure(path: Path) -> Checkpoint:
     """Read a checkpoint with tensors that have shapes but no values, within milliseconds.
 
     Raises:

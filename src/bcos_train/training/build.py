@@ -30,6 +30,7 @@ from bcos_train.model.registry import OFFICIAL
 from bcos_train.nn import sync_batch_norm_
 from bcos_train.optimizer import prefer_fused
 from bcos_train.runs import checkpoint as files
+from bcos_train.runs.checkpoint import Checkpoint
 from bcos_train.runs.folder import RunFolder
 from bcos_train.runs.interrupt import StopFlag
 from bcos_train.runs.launcher import launched
@@ -67,12 +68,12 @@ _PRECISION: dict[str, Literal["32-true", "16-mixed", "bf16-mixed"]] = {
 class VerifiedCheckpointIO(CheckpointIO):
     """Makes Lightning use the checkpoint files of :mod:`bcos_train.runs.checkpoint`."""
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: object = None) -> None:
+    def save_checkpoint(self, checkpoint: Checkpoint, path: str | Path, storage_options: object = None) -> None:
         files.save(checkpoint, Path(path))
 
     def load_checkpoint(
-        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
-    ) -> dict[str, Any]:
+        self, path: str | Path, map_location: str | torch.device | None = None, weights_only: bool | None = None
+    ) -> Checkpoint:
         return files.load(Path(path), map_location="cpu" if map_location is None else map_location)
 
     def remove_checkpoint(self, path: str | Path) -> None:

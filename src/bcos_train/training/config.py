@@ -5,13 +5,13 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any
 
 from pytorch_lightning.loggers import Logger
 from torch import nn
 from torch.optim import Optimizer
 
 from bcos_train.augmentation import Augmentation
+from bcos_train.config.containers import Config
 from bcos_train.config.errors import UserError
 from bcos_train.config.targets import resolve
 from bcos_train.dataset import BcosEncoding, ImageSource, Standardize
@@ -137,9 +137,7 @@ class EvaluateConfig(TrainConfig):
     output: str | None = None
 
 
-def restore_dataset_settings(
-    config: Mapping[str, Any], run_config: Mapping[str, Any], overridden: Sequence[str]
-) -> dict[str, Any]:
+def restore_dataset_settings(config: Config, run_config: Config, overridden: Sequence[str]) -> Config:
     """Restore settings of a run's data set after overriding the group ``explanation``.
 
     The group is composed with the data set of the command line, which differs from the run's if only ``run=…`` is
@@ -159,7 +157,7 @@ def restore_dataset_settings(
     return result
 
 
-def find_moved_dataset(dataset: Mapping[str, Any]) -> dict[str, Any]:
+def find_moved_dataset(dataset: Config) -> Config:
     """Return a run's ``dataset`` node with the folder in the data set's environment variable, if that is set.
 
     As in training, ``DATA_ROOT`` or ``IMAGENET_PATH`` names the folder on this machine; the run's may be elsewhere.

@@ -1,14 +1,15 @@
 """Check at the start of a run that the model accepts the size of the images, which only the transforms determine."""
 
 import copy
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from bcos_train.config import UserError
+from bcos_train.config.containers import Config
 from bcos_train.dataset import BcosEncoding, ImageSizeMismatch, Standardize, UnreadableImage
 from bcos_train.dataset.data_module import DataModule
 from bcos_train.dataset.randomness import isolated_rng
@@ -28,7 +29,7 @@ def check_image_size(
     model: nn.Module,
     data: DataModule,
     encoding: BcosEncoding | Standardize,
-    config: Mapping[str, Any],
+    config: Config,
     parts: Sequence[Part] = ("train", "eval"),
 ) -> None:
     """Run the model on the meta device with the size of the first images.
@@ -106,7 +107,7 @@ def _supported_size(model: nn.Module) -> Sequence[int]:
     return (getattr(model, "default_cfg", None) or {}).get("input_size", DEFAULT_SIZE)[-2:]
 
 
-def _size_key(config: Mapping[str, Any], part: Part) -> str:
+def _size_key(config: Config, part: Part) -> str:
     """Return the config key that determines the size of the images, with its value."""
     transform = config["augmentation"][part]
     for key in ("crop_size", "size"):

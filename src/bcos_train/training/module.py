@@ -3,7 +3,6 @@
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -21,6 +20,7 @@ from bcos_train.dataset.randomness import step_seed
 from bcos_train.explanation import without_tf32
 from bcos_train.nn import cached_weights
 from bcos_train.optimizer import adaptive_clip_grad_
+from bcos_train.runs.checkpoint import Checkpoint
 from bcos_train.schedule import Schedule
 from bcos_train.task import Task
 from bcos_train.training.compilation import CompiledNetwork
@@ -290,7 +290,7 @@ class Classifier(pl.LightningModule):
         assert score["count"] == num_val, f"{score['count']} of {num_val} validation samples were counted"
         self.log_now({f"val/{key}": value for key, value in score.items() if key != "count"})
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, checkpoint: Checkpoint) -> None:
         # Lightning's entry would contain all submodules, under different names.
         del checkpoint["state_dict"]
         checkpoint["model"] = self.model.state_dict()
@@ -301,7 +301,7 @@ class Classifier(pl.LightningModule):
         with self.train_score.sync_context(dist_sync_fn=gather_all_tensors, should_sync=is_distributed()):
             checkpoint["train_score"] = {key: value.clone() for key, value in self.train_score.state_dict().items()}
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, checkpoint: Checkpoint) -> None:
         checkpoint["state_dict"] = self.state_dict() | {f"model.{k}": v for k, v in checkpoint["model"].items()}
         self.data.seek(*move_to_position(checkpoint, self.steps_per_epoch, self.trainer.accumulate_grad_batches))
         if self.trainer.is_global_zero:

@@ -1,7 +1,6 @@
 """Resuming: whether a checkpoint is one of the run, and a position that differs from the one Lightning saved."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +9,7 @@ from torch.optim import Optimizer
 from bcos_train.dataset.classes import OtherClasses, check_same_classes
 from bcos_train.dataset.data_module import DataModule
 from bcos_train.dataset.inventory import OtherImages, check_same_images
-from bcos_train.runs.checkpoint import ForeignCheckpoint
+from bcos_train.runs.checkpoint import Checkpoint, ForeignCheckpoint
 from bcos_train.runs.layout import check_checkpoint_name
 from bcos_train.weights.state_dict import check_weights
 
@@ -23,7 +22,7 @@ _KEYS = ("model", "position", "epoch", "global_step", "loops", "callbacks", "opt
 
 
 def check_resumable(
-    checkpoint: Mapping[str, Any],
+    checkpoint: Checkpoint,
     model: nn.Module,
     build_optimizer: BuildOptimizer,
     data: DataModule,
@@ -70,7 +69,7 @@ def check_resumable(
         raise ForeignCheckpoint(f"its content has another form ({type(error).__name__}: {error})") from error
 
 
-def _check_position(checkpoint: Mapping[str, Any], steps_per_epoch: int | None) -> None:
+def _check_position(checkpoint: Checkpoint, steps_per_epoch: int | None) -> None:
     position, steps = checkpoint["position"], checkpoint["global_step"]
     epoch, step, length = position["epoch"], position["step"], position["steps_per_epoch"]
     if steps_per_epoch not in (None, length):
@@ -85,9 +84,7 @@ def _check_position(checkpoint: Mapping[str, Any], steps_per_epoch: int | None) 
         )
 
 
-def _check_optimizer(
-    checkpoint: Mapping[str, Any], shapes: Sequence[torch.Size], build_optimizer: BuildOptimizer
-) -> None:
+def _check_optimizer(checkpoint: Checkpoint, shapes: Sequence[torch.Size], build_optimizer: BuildOptimizer) -> None:
     (saved,) = checkpoint["optimizer_states"] or [None]
     if saved is None or len(checkpoint["lr_schedulers"]) != 1:
         raise ForeignCheckpoint("it has no optimizer state")
@@ -117,7 +114,7 @@ def _names_of_state(build_optimizer: BuildOptimizer) -> set[str]:
     return {name for name, value in optimizer.state[trial].items() if getattr(value, "shape", None) == trial.shape}
 
 
-def move_to_position(checkpoint: dict[str, Any], steps_per_epoch: int, accumulate: int) -> tuple[int, int]:
+def move_to_position(checkpoint: Checkpoint, steps_per_epoch: int, accumulate: int) -> tuple[int, int]:
     """Return the epoch and optimizer step in it at which training resumes.
 
     If the length of an epoch has changed, or the number of batches in a step, the position that Lightning saved is

@@ -4,13 +4,15 @@ import functools
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import ParamSpec
 
 from pytorch_lightning.loggers import Logger
 
 from bcos_train.utils.terminal import printable
 
 __all__ = ["only_warn", "protect"]
+
+P = ParamSpec("P")
 
 _logger = logging.getLogger(__name__)
 
@@ -28,9 +30,9 @@ def protect(logger: Logger) -> Logger:
     """Let the first exception of a logger end its logging with a warning, instead of the run; returns ``logger``."""
     is_alive = True
 
-    def guarded(method: Callable[..., Any]) -> Callable[..., Any]:
+    def guarded(method: Callable[P, object]) -> Callable[P, object]:
         @functools.wraps(method)
-        def call(*args: Any, **kwargs: Any) -> Any:
+        def call(*args: P.args, **kwargs: P.kwargs) -> object:
             nonlocal is_alive
             if not is_alive:
                 return None

@@ -7,7 +7,6 @@ Triton.
 
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +23,7 @@ def window_shape(squares: Tensor, kernel_size: list[int], stride: list[int], pad
     return [len(squares), 1, *((size + 2 * p - k) // s + 1 for size, k, s, p in windows)]
 
 
-def _meta_nothing(*_: Any) -> None:
+def _meta_nothing(*_: object) -> None:
     return None
 
 
@@ -36,7 +35,7 @@ def _meta_window_norm(squares: Tensor, *window: list[int]) -> Tensor:
     return squares.new_empty(window_shape(squares, *window))
 
 
-def _meta_square_backward(grad: Tensor, kept: Tensor, norm: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _meta_square_backward(grad: Tensor, kept: Tensor, norm: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return torch.empty_like(kept), torch.empty_like(norm)
 
 
@@ -52,7 +51,7 @@ def _meta_normalize_backward(grad: Tensor, weight: Tensor, norm: Tensor) -> Tens
     return torch.empty_like(weight)
 
 
-_OPERATIONS: dict[str, Callable[..., Any]] = {
+_OPERATIONS: dict[str, Callable[..., object]] = {
     "sum_of_squares(Tensor x, int[] sizes, bool rows, int kind, int[] shape) -> Tensor": _meta_sum_of_squares,
     "window_norm(Tensor squares, int[] kernel_size, int[] stride, int[] padding) -> Tensor": _meta_window_norm,
     "square_(Tensor(a!) out, Tensor norm, int[] sizes, bool rows) -> ()": _meta_nothing,
@@ -65,8 +64,8 @@ _OPERATIONS: dict[str, Callable[..., Any]] = {
 }
 
 
-def _launch(name: str) -> Callable[..., Any]:
-    def call(*args: Any) -> Any:
+def _launch(name: str) -> Callable[..., object]:
+    def call(*args: object) -> object:
         return getattr(import_module("bcos_train.nn.fast.triton_kernels"), name)(*args)
 
     return call

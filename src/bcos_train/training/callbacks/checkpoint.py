@@ -219,7 +219,7 @@ class Checkpointer(Checkpoint):
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.folder / BEST, self.best)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         return {"monitor": self.options.monitor, "mode": self.options.mode, "best": self.best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

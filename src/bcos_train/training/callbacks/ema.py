@@ -9,6 +9,7 @@ from torch import nn
 
 from bcos_train.dataset.batch import Batch
 from bcos_train.nn import cached_weights
+from bcos_train.runs.checkpoint import Checkpoint
 from bcos_train.training.distributed import broadcast_buffers
 from bcos_train.training.module import ClassificationScore, Classifier
 
@@ -114,17 +115,13 @@ class EmaCallback(pl.Callback):
         score = self.score.compute()
         pl_module.log_now({f"val_ema/{key}": value for key, value in score.items() if key != "count"})
 
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Checkpoint) -> None:
         checkpoint["model_ema"] = self.model.state_dict()
 
-    def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Checkpoint) -> None:
         self.model.load_state_dict(checkpoint["model_ema"])
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         return {"updated_at": self._updated_at}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

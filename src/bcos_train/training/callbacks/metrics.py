@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from bcos_train.dataset.batch import Batch
+from bcos_train.runs.checkpoint import Checkpoint
 from bcos_train.runs.layout import METRICS, salvage_metrics
 from bcos_train.training.module import Classifier
 from bcos_train.utils.atomic import atomic_write, unused_path
@@ -127,9 +128,7 @@ class TrainingLog(pl.Callback):
         self._losses: list[float] = []
         self._lr = float("nan")
 
-    def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Checkpoint) -> None:
         for logger in trainer.loggers:
             if isinstance(logger, CsvLogger):
                 logger.drop_after(checkpoint["global_step"])
