@@ -4,6 +4,7 @@ Without logit bias, which hides any difference, and with statistics of the batch
 """
 
 import contextlib
+import copy
 import io
 from collections.abc import Callable
 from typing import Any
@@ -39,12 +40,17 @@ def build(name: str, size: int, **options: Any) -> Any:
 
 
 def assert_exported(export: Exporter, model: nn.Module, size: int) -> None:
-    """Compare on a batch of another size than that of the export."""
+    """Compare on a batch of another size than that of the export, with the model in float64.
+
+    The rounding errors of deep networks with MaxOut exceed 1e-5 in the model itself.
+    """
     x = images(size, n=3, seed=1)
     with torch.no_grad():
-        expected = model(x)
-        assert expected.abs().max() > 1e-6, "negligible outputs"
-        assert relative_error(export(model, images(size))(x), expected) <= 1e-5
+        exact = copy.deepcopy(model).double()(x.double())
+        assert exact.abs().max() > 1e-6, "negligible outputs"
+        own = relative_error(model(x).double(), exact)
+        assert relative_error(export(model, images(size))(x).double(), exact) <= max(1e-5, 4 * own)
+        assert own <= 1e-4
 
 
 def traced(model: nn.Module, x: Tensor) -> Any:

@@ -6,6 +6,7 @@ command line put there is trusted. Everything else, from any other file and howe
 lists, interpolations), is compared with :data:`ALLOWED` before Hydra uses it.
 """
 
+import copy
 import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -301,7 +302,8 @@ def _check_launcher(config: DictConfig) -> None:
     hydra_config = HydraConfig.instance()
     before = hydra_config.cfg
     try:
-        hydra_config.set_config(config)  # for the ${hydra:…} resolver
+        # For the ${hydra:…} resolver. Of a copy, since this makes a config read-only and launchers write into it.
+        hydra_config.set_config(copy.deepcopy(config))
         launcher: Any = OmegaConf.to_container(config.hydra.launcher, resolve=True)
     except OmegaConfBaseException as error:
         raise UserError(f"hydra.launcher: {str(error).splitlines()[0]}") from error
