@@ -167,6 +167,7 @@ def order(graph: dict[str, set[str]]) -> None:
 
 def test_no_circle_among_modules() -> None:
     """Imports at the top of modules; a package's own __init__ runs before its modules and gathers them."""
+    pytest.importorskip("bcos_train.nn.fast")  # which nn/backend.py names even where it is missing
     graph = {
         module: {name for name in imports(path, deep=False) if name in MODULES and name != module}
         for module, path in MODULES.items()

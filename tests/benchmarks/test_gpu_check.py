@@ -6,6 +6,10 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import pytest
+
+pytest.importorskip("bcos_train.nn.fast")
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 

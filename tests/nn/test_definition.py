@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import bcos_train
 
 PACKAGE = Path(bcos_train.__file__).parent
@@ -17,6 +19,7 @@ def test_the_definitions_are_short() -> None:
 
 
 def test_layers_norms_and_explanations_without_the_fast_path(tmp_path: Path) -> None:
+    pytest.importorskip("bcos_train.nn.fast")
     shutil.copytree(PACKAGE, tmp_path / "bcos_train", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.rmtree(tmp_path / "bcos_train" / "nn" / "fast")
     selected = [TESTS / "nn" / name for name in ("test_conv.py", "test_linear.py", "test_norm.py")]

@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from bcos_train.config.containers import Config
 from bcos_train.model.registry import OFFICIAL
 from bcos_train.runs.layout import CHECKPOINTS, EVALUATION, LAST, RUN_CONFIG, SUMMARY
 from bcos_train.weights.files import read_json
@@ -15,7 +15,7 @@ _CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "fro
 _DIGITS = tuple("0123456789")
 
 
-def read_run_config(folder: Path) -> Config | None:
+def read_run_config(folder: Path) -> dict[str, Any] | None:
     """Read a run's config; ``None`` if the file belongs to another program.
 
     Raises:

@@ -13,11 +13,10 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Required, TypedDict, cast
+from typing import Any, Required, TypedDict, cast
 
 from torch import Tensor
 
-from bcos_train.config.containers import Config
 from bcos_train.model import list_models
 from bcos_train.model.preprocessing import Preprocessing
 from bcos_train.model.registry import OFFICIAL
@@ -247,7 +246,7 @@ def _read_bare(path: Path, label: str, use_ema: bool | None) -> WeightsSource:
     return WeightsSource(state=file.state, is_ema=file.is_ema, origin=name, label=label, class_names=file.class_names)
 
 
-def _read_run(path: Path, label: str, folder: Path, config: Config, use_ema: bool | None) -> WeightsSource:
+def _read_run(path: Path, label: str, folder: Path, config: Mapping[str, Any], use_ema: bool | None) -> WeightsSource:
     is_final = path.is_dir() or path.name in (WEIGHTS, EMA_WEIGHTS)
     if path.is_dir():
         if not (path / WEIGHTS).is_file():
