@@ -254,9 +254,7 @@ def evaluate(config: Config, overridden: Sequence[str] = ()) -> int:
     return 0
 
 
-def _evaluate(
-    settings: CommonConfig, config: Mapping[str, Any], folder: Path | None, model_config: Mapping[str, Any]
-) -> None:
+def _evaluate(settings: CommonConfig, config: Config, folder: Path | None, model_config: Config) -> None:
     with user_errors_at(""):
         path = find_checkpoint(folder / CHECKPOINTS, config["checkpoint"]) if folder else config["weights"]
         assert path is not None
