@@ -132,6 +132,16 @@ def test_damage_is_noticed(damage: Callable[[Path], None], message: str, tmp_pat
         files.load(path)
 
 
+def test_a_digest_file_with_more_than_the_digest(tmp_path: Path) -> None:
+    """Only its first word counts, also where the rest is no text."""
+    path = tmp_path / LAST
+    files.save(content(1), path)
+    digest_of(path).write_bytes(digest_of(path).read_bytes() + b"\xff\0")
+    files.copy(path, tmp_path / "epoch-0001-x.ckpt")
+    files.save(content(2), path)
+    assert valid(tmp_path) == {LAST: 2, PREVIOUS: 1, "epoch-0001-x.ckpt": 1}
+
+
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=LAST):
         files.load(tmp_path / LAST)

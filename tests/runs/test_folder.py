@@ -235,6 +235,26 @@ def test_names_in_the_list_of_best_checkpoints_are_not_paths(name: object, tmp_p
         find_checkpoint(tmp_path, "best")
 
 
+@pytest.mark.parametrize("text", ["[" * 100_000, "{}x", "[[]]", '"x"', "{}{"])
+def test_a_damaged_list_of_best_checkpoints(text: str, tmp_path: Path) -> None:
+    (tmp_path / "best.json").write_text(text)
+    with pytest.raises(ValueError, match=r"best\.json is damaged .*; use checkpoint=last"):
+        find_checkpoint(tmp_path, "best")
+
+
+def test_a_lock_that_is_a_link_leaves_its_target_alone(tmp_path: Path) -> None:
+    target, run = tmp_path / "thesis.txt", tmp_path / "run"
+    run.mkdir()
+    for name, content in ((target, "years of work"), (tmp_path / "absent", None)):
+        if content is not None:
+            name.write_text(content)
+        (run / ".lock").unlink(missing_ok=True)
+        (run / ".lock").symlink_to(name)
+        with pytest.raises(ValueError, match="can't write to .*run: Too many levels of symbolic links"), locked(run):
+            pass
+        assert (name.read_text() if name.exists() else None) == content
+
+
 def test_a_child_process_does_not_hold_the_lock(tmp_path: Path) -> None:
     """Loader workers outlive a killed run for some seconds."""
     started = tmp_path / "started"

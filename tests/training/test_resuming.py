@@ -198,7 +198,8 @@ def test_results_of_a_finished_run_are_verified(run: Path, capsys: pytest.Captur
     folder = run_folder(run)
     weights, summary = folder / "model.safetensors", folder / "summary.json"
     good = weights.read_bytes(), json.loads(summary.read_text())
-    for path, content in ((weights, None), (weights, good[0][:-1]), (summary, b""), (summary, b"{}"), (summary, b"{")):
+    texts = (b"", b"{}", b"{", b"[" * 10**5)
+    for path, content in ((weights, None), (weights, good[0][:-1]), *((summary, text) for text in texts)):
         path.unlink()
         if content is not None:
             path.write_bytes(content)

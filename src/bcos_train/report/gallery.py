@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -19,6 +20,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from bcos_train.explanation import Explanation, color_explanation, plot_contribution_map
+from bcos_train.utils.atomic import atomic_write
 from bcos_train.utils.terminal import printable
 
 __all__ = ["gallery", "save_gallery", "short_class_name"]
@@ -138,7 +140,7 @@ def gallery(
 
 
 def save_gallery(path: str | os.PathLike[str], figure: Figure, *, dpi: int = 150, max_bytes: int = 2_000_000) -> None:
-    """Save a figure as PNG.
+    """Save a figure as PNG, atomically.
 
     Args:
         path: File in an existing folder.
@@ -152,8 +154,8 @@ def save_gallery(path: str | os.PathLike[str], figure: Figure, *, dpi: int = 150
         if buffer.tell() <= max_bytes or dpi <= 60:
             break
         dpi = max(60, int(dpi * 0.8))
-    with open(path, "wb") as file:
-        file.write(buffer.getvalue())
+    with atomic_write(Path(path)) as temporary:
+        temporary.write_bytes(buffer.getvalue())
 
 
 def _check(

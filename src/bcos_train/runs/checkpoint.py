@@ -96,7 +96,7 @@ def verify(path: Path) -> None:
     if not digest_file.is_file():
         raise DamagedCheckpoint(f"{path} has no {digest_file.name} beside it")
     try:
-        is_same = digest_file.read_bytes().split()[:1] == [file_sha256(path).encode()]
+        is_same = _read_digest(path) == file_sha256(path)
     except OSError as error:
         raise DamagedCheckpoint(f"{path} can't be read: {error.strerror}") from error
     if not is_same:
@@ -187,7 +187,7 @@ def delete(path: Path) -> None:
 
 def copy(source: Path, target: Path) -> None:
     """Copy a checkpoint, as a hard link if the file system supports it."""
-    digest = digest_path(source).read_text().split()[0]
+    digest = _read_digest(source)
 
     def write(file: BinaryIO) -> None:
         with source.open("rb") as original:
@@ -265,7 +265,12 @@ def _valid_digest(path: Path) -> str | None:
         verify(path)
     except DamagedCheckpoint:
         return None
-    return digest_path(path).read_text().split()[0]
+    return _read_digest(path)
+
+
+def _read_digest(path: Path) -> str:
+    """Return the digest stored beside a checkpoint; bytes that are no text, as in a damaged file, are replaced."""
+    return (digest_path(path).read_text(errors="replace").split() or [""])[0]
 
 
 def digest_path(path: Path) -> Path:

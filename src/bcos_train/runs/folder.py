@@ -76,7 +76,7 @@ def _problems_of_results(path: Path) -> list[str]:
     try:
         if not isinstance(summary := json.loads((path / SUMMARY).read_bytes()), dict) or not summary:
             problems.append(f"{SUMMARY} is empty")
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         problems.append(f"{SUMMARY} is damaged")
     last = path / CHECKPOINTS / LAST
     for name in (WEIGHTS, EMA_WEIGHTS):
@@ -150,12 +150,23 @@ def find_checkpoint(folder: Path, which: str) -> Path:
             raise ValueError("; ".join(problems) + fallback or f"no checkpoint in {folder}")
         return path
     if which == "best":
-        if not (folder / BEST).exists() or not (best := json.loads((folder / BEST).read_text())):
-            raise ValueError(f"no best checkpoint in {folder}; use checkpoint=last")
-        path = folder / check_checkpoint_name(best[0]["file"])
+        path = folder / _best_name(folder)
         if not path.is_file():
             raise ValueError(f"the best checkpoint, {path.name}, is missing in {folder}; use checkpoint=last")
         return path
     if not Path(which).is_file():
         raise ValueError(f"checkpoint={which}: no such file; must be best, last or a path")
     return Path(which)
+
+
+def _best_name(folder: Path) -> str:
+    """Return the first name in ``best.json``, which may hold anything."""
+    path = folder / BEST
+    try:
+        best = json.loads(path.read_bytes()) if path.exists() else []
+        name = best[0]["file"] if best else None
+    except (OSError, ValueError, RecursionError, TypeError, LookupError) as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__}); use checkpoint=last") from error
+    if not best:
+        raise ValueError(f"no best checkpoint in {folder}; use checkpoint=last")
+    return check_checkpoint_name(name)

@@ -72,10 +72,13 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 def salvage_metrics(path: Path) -> tuple[list[str], list[dict[str, float]], str | None]:
     """Return the columns and the readable rows of a ``metrics.csv``, and what is wrong with the file, if anything."""
-    if path.is_dir():
-        return [], [], "it is a folder"
+    if path.is_dir() or path.is_symlink():
+        return [], [], "it is a folder" if path.is_dir() else "it is a link"
     lines = path.read_bytes().decode(errors="replace").splitlines()
-    columns = next(csv.reader(lines[:1]), [])
+    try:
+        columns = next(csv.reader(lines[:1]), [])
+    except csv.Error:  # a name that is too long
+        columns = []
     if "step" not in columns or len(set(columns)) < len(columns):
         return [], [], "its first line doesn't name the column step and others" if lines else "it is empty"
     rows: list[dict[str, float]] = []

@@ -34,7 +34,8 @@ def locked(folder: Path) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / LOCK).open("w")
+        # A link could lead to a file elsewhere.
+        lock = open(os.open(folder / LOCK, os.O_WRONLY | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666), "w")
     except OSError as error:
         raise ValueError(f"can't write to {folder}: {error.strerror}") from error
     with lock as file:

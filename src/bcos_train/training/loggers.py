@@ -1,5 +1,6 @@
 """Loggers in addition to the CSV file, which is always written."""
 
+import contextlib
 import logging
 import os
 import secrets
@@ -10,7 +11,8 @@ from typing import Literal, get_args
 
 from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 
-from bcos_train.training.side_matters import only_warn
+from bcos_train.training.side_matters import has_failed, only_warn
+from bcos_train.utils.atomic import atomic_write
 from bcos_train.utils.terminal import printable
 
 WANDB_ID = ".wandb-id"
@@ -39,7 +41,8 @@ def wandb_logger(
     """
     id_file = folder / WANDB_ID
     if not id_file.exists():
-        id_file.write_text(secrets.token_hex(4))
+        with atomic_write(id_file) as temporary:
+            temporary.write_text(secrets.token_hex(4))
     return WandbLogger(
         name=run_id,
         id=id_file.read_text(),
@@ -130,5 +133,6 @@ def close(loggers: Iterable[Logger]) -> None:
         if isinstance(logger, WandbLogger):
             import wandb
 
-            with only_warn("closing W&B"):
+            # A process that died was reported once.
+            with contextlib.suppress(Exception) if has_failed(logger) else only_warn("closing W&B"):
                 wandb.finish()

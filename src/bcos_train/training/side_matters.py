@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import ParamSpec
@@ -10,11 +11,13 @@ from pytorch_lightning.loggers import Logger
 
 from bcos_train.utils.terminal import printable
 
-__all__ = ["only_warn", "protect"]
+__all__ = ["has_failed", "only_warn", "protect"]
 
 P = ParamSpec("P")
 
 _logger = logging.getLogger(__name__)
+#: Loggers that have failed once, and log nothing more.
+_FAILED: "weakref.WeakSet[Logger]" = weakref.WeakSet()
 
 
 @contextmanager
@@ -28,18 +31,16 @@ def only_warn(what: str) -> Iterator[None]:
 
 def protect(logger: Logger) -> Logger:
     """Let the first exception of a logger end its logging with a warning, instead of the run; returns ``logger``."""
-    is_alive = True
 
     def guarded(method: Callable[P, object]) -> Callable[P, object]:
         @functools.wraps(method)
         def call(*args: P.args, **kwargs: P.kwargs) -> object:
-            nonlocal is_alive
-            if not is_alive:
+            if has_failed(logger):
                 return None
             try:
                 return method(*args, **kwargs)
             except Exception as error:
-                is_alive = False
+                _FAILED.add(logger)
                 _warn(f"{type(logger).__name__}, which logs nothing more,", error)
                 return None
 
@@ -49,6 +50,11 @@ def protect(logger: Logger) -> Logger:
         if hasattr(logger, name):
             setattr(logger, name, guarded(getattr(logger, name)))
     return logger
+
+
+def has_failed(logger: Logger) -> bool:
+    """True if a protected logger has failed, which was reported."""
+    return logger in _FAILED
 
 
 def _warn(what: str, error: Exception) -> None:

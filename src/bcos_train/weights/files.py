@@ -154,7 +154,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...] | 
         raise ValueError(f"{path} is not a safetensors file: {error}") from error
     try:
         return state, _as_class_names(json.loads(metadata.get(_CLASS_NAMES, "null")))
-    except ValueError:  # an entry of another program
+    except (ValueError, RecursionError):  # an entry of another program
         return state, None
 
 
@@ -173,7 +173,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"can't read {path}: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: not a JSON object")

@@ -93,6 +93,7 @@ GOOD = "step,loss\n1,0.5\n2,0.25\n"
         (b"\x00\xff\x80" * 50 + b"\n", 0, "its first line doesn't name"),
         (b"", 0, "it is empty"),
         (b"loss,epoch\n0.5,1\n", 0, "its first line doesn't name"),
+        (b"step," + b"x" * 200_000 + b"\n1,2\n", 0, "its first line doesn't name"),
         (b"step,step\n1,1\n", 0, "its first line doesn't name"),
         (GOOD.encode() + b"3,0.1,7\n", 2, "line 4 can't be read"),
         (GOOD.encode() + b"3\n4,0.1\n", 3, "line 4 can't be read"),
@@ -118,6 +119,15 @@ def test_damage_is_repaired(
     logger.log_metrics({"loss": 1.0, "new": 2.0}, step=9)
     assert len(read_metrics(path)) == kept + 1
     assert read_metrics(path)[-1] == {"step": 9, "loss": 1.0, "new": 2.0}
+
+
+def test_a_link_is_replaced(tmp_path: Path) -> None:
+    target = tmp_path / "thesis.txt"
+    target.write_text("step,loss\n1,0.5\nyears of")
+    (tmp_path / "metrics.csv").symlink_to(target)
+    CsvLogger(tmp_path).log_metrics({"loss": 1.0}, step=2)
+    assert target.read_text() == "step,loss\n1,0.5\nyears of"
+    assert read_metrics(tmp_path / "metrics.csv") == [{"step": 2, "loss": 1.0}]
 
 
 def test_an_empty_column_stays_in_place(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from bcos_train.explanation import evaluating, explain, is_explainable
 from bcos_train.loading import LoadedClassifier, pad_class_names
 from bcos_train.metric import GridPointing
 from bcos_train.report import gallery, save_gallery
-from bcos_train.runs.layout import EVALUATION
+from bcos_train.runs.layout import EVALUATION, METRICS, read_metrics
 from bcos_train.training.distributed import is_distributed
 from bcos_train.training.module import Classifier
 from bcos_train.training.side_matters import only_warn
@@ -180,8 +180,7 @@ class ExplanationCallback(PredictionRecorder):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         predictions, self.predictions = self.predictions, None  # they are outdated after this epoch
         epoch = trainer.current_epoch + 1
-        is_due = epoch % self.options.every_n_epochs == 0 or epoch == trainer.max_epochs
-        if not is_due or not trainer.is_global_zero:
+        if not self._is_due(trainer, epoch) or not trainer.is_global_zero:
             return
         assert isinstance(pl_module, Classifier)
         self._due_epoch = epoch
@@ -196,6 +195,20 @@ class ExplanationCallback(PredictionRecorder):
             with only_warn("gallery"), evaluating(module.model), isolated_rng():
                 self._draw(trainer, module, epoch)
 
+    def draw_missing(self, trainer: pl.Trainer, module: Classifier) -> None:
+        """Draw the gallery of the epoch that training resumes after, if the run was killed before it was drawn."""
+        epoch, steps = divmod(trainer.global_step, module.steps_per_epoch)
+        is_end = trainer.is_global_zero and epoch > 0 and steps == 0
+        if is_end and self._is_due(trainer, epoch) and not self._path(epoch).exists():
+            self._due_epoch = epoch
+            self.draw(trainer, module)
+
+    def _is_due(self, trainer: pl.Trainer, epoch: int) -> bool:
+        return epoch % self.options.every_n_epochs == 0 or epoch == trainer.max_epochs
+
+    def _path(self, epoch: int) -> Path:
+        return self.folder / f"epoch-{epoch:04d}.png"
+
     def _measure(self, module: Classifier, predictions: Predictions | None) -> None:
         subject = make_subject(module, module.data, self.title, self.options.n_images, predictions)
         if metrics := logged_metrics(measure(subject, self.options)):
@@ -204,10 +217,12 @@ class ExplanationCallback(PredictionRecorder):
     def _draw(self, trainer: pl.Trainer, module: Classifier, epoch: int) -> None:
         if self._samples is None:
             self._samples = module.data.fixed_val_samples(self.options.gallery_images)
-        percent = trainer.callback_metrics.get("val/acc1")
+        percent: Tensor | float | None = trainer.callback_metrics.get("val/acc1")
+        if percent is None and (log := self.folder.parent / METRICS).exists():  # resumed after the validation
+            percent = next((row["val/acc1"] for row in read_metrics(log)[::-1] if "val/acc1" in row), None)
         accuracy = None if percent is None else float(percent) / 100
         figure = draw_gallery(module, module.data, self._samples, title=self.title, epoch=epoch, accuracy=accuracy)
-        path = self.folder / f"epoch-{epoch:04d}.png"
+        path = self._path(epoch)
         save_gallery(path, figure)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
@@ -224,6 +239,17 @@ class GalleryCallback(Checkpoint):
 
     def __init__(self, explanations: ExplanationCallback) -> None:
         self.explanations = explanations
+        self._has_started = False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, Classifier)
+        self._has_started = True
+        self.explanations.draw_missing(trainer, pl_module)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, Classifier)
+        if not self._has_started:  # all epochs were done
+            self.explanations.draw_missing(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, Classifier)

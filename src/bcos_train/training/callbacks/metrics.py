@@ -43,7 +43,7 @@ class CsvLogger(Logger):
         """Read the rows of a run that resumes; a damaged file is kept under another name, and replaced."""
         if not self.path.exists():
             return
-        if self.path.is_file():
+        if self.path.is_file() and not self.path.is_symlink():
             self._drop_incomplete_line()
         self._columns, self._rows, problem = salvage_metrics(self.path)
         if problem is not None:
