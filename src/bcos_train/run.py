@@ -333,6 +333,9 @@ def rebase_on_run(config: Config, overridden: Sequence[str] = ()) -> Config:
         problem = f"not a run folder, since it has no {RUN_CONFIG}" if folder.is_dir() else "no such folder"
         raise UserError(f"run={folder}: {problem}{parent}")
     run_config = load_config(folder / RUN_CONFIG)
+    for key in ("model", "dataset"):
+        if not isinstance(run_config.get(key), dict):
+            raise UserError(f"{folder / RUN_CONFIG}: not the config of a run, since it has no {key}")
     # Launchers are no keys of the config.
     keys = [key for key in overridden if key.partition(".")[0] in config]
     evaluation = {key: config[key] for key in EVALUATION_KEYS}

@@ -170,6 +170,10 @@ def assert_equal_weights(run: Run, other: Run) -> None:
     ours, theirs = final_state(run.folder), final_state(other.folder)
     for key in STATE:
         assert_same_state(ours[key], theirs[key], key)
+    assert_equal_exports(run, other)
+
+
+def assert_equal_exports(run: Run, other: Run) -> None:
     for name in ("model.safetensors", "model_ema.safetensors"):
         assert (run.folder / name).read_bytes() == (other.folder / name).read_bytes(), name
 

@@ -199,7 +199,9 @@ def test_results_of_a_finished_run_are_verified(run: Path, capsys: pytest.Captur
     weights, summary = folder / "model.safetensors", folder / "summary.json"
     good = weights.read_bytes(), json.loads(summary.read_text())
     texts = (b"", b"{}", b"{", b"[" * 10**5)
-    for path, content in ((weights, None), (weights, good[0][:-1]), *((summary, text) for text in texts)):
+    flipped = good[0][:-1] + bytes([good[0][-1] ^ 1])
+    damaged = ((weights, None), (weights, good[0][:-1]), (weights, flipped), *((summary, text) for text in texts))
+    for path, content in damaged:
         path.unlink()
         if content is not None:
             path.write_bytes(content)

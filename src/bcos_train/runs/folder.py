@@ -73,17 +73,22 @@ def is_finished(path: Path) -> bool:
 def _problems_of_results(path: Path) -> list[str]:
     """Return what is missing or damaged in the folder of a run that has ended."""
     problems = []
+    digests: object = None
     try:
         if not isinstance(summary := json.loads((path / SUMMARY).read_bytes()), dict) or not summary:
             problems.append(f"{SUMMARY} is empty")
+        else:
+            digests = summary.get("sha256")
     except (OSError, ValueError, RecursionError):
         problems.append(f"{SUMMARY} is damaged")
+    if not isinstance(digests, dict):  # damaged, or of an older version
+        digests = {}
     last = path / CHECKPOINTS / LAST
     for name in (WEIGHTS, EMA_WEIGHTS):
         weights = path / name
         is_expected = name == WEIGHTS or (last.is_file() and "model_ema" in _entries(last))
         if weights.exists():
-            if not _is_safetensors(weights):
+            if not (_has_digest(weights, digests[name]) if name in digests else _is_safetensors(weights)):
                 problems.append(f"{name} is damaged")
         elif is_expected:
             problems.append(f"{name} is missing")
@@ -95,6 +100,13 @@ def _entries(path: Path) -> Collection[str]:
         return checkpoint.read_structure(path)
     except ValueError:
         return ()
+
+
+def _has_digest(path: Path, digest: object) -> bool:
+    try:
+        return checkpoint.file_sha256(path) == digest
+    except OSError:
+        return False
 
 
 def _is_safetensors(path: Path) -> bool:

@@ -12,6 +12,7 @@ from bcos_train.dataset.data_module import DataModule
 from bcos_train.evaluation.store import write_json
 from bcos_train.explanation import evaluating, is_explainable
 from bcos_train.report import save_gallery
+from bcos_train.runs.checkpoint import file_sha256
 from bcos_train.runs.folder import RunFolder
 from bcos_train.runs.layout import (
     EMA_WEIGHTS,
@@ -63,6 +64,7 @@ def finish(
         "gallery": str(galleries[-1].relative_to(folder.path)) if galleries else None,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "lightning": pl.__version__},
         "class_names": names,
+        "sha256": {name: file_sha256(path) for name in (WEIGHTS, EMA_WEIGHTS) if (path := folder.path / name).exists()},
     }
     # Written last: this file marks the run as finished.
     write_json(folder.path / SUMMARY, summary)
