@@ -1,4 +1,4 @@
-"""What images a data set consists of, recorded in checkpoints to notice that they changed between stop and resume."""
+"""Record which images a data set consists of, to notice changes between stop and resume."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def check_same_images(dataset: Inventory, recorded: Inventory) -> None:
     """Raise :class:`OtherImages` unless two inventories are equal.
 
     Args:
-        dataset: That of the data set as it is now.
+        dataset: That of the current data set.
         recorded: That of a checkpoint.
     """
     changes = []
@@ -61,5 +61,5 @@ def check_same_images(dataset: Inventory, recorded: Inventory) -> None:
     if changes:
         raise OtherImages(
             f"dataset: the images changed since the last checkpoint: {', '.join(changes)}; restore them, use "
-            "resume=data_changed to continue with those of now, or resume=false to train again in a new folder"
+            "resume=data_changed to continue with the new ones, or resume=false to train again in a new folder"
         )

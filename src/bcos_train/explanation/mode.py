@@ -67,14 +67,14 @@ class explanation_mode(ContextDecorator):
 
     def __enter__(self) -> nn.Module:
         modules = [m for m in self.model.modules() if callable(getattr(m, "set_explanation_mode", None))]
-        own = [module for module in modules if _is_context_local(module)]
+        ours = [module for module in modules if _is_context_local(module)]
         third_party = [cast(_Switchable, module) for module in modules if not _is_context_local(module)]
-        for module in own:
+        for module in ours:
             module.check_explanation_mode()
         with ExitStack() as stack:
             if third_party:
-                stack.enter_context(_switched_on(third_party, own))
-            stack.enter_context(_detached(frozenset(own)))
+                stack.enter_context(_switched_on(third_party, ours))
+            stack.enter_context(_detached(frozenset(ours)))
             _BLOCKS.set((*_BLOCKS.get(), (self, stack.pop_all())))
         return self.model
 

@@ -286,7 +286,7 @@ def short_class_name(name: str) -> str:
 
 
 def figure_text(text: str) -> str:
-    """Return text that others chose so that matplotlib draws it as it is: no formulas, no undrawable characters."""
+    """Return text that others chose so that matplotlib draws it literally: no formulas, no undrawable characters."""
     return printable(text, keep="").replace("$", r"\$")
 
 

@@ -103,7 +103,7 @@ class TrainConfig(CommonConfig):
         name: Prefix of the run folder's name: ``<runs>/<dataset>/<model>/<name>-<hash>``.
         runs: Folder of all runs; a relative path starts at the current folder.
         resume: Resume the run that has the same config; False: use a new folder; ``"adopt"``: also from a checkpoint
-            without a checksum, if it can be read; ``"data_changed"``: also if the images changed, with those of now.
+            without a checksum, if it can be read; ``"data_changed"``: if the images changed, too, with the new ones.
     """
 
     loss: nn.Module

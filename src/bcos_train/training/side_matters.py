@@ -1,4 +1,4 @@
-"""What accompanies a training and must not end it: figures, explanation metrics, loggers."""
+"""Keep what accompanies a training (figures, explanation metrics, loggers) from ending it."""
 
 import functools
 import logging

@@ -16,5 +16,5 @@ class _Console(Console):
 
 
 def make_console(*, stderr: bool = False, quiet: bool = False) -> Console:
-    """Return a console that shows text as it is, also in tables: no markup, no highlights, no escape sequences."""
+    """Return a console that shows text literally, also in tables: no markup, no highlights, no escape sequences."""
     return _Console(stderr=stderr, quiet=quiet, markup=False, highlight=False, emoji=False)

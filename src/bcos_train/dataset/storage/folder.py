@@ -127,14 +127,14 @@ def _images(folder: Path, left_out: Counter[str]) -> Iterator[str]:
     Args:
         left_out: Receives the numbers of files and folders that are left out, by reason.
     """
-    found = []
+    visited = []
     for parent, folders, files in os.walk(folder, onerror=_raise, followlinks=True):
         visible = [name for name in folders if not _is_hidden(name)]
         if len(visible) < len(folders):
             left_out[_HIDDEN] += len(folders) - len(visible)
         folders[:] = visible
-        found.append((parent, files))
-    for parent, files in sorted(found):
+        visited.append((parent, files))
+    for parent, files in sorted(visited):
         for name in sorted(files):
             if (reason := _reason(name)) is None:
                 yield os.path.join(parent, name)
