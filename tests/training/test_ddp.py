@@ -46,7 +46,7 @@ def start(command: list[str], *overrides: str, path: Path = ROOT) -> subprocess.
 @pytest.mark.parametrize(
     ("command", "norm", "extra"),
     [
-        pytest.param(SELF_START, "lnu-linear", (), id="own start, no batch statistics"),
+        pytest.param(SELF_START, "lnu-linear", (), id="own start, no batch statistics", marks=pytest.mark.slow),
         pytest.param(TORCHRUN, "bnu-linear", ("trainer.sync_batchnorm=true",), id="torchrun, synchronized uncentered"),
         pytest.param(SELF_START, "bn", ("trainer.sync_batchnorm=true",), id="own start, synchronized centered"),
     ],

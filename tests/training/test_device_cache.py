@@ -44,6 +44,7 @@ def test_resume_with_and_without_the_cache(
     assert_same_run(run_folder(tmp_path), without_cache)
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path: Path) -> None:
     overrides = (*SMALL, *CROP_FLIP)
     for name, extra in (("without", "dataset.cache=null"), ("cached", CACHED)):

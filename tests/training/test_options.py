@@ -162,7 +162,9 @@ def test_mistakes_come_before_anything_is_made(overrides: tuple[str, ...], messa
 
 
 def test_launcher_with_another_number_of_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"WORLD_SIZE": "4", "RANK": "0", "LOCAL_WORLD_SIZE": "4"}.items():
+    variables = {"WORLD_SIZE": "4", "RANK": "0", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "x", "MASTER_PORT": "1"}
+    for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=r"launcher started 4 processes, but trainer.devices x trainer.num_nodes is 2"):
+    problem = r"torchrun started 4 processes on 1 node, but trainer.devices=2 x trainer.num_nodes=1 is 2"
+    with pytest.raises(UserError, match=problem):
         train(compose(tmp_path, *TINY, "trainer.devices=2"))
