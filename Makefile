@@ -14,6 +14,8 @@ help:
 	@echo "make test-all       make test with the slow tests"
 	@echo "make test-backends  the tests with model.backend=reference and compiled"
 	@echo "make test-no-fast   the tests in a copy without nn/fast"
+	@echo "make lint           lint and types"
+	@echo "make clean          remove the environments"
 	@echo "make lock           pin all dependencies with hashes in requirements.lock"
 	@echo "make test-oldest    the tests with the oldest supported PyTorch, installed in .venv-oldest"
 	@echo "make test-locked    lint, types and tests with the versions of requirements.lock, in .venv-locked"
@@ -65,4 +67,4 @@ lock: $(STAMP)
 		--python-version 3.11 --generate-hashes --no-header --no-emit-index-url --output-file requirements.lock
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-locked
+	rm -rf $(VENV) .venv-oldest .venv-locked .no-fast

@@ -51,6 +51,8 @@ def main() -> int:
     counts, options = Counts(), sys.argv[1:]
     marks = [] if "-m" in options else ["-m", ""]
     code = pytest.main([*marks, *options, str(ROOT / "tests" / "faults")], plugins=[counts])
+    if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+        return int(code)  # interrupted, for example: the table would lack trials
     rows = "\n".join(f"| {name} | {counts.tried[name]} | {counts.held[name]} |" for name in counts.tried)
     command = " ".join(["python benchmarks/reliability.py", *options])
     OUTPUT.write_text(TEXT.format(rows=rows, command=command, commit=commit()), encoding="utf-8")

@@ -72,8 +72,6 @@ from bcos_train.weights.model_options import model_of_config
 from bcos_train.weights.source import read_model_weights
 from bcos_train.weights.state_dict import load_weights
 
-#: Exit code of a run that stopped because its loss was not finite.
-DIVERGED = 3
 #: Keys of ``configs/evaluate.yaml`` that a run's config lacks.
 EVALUATION_KEYS = ("run", "checkpoint", "weights", "use_ema", "output")
 
@@ -112,8 +110,9 @@ def train(config: Config, folder: Path | None = None) -> int:
                 raise
             return launch.report_exit_code(128 + signal.SIGINT)
         except NonFiniteLoss as error:
-            make_console(stderr=True).print(f"stopped: {error}", style="red", soft_wrap=True)
-            return launch.report_exit_code(DIVERGED)
+            if not error.is_elsewhere:
+                make_console(stderr=True).print(f"stopped: {error}", style="red", soft_wrap=True)
+            return launch.report_exit_code(error.exit_code)
 
 
 @contextlib.contextmanager

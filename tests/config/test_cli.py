@@ -81,6 +81,7 @@ MISTAKES = {
     "config dir": (["-cd", "nowhere"], "nowhere: no such folder of configs"),
     "interpolation": (["name=${nope}"], "name: Interpolation key 'nope' not found"),
     "delete": (["~model.nope"], "Could not delete from config. 'model.nope' does not exist"),
+    "delete a required key": (["~model"], "~model: model can't be removed; choose another with model=…"),
     "hydra's key": (["hydra.launcher.nope=1"], "Could not override 'hydra.launcher.nope'"),
     "group that is not in use": (["extra=one"], "Could not override 'extra'. No match in the defaults list."),
     "broken file": (["model=broken"], "while parsing a flow node expected the node content"),

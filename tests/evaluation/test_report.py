@@ -101,5 +101,6 @@ def test_tables_fit_the_terminal(width: int, n_tables: int, capsys: pytest.Captu
         console.print(part)
     shown = capsys.readouterr().out
     assert "…" not in shown
+    assert "\\" not in shown
     assert max(map(len, shown.splitlines())) <= width
     assert lines[0] == "grad_cam, completeness: its maps are not meant to sum to the logit"

@@ -23,6 +23,8 @@ from bcos_train.runs.launch import SIGNALS
 
 #: Seconds after which a trial is ended.
 TIMEOUT = 240
+#: Exit codes of a trial that took longer, and of one that could not begin.
+TIMED_OUT, NOT_BEGUN = 98, 99
 #: Audit events before a change of the file system; ``fsync`` and steps have none: they are wrapped to raise one.
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod")
 FSYNC, STEP = "faults.fsync", "faults.step"
@@ -166,7 +168,7 @@ def _fork(trial: Trial) -> Result:
                 _begin(trial, rank, write_events)
                 os._exit(_run(trial.command))
             finally:
-                os._exit(99)
+                os._exit(NOT_BEGUN)
         running[pid] = rank
     for descriptor in (write_output, write_errors, write_events):
         os.close(descriptor)
@@ -198,7 +200,9 @@ def _read_until_closed(texts: dict[int, bytes], running: dict[int, int], codes: 
                     selector.unregister(key.fd)
                     os.close(key.fd)
             _wait(running, codes, os.WNOHANG)
-            if any(codes) or time.monotonic() > deadline:
+            if time.monotonic() > deadline:
+                codes.append(TIMED_OUT)
+            if any(codes):
                 for pid in running:
                     os.kill(pid, signal.SIGKILL)
     return list(texts.values())

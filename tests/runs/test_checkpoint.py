@@ -117,7 +117,7 @@ DAMAGES = {
     "cut": (truncate, "is damaged"),
     "empty": (lambda path: path.write_bytes(b""), "is damaged"),
     "no digest": (lambda path: digest_of(path).unlink(), "has no last.ckpt.sha256 beside it"),
-    "empty digest": (lambda path: digest_of(path).write_text(""), "is damaged"),
+    "empty digest": (lambda path: digest_of(path).write_text(""), "has an empty last.ckpt.sha256 beside it"),
     "digest of bytes": (lambda path: digest_of(path).write_bytes(b"\xff\xfe\n"), "is damaged"),
 }
 damages = pytest.mark.parametrize(("damage", "message"), DAMAGES.values(), ids=DAMAGES.keys())

@@ -131,8 +131,8 @@ def test_processes_with_a_terminal(child: int) -> None:
     [
         ({"RANK": "0", "WORLD_SIZE": "2"}, "RANK=0 and WORLD_SIZE=2 are set, but not MASTER_ADDR and MASTER_PORT"),
         ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 and WORLD_SIZE=2 contradict each other: start with torchrun, or "),
-        ({"RANK": "", "WORLD_SIZE": "2"}, "RANK=: this environment variable must be a whole number"),
-        ({"SLURM_STEP_NUM_TASKS": "2"}, "the environment variable SLURM_PROCID is missing"),
+        ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK=x: this environment variable must be a whole number; unset it if no"),
+        ({"SLURM_STEP_NUM_TASKS": "2"}, "SLURM_PROCID is missing, .*, unset SLURM_STEP_NUM_TASKS"),
     ],
 )
 def test_incomplete_variables(variables: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,6 +140,19 @@ def test_incomplete_variables(variables: dict[str, str], message: str, monkeypat
     with pytest.raises(ValueError, match=message):
         launched()
     assert rank() == 0  # prints the message
+
+
+def test_empty_variables_are_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_all(monkeypatch, {"RANK": "", "WORLD_SIZE": ""})
+    assert launched() is None
+
+
+def test_who_leaves_messages_to_rank_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not a process with left-over variables, which has nobody to print them."""
+    set_all(monkeypatch, {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"})
+    assert not launcher.follows_rank_zero()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    assert launcher.follows_rank_zero()
 
 
 def test_mpi(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,8 +31,8 @@ def port() -> int:
         return int(free.getsockname()[1])
 
 
-def place(rank: int, port: int) -> Launched:
-    return Launched("srun", rank, 2, rank, 1, "127.0.0.1", port, ("SLURM_STEP_NUM_TASKS",))
+def place(rank: int, port: int, size: int = 2) -> Launched:
+    return Launched("srun", rank, size, rank, 1, "127.0.0.1", port, ("SLURM_STEP_NUM_TASKS",))
 
 
 def run(port: int, *bodies: Callable[[], Any]) -> list[BaseException | None]:
@@ -136,6 +136,38 @@ def test_a_signal_ends_the_waiting(rank: int, port: int) -> None:
     with pytest.raises(Interrupted) as caught, joined(place(rank, port), stop):
         raise AssertionError
     assert caught.value.exit_code == 143
+
+
+@pytest.mark.parametrize("is_stopped", [False, True], ids=["gives up", "is stopped"])
+def test_those_that_wait_end_with_one_that_gives_up(
+    is_stopped: bool, port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three processes, one is missing, and one gives up or is stopped while it waits."""
+    monkeypatch.setattr(peers, "TIMEOUT", 30 if is_stopped else 2)
+    monkeypatch.setattr(peers, "GRACE", 5)
+    errors: dict[int, BaseException] = {}
+    stop = StopFlag()
+
+    def process(rank: int) -> None:
+        try:
+            with joined(place(rank, port, size=3), stop if rank == 1 else None):
+                raise AssertionError
+        except BaseException as error:
+            errors[rank] = error
+
+    threads = [threading.Thread(target=process, args=(rank,)) for rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+        time.sleep(1)
+    if is_stopped:
+        stop.signum = signal.SIGTERM
+    for thread in threads:
+        thread.join(60)
+    first, second = (1, 0) if is_stopped else (0, 1)
+    assert isinstance(errors[first], Interrupted if is_stopped else UserError)
+    other = errors[second]
+    assert isinstance(other, PeerFailed)
+    assert other.exit_code == (143 if is_stopped else 2)
 
 
 def test_an_address_in_use(port: int) -> None:

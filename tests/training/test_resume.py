@@ -100,6 +100,21 @@ def test_accumulation_resumes_at_optimizer_steps(tmp_path: Path, monkeypatch: py
     assert_same_run(run_folder(tmp_path / "b"), run_folder(tmp_path / "a"))
 
 
+@pytest.mark.parametrize("damage", ["empty", "a folder"])
+def test_damaged_metrics_do_not_keep_a_run_from_ending(damage: str, tmp_path: Path) -> None:
+    config = compose(tmp_path, *TINY)
+    train(config)
+    folder = run_folder(tmp_path)
+    (folder / "summary.json").unlink()
+    (folder / "metrics.csv").unlink()
+    if damage == "empty":
+        (folder / "metrics.csv").touch()
+    else:
+        (folder / "metrics.csv").mkdir()
+    assert train(config) == 0
+    assert (folder / "summary.json").exists()
+
+
 def test_killed_between_the_last_checkpoint_and_the_summary(uninterrupted: Path, tmp_path: Path) -> None:
     config = compose(tmp_path, *TINY)
     train(config)

@@ -32,7 +32,7 @@ from bcos_train.config.overrides import check_choices, check_values, plugins_in_
 from bcos_train.config.plugins import KEY as PLUGINS
 from bcos_train.config.plugins import load_plugins
 from bcos_train.config.validation import Problem, check
-from bcos_train.runs.launcher import rank
+from bcos_train.runs.launcher import follows_rank_zero
 from bcos_train.utils.suggestions import suggest
 from bcos_train.utils.terminal import print_line
 
@@ -184,6 +184,10 @@ def _preflight(
     rewritten, problems = read_overrides(arguments.overrides, composer, top_level, defaults)
     _raise(problems)
     overrides = [rewritten[text] for text in arguments.overrides]
+    for override in map(composer.parse, overrides):
+        key = override.key_or_group
+        if override.is_delete() and key in top_level and top_level[key].default is inspect.Parameter.empty:
+            raise UserError(f"{override.input_line}: {key} can't be removed; choose another with {key}=…")
     _raise(check_choices(overrides, composer, defaults))
     _raise(check_overrides([composer.parse(text) for text in overrides]))
 
@@ -286,7 +290,7 @@ def _raise(problems: Iterable[Problem]) -> None:
 
 def _report(error: Exception) -> None:
     """Print the message on stderr, and the traceback if ``HYDRA_FULL_ERROR=1``; of several processes, in rank 0."""
-    if rank() > 0:
+    if follows_rank_zero():
         return  # the same mistake, or printed already
     if os.environ.get(FULL_ERROR) == "1":
         traceback.print_exception(error)

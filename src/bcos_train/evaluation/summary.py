@@ -163,7 +163,7 @@ def _cell(summary: ScoreSummary | None) -> str:
         return "–"
     if summary["mean"] is None:
         return "not finite"
-    return f"{_number(summary['mean'])} \\[{_number(summary['low'])}, {_number(summary['high'])}]"
+    return f"{_number(summary['mean'])} [{_number(summary['low'])}, {_number(summary['high'])}]"
 
 
 def _finite(value: float) -> float | None:

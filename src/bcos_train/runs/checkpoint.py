@@ -93,14 +93,21 @@ def verify(path: Path) -> None:
         DamagedCheckpoint: They differ, there is no digest, or one of the files can't be read.
     """
     digest_file = digest_path(path)
-    if not digest_file.is_file():
-        raise DamagedCheckpoint(f"{path} has no {digest_file.name} beside it")
+    if not has_digest(path):
+        is_empty = digest_file.is_file()
+        raise DamagedCheckpoint(f"{path} has {'an empty' if is_empty else 'no'} {digest_file.name} beside it")
     try:
         is_same = _read_digest(path) == file_sha256(path)
     except OSError as error:
         raise DamagedCheckpoint(f"{path} can't be read: {error.strerror}") from error
     if not is_same:
         raise DamagedCheckpoint(f"{path} is damaged: its SHA-256 isn't the one in {digest_file.name}")
+
+
+def has_digest(path: Path) -> bool:
+    """True if there is a digest beside a checkpoint; an interrupted copy can leave an empty file."""
+    digest_file = digest_path(path)
+    return digest_file.exists() and (not digest_file.is_file() or digest_file.stat().st_size > 0)
 
 
 def read_structure(path: Path) -> Checkpoint:
@@ -166,7 +173,7 @@ def adopt(folder: Path) -> Path:
     newest, problems = newest_valid(folder)
     if newest is not None:
         return newest
-    unsigned = (path for path in _newest_first(folder) if path.is_file() and not digest_path(path).exists())
+    unsigned = (path for path in _newest_first(folder) if path.is_file() and not has_digest(path))
     path = next(unsigned, None)
     if path is None:
         raise ValueError(f"no checkpoint to adopt in {folder}: {'; '.join(problems) or 'it has none'}")

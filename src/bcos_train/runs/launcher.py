@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Launched", "launched", "mpi_processes", "rank"]
+__all__ = ["Launched", "follows_rank_zero", "launched", "mpi_processes", "rank"]
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 #: Number of processes that mpirun or jsrun has started, by Open MPI, MVAPICH, IBM's jsrun, and MPICH or Intel MPI.
@@ -59,13 +59,21 @@ def rank() -> int:
     return 0 if place is None else place.rank
 
 
+def follows_rank_zero() -> bool:
+    """True if a launcher has certainly started other processes, of which rank 0 prints the common messages.
+
+    ``RANK`` alone may be left over; torchrun sets more than that.
+    """
+    return rank() > 0 and ("RANK" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ)
+
+
 def launched() -> Launched | None:
     """Return this process's place among those that a launcher started; ``None`` without a launcher.
 
     Raises:
         ValueError: The environment variables are incomplete or contradict each other.
     """
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+    if os.environ.get("RANK") and os.environ.get("WORLD_SIZE"):
         return _by_torchrun(os.environ)
     if _int(os.environ, "SLURM_STEP_NUM_TASKS", 1) > 1 and not _is_interactive_shell(os.environ):
         return _by_srun(os.environ)
@@ -146,11 +154,18 @@ def _has_terminal(pid: int) -> bool:
 
 
 def _int(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
-    if name not in environment and default is not None:
+    text = environment.get(name, "")
+    if not text and default is not None:
         return default
+    if not text:
+        present = [key for key in environment if key.startswith("SLURM_STEP_")] or ["RANK", "WORLD_SIZE"]
+        raise ValueError(
+            f"the environment variable {name} is missing, which a launcher sets: if none has started this process, "
+            f"unset {' '.join(sorted(present))}"
+        )
     try:
-        return int(environment[name])
-    except KeyError:
-        raise ValueError(f"the environment variable {name} is missing, which a launcher sets") from None
+        return int(text)
     except ValueError:
-        raise ValueError(f"{name}={environment[name]}: this environment variable must be a whole number") from None
+        raise ValueError(
+            f"{name}={text}: this environment variable must be a whole number; unset it if no launcher has set it"
+        ) from None

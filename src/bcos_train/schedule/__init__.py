@@ -38,7 +38,7 @@ class Schedule(ABC):
 
     def __post_init__(self) -> None:
         if self.epochs < 1:
-            raise ValueError(f"schedule.epochs={self.epochs}: at least 1")
+            raise ValueError(f"schedule.epochs={self.epochs}: at least 1 (it is trainer.max_epochs unless set)")
         if self.warmup_epochs is not None and self.warmup_steps is not None:
             raise ValueError("set schedule.warmup_epochs or schedule.warmup_steps, not both")
         for key in ("warmup_epochs", "warmup_steps"):

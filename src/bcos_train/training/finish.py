@@ -22,7 +22,7 @@ from bcos_train.runs.layout import (
     METRICS,
     SUMMARY,
     WEIGHTS,
-    read_metrics,
+    salvage_metrics,
 )
 from bcos_train.training.callbacks.checkpoint import BestCheckpoint, Checkpointer
 from bcos_train.training.callbacks.ema import EmaCallback
@@ -50,7 +50,10 @@ def finish(
         if isinstance(callback, Checkpointer):
             best = callback.best
     # Read from the file: this process may have resumed after the last epoch.
-    rows = read_metrics(folder.path / METRICS)
+    path = folder.path / METRICS
+    _, rows, problem = salvage_metrics(path) if path.exists() else ([], [], None)
+    if problem is not None:
+        console.print(f"skipped: {path} is damaged: {problem}", style="yellow", soft_wrap=True)
     metrics = {key: value for row in rows for key, value in row.items() if key not in ("step", "epoch")}
     galleries = sorted((folder.path / EXPLANATIONS).glob("*.png"))
     summary = {

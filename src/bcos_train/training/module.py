@@ -36,7 +36,16 @@ class NonFiniteLoss(RuntimeError):
     """The loss, or a weight to be saved, is NaN or infinite; raised in all processes together.
 
     For a loss, it is raised before the optimizer step.
+
+    Args:
+        is_elsewhere: Those of this process are finite.
     """
+
+    exit_code = 3
+
+    def __init__(self, message: str, is_elsewhere: bool = False) -> None:
+        super().__init__(message)
+        self.is_elsewhere = is_elsewhere
 
 
 class ClassificationScore(Metric):
@@ -221,7 +230,8 @@ class Classifier(pl.LightningModule):
                 f"the loss is not finite ({loss.item()}) in epoch {self.current_epoch + 1} of "
                 f"{self.trainer.max_epochs}, batch {batch_idx + 1} of {self.trainer.num_training_batches}, after "
                 f"{self.global_step} optimizer steps; samples {samples.tolist()[:16]}. The step was not taken; "
-                "try a lower optimizer.lr, a longer warm-up, gradient clipping or trainer.precision=32."
+                "try a lower optimizer.lr, a longer warm-up, gradient clipping or trainer.precision=32.",
+                is_elsewhere=math.isfinite(loss.item()),
             )
 
     def stop_if_not_finite_weights(self) -> None:
@@ -232,7 +242,8 @@ class Classifier(pl.LightningModule):
             names = ", ".join(keys[:3]) or "those of another process"
             raise NonFiniteLoss(
                 f"weights are not finite ({names}) after {self.global_step} optimizer steps. They were not saved; "
-                "try a lower optimizer.lr, a longer warm-up, gradient clipping or trainer.precision=32."
+                "try a lower optimizer.lr, a longer warm-up, gradient clipping or trainer.precision=32.",
+                is_elsewhere=not keys,
             )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:

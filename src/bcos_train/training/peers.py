@@ -22,6 +22,7 @@ from bcos_train.runs import launch
 from bcos_train.runs.interrupt import Interrupted, StopFlag
 from bcos_train.runs.launcher import Launched
 from bcos_train.runs.orphans import GRACE
+from bcos_train.training.module import NonFiniteLoss
 from bcos_train.utils.terminal import print_line
 
 __all__ = ["PeerFailed", "joined"]
@@ -63,11 +64,17 @@ def joined(place: Launched | None, stop: StopFlag | None = None) -> Iterator[Non
         yield
         return
     peers = _Peers(place, _connect(place, stop), stop)
-    peers.join()
+    has_joined = False
     try:
+        peers.join()
+        has_joined = True
         yield
-    except Interrupted:
-        raise  # all processes have agreed on it
+    except PeerFailed:
+        raise
+    except Interrupted as error:
+        if not has_joined:
+            peers.fail(error)
+        raise  # else all processes have agreed on it
     except BaseException as error:
         code = peers.fail(error)
         if code is not None:
@@ -157,17 +164,27 @@ class _Peers:
             ranks = self._missing("joined")
             return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 
-        _wait(lambda: not self._missing("joined"), missing, self.place, self.stop, is_reported=self.place.rank > 0)
+        def is_over() -> bool:
+            return self.store.check(["failed"]) or not self._missing("joined")
+
+        try:
+            _wait(is_over, missing, self.place, self.stop, is_reported=self.place.rank > 0)
+            if self.store.check(["failed"]):
+                raise PeerFailed(self._failure()[1])
+        except dist.DistError as error:
+            raise UserError(f"rank {self.place.rank} lost the connection to rank 0 at {self.place.host}") from error
         self._watcher.start()
 
     def leave(self) -> None:
         """End the watch. The host of the store stays until the others have left, because they need it."""
         self._is_over.set()
-        self._watcher.join()
+        if self._watcher.is_alive():
+            self._watcher.join()
         with contextlib.suppress(dist.DistError):
             self.store.set(f"left/{self.place.rank}", "")
             if self.place.rank == 0:
-                _wait_at_most(self._patience, lambda: not self._missing("left"))
+                _wait_at_most(self._patience, lambda: self._is_stopped() or not self._missing("left"))
+                _wait_at_most(GRACE, lambda: not self._missing("left"))
 
     def fail(self, error: BaseException) -> int | None:
         """Tell the others about an exception; ``None``: this process reports it, else the run's exit code."""
@@ -223,6 +240,8 @@ def _wait_at_most(seconds: float, condition: Callable[[], bool]) -> bool:
 
 
 def _exit_code(error: BaseException) -> int:
+    if isinstance(error, (Interrupted, NonFiniteLoss)):
+        return error.exit_code
     if isinstance(error, UserError):
         return 2
     return 128 + signal.SIGINT if isinstance(error, (KeyboardInterrupt, SystemExit)) else 1

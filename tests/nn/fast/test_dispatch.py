@@ -180,6 +180,24 @@ class OtherNorm(BcosConv2d):
         return 3 * super().input_norm(x)
 
 
+class OtherPatchNorms(BcosConv2d):
+    def calc_patch_norms(self, x: Tensor) -> Tensor:
+        return 3 * super().calc_patch_norms(x)
+
+
+def test_methods_replaced_in_a_layer() -> None:
+    x = torch.rand(IMAGE)
+    plain = BcosConv2d(4, 4)
+    subclass = OtherPatchNorms(4, 4)
+    subclass.load_state_dict(plain.state_dict())
+    norm, conv = copy.deepcopy(plain), copy.deepcopy(plain)
+    norm.input_norm = lambda x: 3 * plain.input_norm(x)  # type: ignore[method-assign]
+    conv.linear._conv_forward = lambda *args: 2 * plain.linear(x)  # type: ignore[method-assign]
+    for layer, factor in ((subclass, 1 / 3), (norm, 1 / 3), (conv, 4)):
+        torch.testing.assert_close(layer(x), factor * plain(x))
+        assert "replaced" in why(layer, x)
+
+
 def test_replaced_parts_are_computed_as_they_are() -> None:
     x = torch.rand(IMAGE)
     replaced = BcosConv2d(4, 4)

@@ -127,6 +127,10 @@ def _weight_in_use(module: Any, is_unit: bool = False) -> Tensor:
 # --- the decision -----------------------------------------------------------------------------------------------------
 
 
+#: Methods that the fast path doesn't call.
+_FORWARDS, _NORMS = ("forward", "_conv_forward"), ("input_norm", "calc_patch_norms")
+
+
 def _obstacle(layer: "Accelerated") -> str | None:
     """Return the reason why the definition must compute this layer, or None: conditions common to all layers."""
     if layer.backend == "reference":
@@ -156,11 +160,14 @@ def _bcos_obstacle(layer: "BcosLayer") -> str | None:
 
 
 def _is_customized(layer: "BcosLayer") -> bool:
-    """True if a subclass or the user has replaced `linear` or `input_norm`, which the fast path does not call."""
+    """True if a subclass or the user has replaced `linear` or a norm of the input, which the fast path doesn't call."""
     linear, kind = layer.linear, type(layer)
     is_known = type(linear).__module__.startswith(("bcos_train.nn.", "torch.nn.modules."))
-    is_known = is_known and isinstance(linear, nn.Conv2d | nn.Linear) and "forward" not in vars(linear)
-    return not is_known or not kind.input_norm.__module__.startswith("bcos_train.nn.")
+    if not (is_known and isinstance(linear, nn.Conv2d | nn.Linear)) or not vars(linear).keys().isdisjoint(_FORWARDS):
+        return True
+    norms = [getattr(kind, name, kind.input_norm) for name in _NORMS]
+    is_replaced = any(not norm.__module__.startswith("bcos_train.nn.") for norm in norms)
+    return is_replaced or not vars(layer).keys().isdisjoint(_NORMS)
 
 
 def _conv_obstacle(layer: "BcosConv2d") -> str | None:

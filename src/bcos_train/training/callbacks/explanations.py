@@ -25,7 +25,7 @@ from bcos_train.explanation import evaluating, explain, is_explainable
 from bcos_train.loading import LoadedClassifier, pad_class_names
 from bcos_train.metric import GridPointing
 from bcos_train.report import gallery, save_gallery
-from bcos_train.runs.layout import EVALUATION, METRICS, read_metrics
+from bcos_train.runs.layout import EVALUATION, METRICS, salvage_metrics
 from bcos_train.training.distributed import is_distributed
 from bcos_train.training.module import Classifier
 from bcos_train.training.side_matters import only_warn
@@ -219,7 +219,7 @@ class ExplanationCallback(PredictionRecorder):
             self._samples = module.data.fixed_val_samples(self.options.gallery_images)
         percent: Tensor | float | None = trainer.callback_metrics.get("val/acc1")
         if percent is None and (log := self.folder.parent / METRICS).exists():  # resumed after the validation
-            percent = next((row["val/acc1"] for row in read_metrics(log)[::-1] if "val/acc1" in row), None)
+            percent = next((row["val/acc1"] for row in salvage_metrics(log)[1][::-1] if "val/acc1" in row), None)
         accuracy = None if percent is None else float(percent) / 100
         figure = draw_gallery(module, module.data, self._samples, title=self.title, epoch=epoch, accuracy=accuracy)
         path = self._path(epoch)
