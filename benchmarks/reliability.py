@@ -3,6 +3,7 @@
 Options are passed to pytest; without `-m`, all trials are run, which takes an hour on a CPU core.
 """
 
+import shlex
 import sys
 from collections import Counter
 from pathlib import Path
@@ -54,7 +55,7 @@ def main() -> int:
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         return int(code)  # interrupted, for example: the table would lack trials
     rows = "\n".join(f"| {name} | {counts.tried[name]} | {counts.held[name]} |" for name in counts.tried)
-    command = " ".join(["python benchmarks/reliability.py", *options])
+    command = shlex.join(["python", "benchmarks/reliability.py", *options])
     OUTPUT.write_text(TEXT.format(rows=rows, command=command, commit=commit()), encoding="utf-8")
     return int(code)
 
