@@ -224,6 +224,7 @@ def _free_port() -> str:
 
 
 def _begin(trial: Trial, rank: int, events: int) -> None:
+    os.environ.pop("WANDB_SERVICE", None)  # W&B's process, if another test has left one
     os.environ.update(trial.environment)
     for signum in SIGNALS:  # under nohup, SIGHUP would be ignored
         signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
