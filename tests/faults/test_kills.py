@@ -14,23 +14,13 @@ RANDOM_KILLS = 40
 
 
 @tenths
-def test_killed_at_any_moment(tenth: int, machine: Machine, campaign: Campaign) -> None:
+@pytest.mark.parametrize("state", ["new", "resumed"])
+def test_killed_at_any_moment(state: str, tenth: int, machine: Machine, campaign: Campaign) -> None:
     whole, result = machine.finished
-    for n in range(tenth, len(result.moments), TENTHS):
-        with campaign.trial(f"before {n}: {result.moments[n]}"):
-            run = machine.new()
-            assert run.train(Fault(n, signal.SIGKILL)).code == 128 + signal.SIGKILL
-            assert_ends_equal(run, whole)
-            machine.discard(run)
-
-
-@tenths
-def test_killed_again_after_resuming(tenth: int, machine: Machine, campaign: Campaign) -> None:
-    whole, _ = machine.finished
-    moments = machine.resumed.moments
+    moments = result.moments if state == "new" else machine.resumed.moments
     for n in range(tenth, len(moments), TENTHS):
         with campaign.trial(f"before {n}: {moments[n]}"):
-            run = machine.copy(machine.interrupted)
+            run = machine.new() if state == "new" else machine.copy(machine.interrupted)
             assert run.train(Fault(n, signal.SIGKILL)).code == 128 + signal.SIGKILL
             assert_ends_equal(run, whole)
             machine.discard(run)

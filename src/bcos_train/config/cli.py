@@ -184,12 +184,13 @@ def _preflight(
     rewritten, problems = read_overrides(arguments.overrides, composer, top_level, defaults)
     _raise(problems)
     overrides = [rewritten[text] for text in arguments.overrides]
-    for override in map(composer.parse, overrides):
+    parsed = [composer.parse(text) for text in overrides]
+    for override in parsed:
         key = override.key_or_group
         if override.is_delete() and key in top_level and top_level[key].default is inspect.Parameter.empty:
             raise UserError(f"{override.input_line}: {key} can't be removed; choose another with {key}=…")
     _raise(check_choices(overrides, composer, defaults))
-    _raise(check_overrides([composer.parse(text) for text in overrides]))
+    _raise(check_overrides(parsed))
 
     def is_valid(job: list[str], key: str) -> bool:
         try:

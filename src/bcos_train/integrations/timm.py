@@ -29,7 +29,7 @@ from bcos_train.model import Bottleneck, create_model, list_models, model_signat
 from bcos_train.model.base import resolve_pooling
 from bcos_train.model.conv_net import BcosConvNet
 from bcos_train.model.grad_checkpointing import set_grad_checkpointing
-from bcos_train.model.intermediates import last_of_each_resolution
+from bcos_train.model.intermediates import check_indices, last_of_each_resolution
 from bcos_train.utils.suggestions import join_words, suggest
 from bcos_train.weights.records import RECORDS, timm_name
 
@@ -223,10 +223,7 @@ def _feature_net(model: nn.Module, out_indices: int | Sequence[int] | None, feat
     if feature_cls not in kinds:
         raise ValueError(f"feature_cls={feature_cls!r}: one of {', '.join(kinds)}")
     trunk, info = _trunk(model)
-    chosen = range(len(info)) if out_indices is None else out_indices
-    chosen = range(-chosen, 0) if isinstance(chosen, int) else chosen
-    if not chosen or not all(-len(info) <= i < len(info) for i in chosen):
-        raise ValueError(f"out_indices={out_indices}: there are {len(info)} feature maps, 0 to {len(info) - 1}")
+    chosen = check_indices(len(info), out_indices, "out_indices", "feature maps")
     trunk.feature_info = info  # type: ignore[assignment]
     net = kinds[feature_cls](trunk, out_indices=tuple(chosen), flatten_sequential="." in info[0]["module"])
     # As in timm: keys of the classifier make no sense here.

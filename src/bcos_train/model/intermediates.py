@@ -3,31 +3,47 @@
 Axes: N images, C channels, H height, W width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 from torch import Tensor, nn
 
 from bcos_train.model.grad_checkpointing import CheckpointedBlocks
 
-__all__ = ["Intermediates", "check_output_format", "last_of_each_resolution", "run_and_collect", "take_indices"]
+__all__ = [
+    "Intermediates",
+    "check_indices",
+    "check_output_format",
+    "last_of_each_resolution",
+    "run_and_collect",
+    "take_indices",
+]
 
 #: What ``forward_intermediates`` returns.
 Intermediates = list[Tensor] | tuple[Tensor, list[Tensor]]
 
 
-def take_indices(count: int, indices: int | Sequence[int] | None) -> list[int]:
+def check_indices(
+    count: int, indices: int | Sequence[int] | None, key: str = "indices", what: str = "intermediate features"
+) -> Sequence[int]:
     """Resolve timm's ``indices``: the last so many for an integer, all for None; negative ones count from the end.
 
+    Args:
+        key, what: Names of the argument and of the features, for the message.
+
     Raises:
-        ValueError: There is no such feature map, or ``indices`` is empty.
+        ValueError: There is no such feature, or ``indices`` is empty.
     """
-    if indices is None:
-        return list(range(count))
-    chosen = range(-indices, 0) if isinstance(indices, int) else indices
+    chosen = range(count) if indices is None else indices
+    chosen = range(-chosen, 0) if isinstance(chosen, int) else chosen
     if not chosen or not all(-count <= index < count for index in chosen):
-        raise ValueError(f"indices={indices}: there are {count} intermediate features, 0 to {count - 1}")
-    return sorted({index % count for index in chosen})
+        raise ValueError(f"{key}={indices}: there are {count} {what}, 0 to {count - 1}")
+    return chosen
+
+
+def take_indices(count: int, indices: int | Sequence[int] | None) -> list[int]:
+    """Resolve ``indices`` as :func:`check_indices` does, to positions from 0, sorted and each once."""
+    return sorted({index % count for index in check_indices(count, indices)})
 
 
 def check_output_format(output_fmt: str, allowed: Sequence[str]) -> None:
@@ -47,12 +63,12 @@ def last_of_each_resolution(modules: Sequence[nn.Module]) -> list[int]:
 
 
 def run_and_collect(
-    modules: Sequence[nn.Module], x: Tensor, taps: Sequence[int], stop_early: bool
+    steps: Sequence[Callable[[Tensor], Tensor]], x: Tensor, taps: Sequence[int], stop_early: bool
 ) -> tuple[Tensor, list[Tensor]]:
-    """Apply the modules in turn; return the last output, and those at the positions ``taps``, which are sorted."""
+    """Apply the steps in turn; return the last output, and those at the positions ``taps``, which are sorted."""
     collected = []
-    for index, module in enumerate(modules[: taps[-1] + 1] if stop_early else modules):
-        x = module(x)
+    for index, step in enumerate(steps[: taps[-1] + 1] if stop_early else steps):
+        x = step(x)
         if index in taps:
             collected.append(x)
     return x, collected

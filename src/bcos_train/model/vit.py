@@ -23,7 +23,7 @@ from bcos_train.dataset.encoding import Standardize
 from bcos_train.model.base import BcosModel, GroupMatcher, check_images, resolve_pooling
 from bcos_train.model.conv_net import LayerFactory, make_logit_layer
 from bcos_train.model.grad_checkpointing import CheckpointedBlocks, set_grad_checkpointing
-from bcos_train.model.intermediates import Intermediates, check_output_format, take_indices
+from bcos_train.model.intermediates import Intermediates, check_output_format, run_and_collect, take_indices
 from bcos_train.model.registry import Builder, register_model
 from bcos_train.model.transform import InferenceTransform
 from bcos_train.model.vit_parts import Attention, Encoder, Patches, PositionalEmbedding, conv_stem
@@ -133,18 +133,15 @@ class SimpleViT(nn.Module):
         """
         check_images(x, self.in_chans, 1, type(self).__name__)
         check_output_format(output_fmt, ["NCHW", "NLC"])
-        blocks = list(self.transformer)
+        blocks = [partial(self.transformer.run_block, [block]) for block in self.transformer]
         taps = take_indices(len(blocks), indices)
         x = self.to_patch_embedding(x)
         grid = x.shape[1:3]
-        x = self.positional_embedding(x)
-        features = []
-        for index, block in enumerate(blocks[: taps[-1] + 1] if stop_early else blocks):
-            x = self.transformer.run_block([block], x)
-            if index in taps:
-                tokens = self.linear_head[0](x) if norm else x
-                is_map = output_fmt == "NCHW"
-                features.append(tokens.unflatten(1, grid).permute(0, 3, 1, 2).contiguous() if is_map else tokens)
+        x, features = run_and_collect(blocks, self.positional_embedding(x), taps, stop_early)
+        if norm:
+            features = [self.linear_head[0](tokens) for tokens in features]
+        if output_fmt == "NCHW":
+            features = [tokens.unflatten(1, grid).permute(0, 3, 1, 2).contiguous() for tokens in features]
         return features if intermediates_only else (x, features)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:

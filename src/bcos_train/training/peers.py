@@ -64,17 +64,11 @@ def joined(place: Launched | None, stop: StopFlag | None = None) -> Iterator[Non
         yield
         return
     peers = _Peers(place, _connect(place, stop), stop)
-    has_joined = False
     try:
         peers.join()
-        has_joined = True
         yield
-    except PeerFailed:
-        raise
-    except Interrupted as error:
-        if not has_joined:
-            peers.fail(error)
-        raise  # else all processes have agreed on it
+    except (Interrupted, PeerFailed):
+        raise  # all processes have agreed on it, or know of it
     except BaseException as error:
         code = peers.fail(error)
         if code is not None:
@@ -171,6 +165,9 @@ class _Peers:
             _wait(is_over, missing, self.place, self.stop, is_reported=self.place.rank > 0)
             if self.store.check(["failed"]):
                 raise PeerFailed(self._failure()[1])
+        except Interrupted as error:
+            self.fail(error)
+            raise
         except dist.DistError as error:
             raise UserError(f"rank {self.place.rank} lost the connection to rank 0 at {self.place.host}") from error
         self._watcher.start()
