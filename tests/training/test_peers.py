@@ -36,12 +36,15 @@ def place(rank: int, port: int, size: int = 2) -> Launched:
 
 
 def run(port: int, *bodies: Callable[[], Any]) -> list[BaseException | None]:
-    """Run one body per rank; returns their exceptions."""
+    """Run one body per rank, once all ranks have joined; returns their exceptions."""
     errors: list[BaseException | None] = [None] * len(bodies)
+    # A rank that fails at once ends those that still look whether all have joined.
+    barrier = threading.Barrier(len(bodies))
 
     def process(rank: int) -> None:
         try:
             with joined(place(rank, port)):
+                barrier.wait(60)
                 bodies[rank]()
         except BaseException as error:
             errors[rank] = error
