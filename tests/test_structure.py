@@ -39,7 +39,16 @@ ALLOWED = {
 }
 FOR_ALL = {
     f"bcos_train.utils.{name}"
-    for name in ("atomic", "command_line", "compiling", "console", "json_types", "suggestions", "terminal")
+    for name in (
+        "atomic",
+        "command_line",
+        "compiling",
+        "console",
+        "json_types",
+        "substitutes",
+        "suggestions",
+        "terminal",
+    )
 }
 #: Modules that a package may import although the rest of their package is out of reach for it.
 ALLOWED_MODULES = {

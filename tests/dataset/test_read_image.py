@@ -94,6 +94,14 @@ def test_refused(dtype: str, sample_format: int, reason: str, tmp_path: Path) ->
     assert "\n" not in str(caught.value)
 
 
+def test_git_lfs_pointer(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n")
+    with pytest.raises(
+        UnreadableImage, match=r"a\.png: it is a Git LFS pointer, not the file itself: run `git lfs pull`"
+    ):
+        read_image(tmp_path / "a.png")
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.int32])
 def test_refused_images_in_memory(dtype: type) -> None:
     with pytest.raises(ValueError, match=r"^mode [FI] \(.*\) has no defined black and white: save it as unsigned"):

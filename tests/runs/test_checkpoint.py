@@ -115,7 +115,7 @@ def digest_of(path: Path) -> Path:
 DAMAGES = {
     "bit": (flip_bit, "is damaged"),
     "cut": (truncate, "is damaged"),
-    "empty": (lambda path: path.write_bytes(b""), "is damaged"),
+    "empty": (lambda path: path.write_bytes(b""), "is empty"),
     "no digest": (lambda path: digest_of(path).unlink(), "has no last.ckpt.sha256 beside it"),
     "empty digest": (lambda path: digest_of(path).write_text(""), "has an empty last.ckpt.sha256 beside it"),
     "digest of bytes": (lambda path: digest_of(path).write_bytes(b"\xff\xfe\n"), "is damaged"),

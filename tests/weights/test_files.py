@@ -155,7 +155,10 @@ def test_first_of_each_kind_is_named() -> None:
     [
         ({"in_chans": 3}, "loaded with in_chans=3, doesn't fit the model: conv1.linear.weight has the shape "),
         ({"max_out": 1, "num_classes": 7}, "conv1.linear.weight has the shape (32, 6, 3, 3), the model (16, 6, 3, 3)"),
-        ({"norm_layer": "bnu"}, "bn1.bias is missing"),
+        (
+            {"norm_layer": "bnu"},
+            "21 of the model's 127 tensors (bn1.bias, layer1.0.bn1.bias, layer1.0.bn2.bias and 18 more)",
+        ),
     ],
     ids=["in_chans", "max_out", "norm_layer"],
 )
@@ -268,3 +271,41 @@ def test_pretrained_and_a_file(tmp_path: Path) -> None:
         ValueError, match=r"^pretrained=True loads the official weights: set either that or weights=w\.pth"
     ):
         create_model("resnet20", pretrained=True, weights="w.pth")
+
+
+# ---- files that are not what they should be
+
+
+@pytest.mark.parametrize("name", ["w.pth", "w.ckpt", "w.safetensors", "run/model.safetensors"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n", "is a Git LFS pointer, not the file"),
+        ("\n<!DOCTYPE html>\n<html><body>Sign in</body></html>", r"is a web page \(HTML\), not the file itself: "),
+        ("", "is empty$"),
+    ],
+)
+def test_substitutes(content: str, message: str, name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(content)
+    with pytest.raises(ValueError, match=rf"{path.name} {message}") as caught:
+        create_model("resnet20", weights=path.parent if path.parent != tmp_path else path)
+    assert "\n" not in str(caught.value)
+
+
+def test_values_that_are_not_finite(tmp_path: Path) -> None:
+    state, path = random_state("resnet20"), tmp_path / "w.pth"
+    torch.save({key: value * torch.nan if key == "bn1.weight" else value for key, value in state.items()}, path)
+    with pytest.warns(UserWarning, match=r"w\.pth: bn1\.weight is not finite \(NaN or infinity\)$"):
+        create_model("resnet20", weights=path)
+    for key in list(state)[:5]:
+        state[key].flatten()[:1] = torch.inf if state[key].is_floating_point() else 0
+    torch.save(state, path)
+    expected = r"w\.pth: \d of the file's \d+ tensors \(conv1\.linear\.weight, .* more\) are not finite \(NaN or inf"
+    with pytest.warns(UserWarning, match=expected):
+        create_model("resnet20", weights=path)
+    buffers = [key for key in state if "running" in key]
+    torch.save({key: state[key] if key in buffers else state[key] * torch.nan for key in state}, path)
+    with pytest.raises(ValueError, match=r"w\.pth holds no finite weight, only NaN and infinity: its training div"):
+        create_model("resnet20", weights=path)

@@ -24,6 +24,8 @@ from .states import State, assert_same, random_state
 STATE = random_state("resnet20")
 #: Other weights, told apart from those to load.
 OTHER = {key: value + 1 for key, value in STATE.items()}
+#: Tensors outside of layer1; missing counters are 0.
+N_OUTSIDE = sum(not key.startswith("layer1.") and not key.endswith("num_batches_tracked") for key in STATE)
 LIGHTNING = {"pytorch-lightning_version": "2.5.0", "epoch": 3, "global_step": 12}
 
 
@@ -59,6 +61,8 @@ PLAIN: dict[str, dict[str, Any]] = {
     "with another network": prefixed("student.") | {"teacher.stem.weight": torch.ones(3)},
     "without counters": {key: value for key, value in STATE.items() if "num_batches_tracked" not in key},
     "model": {"model": STATE, "epoch": 3},
+    "beside another network": {"student": STATE, "teacher": {"stem.weight": torch.ones(3)}},
+    "beside a wrapped network": {"net": prefixed("module."), "discriminator": {"bn1.weight": torch.ones(3)}},
     "model_state_dict": {"model_state_dict": prefixed("module."), "optimizer_state_dict": {"state": {}}},
     "any one": {"weights": STATE, "step": 3},
     "model and criterion": {"criterion": {"weight": torch.ones(10)}, "model": STATE},
@@ -85,6 +89,7 @@ AVERAGED: dict[str, dict[str, Any]] = {
         "state_dict": prefixed("model.", OTHER) | prefixed("ema.module.") | {"ema.n_averaged": torch.tensor(3)},
         "hyper_parameters": {},
     },
+    "BasicSR": {"params": OTHER, "params_ema": STATE},
     "WeightAveraging": {
         **LIGHTNING,
         "state_dict": STATE,
@@ -115,7 +120,8 @@ def test_plain_weights(form: str, suffix: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", AVERAGED)
 def test_averaged_weights(form: str, tmp_path: Path) -> None:
     torch.save(AVERAGED[form], tmp_path / "w.pth")
-    assert_same(dict(create_model("resnet20", weights=tmp_path / "w.pth").state_dict()), STATE)
+    with pytest.warns(UserWarning, match=r"w\.pth holds plain and averaged weights: the averaged ones are used \("):
+        assert_same(dict(create_model("resnet20", weights=tmp_path / "w.pth").state_dict()), STATE)
     model = create_model("resnet20")
     source = read_weights_source(tmp_path / "w.pth", use_ema=False)
     load_weights(model, source.state, "file")
@@ -172,7 +178,18 @@ def test_origin_of_other_projects(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"generator": STATE, "discriminator": OTHER}, "holds several state dicts, generator and discriminator: save "),
+        (
+            {"student": STATE, "teacher": OTHER},
+            "w.pth holds this model more than once, as student.* and teacher.*: save the state_dict() of one alone",
+        ),
+        (
+            {"model": STATE, "best_model": OTHER},
+            "w.pth holds this model more than once, as model.* and best_model.*: save the state_dict() of one alone",
+        ),
+        (
+            {"ema_short": STATE, "ema_long": OTHER},
+            "w.pth holds this model more than once, as ema_short.* and ema_long.*: save the state_dict() of one alone",
+        ),
         ({"epoch": 3, "state": {"model": STATE}}, "holds none one level below; its keys: epoch and state"),
         ([1, 2], "w.pth is not a state dict of tensors, and holds none one level below"),
         ({"model": argparse.Namespace()}, "w.pth holds a Python object (argparse.Namespace), and reading that could"),
@@ -190,6 +207,20 @@ def test_origin_of_other_projects(tmp_path: Path) -> None:
         (
             {f"net.{key}": value for key, value in STATE.items() if key != "bn1.weight"},
             "w.pth doesn't fit the model: bn1.weight is missing",
+        ),
+        (
+            {key: value for key, value in STATE.items() if key.startswith("layer1.")} | {"x": torch.ones(1)},
+            f"w.pth doesn't fit the model: {N_OUTSIDE} of the model's {len(STATE)} tensors (conv1.linear.weight, "
+            f"bn1.weight, bn1.running_mean and {N_OUTSIDE - 3} more) are missing; x is unknown",
+        ),
+        (
+            {key: value[..., None] if key == "bn1.running_var" else value for key, value in STATE.items()},
+            "w.pth doesn't fit the model: bn1.running_var has the shape (16, 1), the model (16,)",
+        ),
+        (
+            {key: value[..., None] if value.ndim == 1 else value for key, value in STATE.items()},
+            "w.pth doesn't fit the model: bn1.weight has the shape (16, 1), the model (16,); "
+            f"{sum(value.ndim == 1 for value in STATE.values()) - 1} more of the model's {len(STATE)} shapes differ",
         ),
     ],
 )

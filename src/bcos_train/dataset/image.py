@@ -17,6 +17,8 @@ import os
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from bcos_train.utils.substitutes import substitute_reason
+
 __all__ = ["UnreadableImage", "read_image", "to_rgb"]
 
 _TIFF_BITS_PER_SAMPLE, _TIFF_PHOTOMETRIC, _TIFF_SAMPLE_FORMAT = 258, 262, 339
@@ -43,7 +45,7 @@ def read_image(path: str | os.PathLike[str], exif_orientation: bool = False) -> 
             return to_rgb(image, exif_orientation)
     # For a damaged file Pillow raises nearly anything, depending on the format.
     except Exception as error:
-        raise UnreadableImage(f"cannot read the image {os.fspath(path)}: {_reason(error)}") from error
+        raise UnreadableImage(f"cannot read the image {os.fspath(path)}: {_reason(error, path)}") from error
 
 
 def to_rgb(image: Image.Image, exif_orientation: bool = False) -> Image.Image:
@@ -89,12 +91,13 @@ def _refusal(image: Image.Image, kind: str) -> str:
     return f"mode {image.mode} ({kind}) has no defined black and white: save it as unsigned 8- or 16-bit integers"
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, path: str | os.PathLike[str]) -> str:
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
         pixels = (Image.MAX_IMAGE_PIXELS or 0) * (2 if isinstance(error, Image.DecompressionBombError) else 1)
         return f"more than {pixels:,} pixels, the limit of Pillow: scale it down"
     if isinstance(error, UnidentifiedImageError):
-        return "not an image, or in a format that Pillow can't read"
+        substitute = substitute_reason(path)
+        return f"it {substitute}" if substitute else "not an image, or in a format that Pillow can't read"
     if isinstance(error, MemoryError):
         return "out of memory"
     if isinstance(error, FileNotFoundError):

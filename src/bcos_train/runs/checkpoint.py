@@ -24,6 +24,7 @@ import torch
 
 from bcos_train.runs.layout import CHECKPOINT_SUFFIX, DIGEST_SUFFIX, LAST, PREVIOUS
 from bcos_train.utils.atomic import temporary_path
+from bcos_train.utils.substitutes import substitute_reason
 
 # Exact types: a subclass, such as numpy's float64 of float, is pickled as an object, which can't be loaded.
 _SCALARS = (type(None), str, int, float, bool, torch.Tensor, torch.nn.Parameter)
@@ -98,8 +99,11 @@ def verify(path: Path) -> None:
         raise DamagedCheckpoint(f"{path} has {'an empty' if is_empty else 'no'} {digest_file.name} beside it")
     try:
         is_same = _read_digest(path) == file_sha256(path)
+        reason = None if is_same else substitute_reason(path)
     except OSError as error:
         raise DamagedCheckpoint(f"{path} can't be read: {error.strerror}") from error
+    if reason is not None:
+        raise DamagedCheckpoint(f"{path} {reason}")
     if not is_same:
         raise DamagedCheckpoint(f"{path} is damaged: its SHA-256 isn't the one in {digest_file.name}")
 

@@ -4,6 +4,7 @@ The optional package safetensors is needed for ``.safetensors`` files only.
 """
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from bcos_train.runs import checkpoint as checkpoints
 from bcos_train.runs.checkpoint import digest_path, file_sha256
 from bcos_train.runs.layout import CHECKPOINT_SUFFIX, EMA_WEIGHTS, WEIGHTS, WEIGHTS_SUFFIX
 from bcos_train.utils.atomic import atomic_write
+from bcos_train.utils.substitutes import substitute_reason
 from bcos_train.weights.third_party import read_third_party, split_average
 
 __all__ = [
@@ -108,6 +110,9 @@ def read_file(path: Path, use_ema: bool | None = None) -> WeightsFile:
 
     Raises:
         ValueError: The file is missing, damaged or not a weights file, or lacks the requested weights.
+
+    Warns:
+        UserWarning: A file of another program holds both, and the averaged ones are used by default.
     """
     if path.is_dir():
         is_ema = (path / EMA_WEIGHTS).is_file() if use_ema is None else use_ema
@@ -120,23 +125,40 @@ def read_file(path: Path, use_ema: bool | None = None) -> WeightsFile:
         return WeightsFile(state, is_ema, class_names)
     if not path.is_file():
         raise ValueError(f"weights={path}: no such file")
-    class_names, hyper_parameters = None, None
+    class_names, hyper_parameters, is_own = None, None, False
     if path.suffix == WEIGHTS_SUFFIX:
         state, class_names = _read_safetensors(path)
         states = split_average(state)
     elif path.suffix == CHECKPOINT_SUFFIX and digest_path(path).is_file():
-        content = checkpoints.load(path)
+        content, is_own = checkpoints.load(path), True
         if "model" not in content:
             raise ValueError(f"{path} holds no model")
         states = content["model"], content.get("model_ema", {})
         class_names = _as_class_names(content.get(_CLASS_NAMES))
     else:
+        _check_no_substitute(path)
         states, hyper_parameters = read_third_party(path)
     is_ema = bool(states[1]) if use_ema is None else use_ema
     if not states[is_ema] and states[not is_ema]:
         kinds = ("plain", "averaged")
         raise ValueError(f"{path} holds no {kinds[is_ema]} weights, only the {kinds[not is_ema]} ones")
+    if use_ema is None and all(states) and not is_own:
+        warnings.warn(
+            f"{path} holds plain and averaged weights: the averaged ones are used (use_ema=false for the others; where "
+            "there is no use_ema, save the others alone)",
+            stacklevel=2,
+        )
     return WeightsFile(states[is_ema], is_ema, class_names, hyper_parameters)
+
+
+def _check_no_substitute(path: Path) -> None:
+    """Raise a ValueError for a Git LFS pointer, a web page or an empty file."""
+    try:
+        reason = substitute_reason(path)
+    except OSError as error:
+        raise ValueError(f"can't read {path}: {error.strerror or error}") from error
+    if reason is not None:
+        raise ValueError(f"{path} {reason}")
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...] | None]:
@@ -146,6 +168,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...] | 
         from safetensors.torch import load_file
     except ModuleNotFoundError as error:
         raise ValueError(f"reading {path} needs the package safetensors: pip install safetensors") from error
+    _check_no_substitute(path)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

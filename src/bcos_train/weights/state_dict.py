@@ -1,8 +1,9 @@
 """Copy a state dict into a model, or read the number of classes off it."""
 
 import re
+import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -32,11 +33,16 @@ def load_weights(
         The keys that were not loaded.
 
     Raises:
-        ValueError: Keys or shapes differ; the message names the first of each kind.
+        ValueError: Keys or shapes differ, the message names the first of each kind; or no weight is finite.
+
+    Warns:
+        UserWarning: Some of the values are NaN or infinite.
     """
     state = match_keys(model.state_dict(), state, label)
     skipped = check_weights(model, state, label, new_classifier=new_classifier)
-    model.load_state_dict({key: value for key, value in state.items() if key not in skipped}, strict=not skipped)
+    loaded = {key: value for key, value in state.items() if key not in skipped}
+    _check_finite(loaded, [name for name, _ in model.named_parameters()], label)
+    model.load_state_dict(loaded, strict=not skipped)
     return skipped
 
 
@@ -47,17 +53,43 @@ def check_weights(
     expected = model.state_dict()
     class_keys = _keys_of_other_classes(model, expected, state)
     skipped = class_keys if new_classifier else []
-    problems = [f"{key} is missing" for key in expected if key not in state][:1]
-    problems += [f"{key} is unknown{suggest(key, expected)}" for key in state if key not in expected][:1]
-    problems += [
-        f"{key} has the shape {tuple(state[key].shape)}, the model {tuple(expected[key].shape)}"
-        + (": another number of classes" if key in class_keys else "")
-        for key in expected
-        if key in state and key not in skipped and state[key].shape != expected[key].shape
-    ][:1]
+    problems = []
+    if missing := [key for key in expected if key not in state]:
+        problems.append(f"{_listed(missing, len(expected), 'the model')} missing")
+    if unknown := [key for key in state if key not in expected]:
+        problems.append(f"{_listed(unknown, len(state), 'the file')} unknown{suggest(unknown[0], expected)}")
+    reshaped = [key for key in expected if key in state and state[key].shape != expected[key].shape]
+    if reshaped := [key for key in reshaped if key not in skipped]:
+        key = reshaped[0]
+        others = len(set(reshaped).difference([key], class_keys))
+        problems.append(
+            f"{key} has the shape {tuple(state[key].shape)}, the model {tuple(expected[key].shape)}"
+            + (": another number of classes" if key in class_keys else "")
+            + (f"; {others} more of the model's {len(expected)} shapes differ" if others else "")
+        )
     if problems:
         raise ValueError(f"{label} doesn't fit the model: {'; '.join(problems)}")
     return skipped
+
+
+def _listed(keys: Sequence[str], total: int, whose: str) -> str:
+    """Return the subject of a sentence and its verb: the key, or how many there are and the first ones."""
+    if len(keys) == 1:
+        return f"{keys[0]} is"
+    return f"{len(keys)} of {whose}'s {total} tensors ({join_words(keys, 'and', 3)}) are"
+
+
+def _check_finite(state: Mapping[str, Tensor], parameters: Iterable[str], label: str) -> None:
+    """Warn of values that are NaN or infinite; a ValueError if no parameter holds anything else."""
+    values = {key: value for key, value in state.items() if value.is_floating_point() and not value.is_meta}
+    # Types of 8 bits have no isfinite.
+    finite = {key: (value.float() if value.itemsize == 1 else value).isfinite() for key, value in values.items()}
+    bad = [key for key, is_finite in finite.items() if not is_finite.all()]
+    if not bad:
+        return
+    if not any(finite[key].any() for key in parameters if key in finite):
+        raise ValueError(f"{label} holds no finite weight, only NaN and infinity: its training diverged")
+    warnings.warn(f"{label}: {_listed(bad, len(values), 'the file')} not finite (NaN or infinity)", stacklevel=3)
 
 
 def match_keys(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], label: str) -> dict[str, Tensor]:

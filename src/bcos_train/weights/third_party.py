@@ -3,7 +3,8 @@
 Recognized are a state dict, a dictionary with state dicts one level below (``model``, ``state_dict``, ``model_ema``, …)
 and a Lightning checkpoint. Averaged weights are those of a ``torch.optim.swa_utils.AveragedModel``, or under a name
 with the word ``ema``, ``averaged`` or ``swa``. Prefixes of the keys are removed later, by
-:func:`bcos_train.weights.state_dict.match_keys`, which knows the model.
+:func:`bcos_train.weights.state_dict.match_keys`, which knows the model: it also finds the one of several state dicts,
+such as ``student`` and ``teacher``, that fits, and refuses a file if several do.
 
 Nothing in a file is executed. Python objects beside the weights, such as hyperparameters, are replaced by placeholders:
 their classes are never imported.
@@ -24,8 +25,6 @@ from bcos_train.utils.suggestions import join_words
 
 __all__ = ["read_third_party", "split_average"]
 
-#: Entry with the model's state dict, if there are several; the first one counts.
-_MODEL_ENTRIES = ("state_dict", "model_state_dict", "model", "net", "network", "student")
 _AVERAGE = re.compile(r"(^|[_-])(ema|averaged?|swa)([_-]|$)")
 
 State = dict[str, Tensor]
@@ -45,7 +44,7 @@ def read_third_party(path: Path) -> tuple[tuple[State, State], dict[str, object]
     """Read the plain and the averaged weights, either may be empty, and the hyperparameters of a Lightning checkpoint.
 
     Raises:
-        ValueError: The file can't be read, or holds no state dict or several ones.
+        ValueError: The file can't be read, or holds no state dict.
     """
     content = _torch_load(path)
     if path.suffix == CHECKPOINT_SUFFIX and "model" in content:  # one of ours; the error names the missing digest file
@@ -90,11 +89,11 @@ def _find_states(content: Mapping[str, Any], path: Path) -> tuple[State, State]:
     if "current_model_state" in states and "state_dict" in states:  # of Lightning's WeightAveraging
         return states["current_model_state"], states["state_dict"]
     names = [[name for name in states if bool(_AVERAGE.search(name)) is is_average] for is_average in (False, True)]
-    plain, averaged = (_select(group, path) for group in names)
-    if plain is None and averaged is None:
+    plain, averaged = ({name: states[name] for name in group} for group in names)
+    if not plain and not averaged:
         raise ValueError(_no_state(content, path))
-    first, second = split_average(states[plain]) if plain is not None else ({}, {})
-    return first, states[averaged] if averaged is not None else second
+    first, second = split_average(_merge(plain)) if plain else ({}, {})
+    return first, _merge(averaged) if averaged else second
 
 
 def _is_state(value: object) -> bool:
@@ -103,16 +102,11 @@ def _is_state(value: object) -> bool:
     return all(isinstance(key, str) and isinstance(entry, Tensor) for key, entry in value.items())
 
 
-def _select(names: list[str], path: Path) -> str | None:
-    """Return the entry with the model's weights, ``None`` if there is none."""
-    if len(names) > 1:
-        preferred = [name for name in _MODEL_ENTRIES if name in names]
-        if not preferred:
-            raise ValueError(
-                f"{path} holds several state dicts, {join_words(names, 'and')}: save that of the model alone"
-            )
-        return preferred[0]
-    return names[0] if names else None
+def _merge(states: Mapping[str, State]) -> State:
+    """Return the only state dict, or several as one, with their names as prefixes."""
+    if len(states) == 1:
+        return next(iter(states.values()))
+    return {f"{name}.{key}": value for name, state in states.items() for key, value in state.items()}
 
 
 def _no_state(content: Mapping[str, Any], path: Path) -> str:
