@@ -12,9 +12,7 @@ from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 
-import torch
 from rich.console import Console
-from torch import nn
 
 from bcos_train.config import Problem, UserError, check, instantiate, load_plugins, overlay, save, user_errors_at
 from bcos_train.config import load as load_config
@@ -30,7 +28,7 @@ from bcos_train.runs.folder import Resume, RunFolder, find_checkpoint, is_finish
 from bcos_train.runs.hash import run_hash, with_absolute_paths
 from bcos_train.runs.interrupt import Interrupted, StopFlag
 from bcos_train.runs.launcher import launched, rank
-from bcos_train.runs.layout import CHECKPOINTS, RUN_CONFIG
+from bcos_train.runs.layout import CHECKPOINT_SUFFIX, CHECKPOINTS, RUN_CONFIG
 from bcos_train.runs.lock import locked
 from bcos_train.training import loggers
 from bcos_train.training.banner import print_banner
@@ -41,6 +39,7 @@ from bcos_train.training.build import (
     build_module,
     build_trainer,
     check_monitor,
+    check_optimizer,
     keep_initial_classes,
     load_data,
 )
@@ -96,6 +95,7 @@ def train(config: Config, folder: Path | None = None) -> int:
     with user_errors_at(""):
         split_batch(settings.batch_size, options.world_size, options.max_batch_per_device)
     check_monitor(settings)
+    check_optimizer(settings.optimizer)
     if place is None and options.world_size > 1:
         return _restart(config, folder, settings.plugins, options.processes_per_node)
     stop = StopFlag()
@@ -162,8 +162,6 @@ def _train(settings: TrainConfig, config: Config, stop: StopFlag, resumed: Path 
     check_smallest_batch(model, data, settings.encoding, settings.trainer.world_size)
     with user_errors_at(""):
         compiled_batch_size = split.per_device if should_compile(settings.trainer, model) else None
-    with user_errors_at("optimizer"):
-        settings.optimizer([nn.Parameter(torch.zeros(1, 1))])  # raises for invalid values before files are written
     check_checkpoint = partial(
         check_resumable,
         model=model,
@@ -326,7 +324,8 @@ def rebase_on_run(config: Config, overridden: Sequence[str] = ()) -> Config:
     folder = Path(config["run"])
     if folder.is_file():
         run = folder.parent.parent if folder.parent.name == CHECKPOINTS else folder.parent
-        raise UserError(f"run={folder}: a file, expected the run folder: run={run} checkpoint={folder}")
+        checkpoint = f" checkpoint={folder}" if folder.suffix == CHECKPOINT_SUFFIX else ""
+        raise UserError(f"run={folder}: a file, expected the run folder: run={run}{checkpoint}")
     if not (folder / RUN_CONFIG).is_file():
         parent = f"; did you mean run={folder.parent}?" if (folder.parent / RUN_CONFIG).is_file() else ""
         problem = f"not a run folder, since it has no {RUN_CONFIG}" if folder.is_dir() else "no such folder"

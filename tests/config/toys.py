@@ -141,6 +141,7 @@ model: {_target_: toys.Net, depth: 50}
     "model/net.yaml": "{_target_: toys.create_net, name: net}",
     "model/broken.yaml": "{_target_: [",
     "extra/one.yaml": "a: 1",
+    "extra/none.yaml": "{}",
     "optimizer/adam.yaml": "{_target_: toys.Adam, _partial_: true, lr: 0.1}",
     "optimizer/slow.yaml": "{_target_: toys.Adam, _partial_: true, lr: 0.01}",
     "dataset/digits.yaml": "{_target_: toys.Shards, root: /data/digits}",

@@ -225,7 +225,7 @@ def test_weights_of_another_model(tmp_path: Path, plain_run: Path) -> None:
     assert mistake(tmp_path, "model=resnet32", weights=path) == f"{path} holds weights of resnet20, not of resnet32"
     shutil.copy(path, tmp_path / "w.safetensors")  # where nothing is known about them
     message = mistake(tmp_path, "model.max_out=1", weights=tmp_path / "w.safetensors")
-    assert message.endswith("conv1.linear.weight has the shape (32, 6, 3, 3), the model (16, 6, 3, 3)")
+    assert "conv1.linear.weight has the shape (32, 6, 3, 3), the model (16, 6, 3, 3)" in message
 
 
 @pytest.mark.parametrize("part", ["", "model.safetensors", "checkpoints/last.ckpt"])
@@ -326,6 +326,7 @@ def test_what_is_no_run_folder(
     (last := run / "checkpoints" / LAST).touch()
     for path, message in {
         last: f"a file, expected the run folder: run={run} checkpoint={last}",
+        run / "config.yaml": f"a file, expected the run folder: run={run}",
         run / "checkpoints": f"not a run folder, since it has no config.yaml; did you mean run={run}?",
         tmp_path / "none": "no such folder",
     }.items():

@@ -3,24 +3,32 @@
 import errno
 import os
 import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
+from bcos_train import run
 from bcos_train.config import UserError, check
+from bcos_train.config.composition import Composer
+from bcos_train.config.overrides import read_overrides
+from bcos_train.optimizer import timm_optimizer
 from bcos_train.run import train
 from bcos_train.runs.hash import run_hash
+from bcos_train.training.build import check_optimizer
 from bcos_train.training.config import TrainConfig
 
-from .runs import TINY, compose, final_state, run_folder, signal_at
+from .runs import CONFIGS, TINY, compose, final_state, run_folder, signal_at
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("optimizer.lr=-1", "optimizer: Invalid learning rate: -1"),
-        ("optimizer.weight_decay=-1", "optimizer: Invalid weight_decay value: -1"),
+        ("optimizer.lr=-1", r"^optimizer\.lr=-1\.0: Invalid learning rate: -1\.0$"),
+        ("optimizer.weight_decay=-1", r"^optimizer\.weight_decay=-1\.0: Invalid weight_decay value: -1"),
+        ("optimizer.betas=[2,0.9]", r"^optimizer\.betas=\[2, 0\.9\]: Invalid beta parameter at index 0: 2"),
         (
             "model.in_chans=3",
             "model.in_chans=3: the encoding has 6 channels, r g b 1-r 1-g 1-b",
@@ -36,6 +44,40 @@ def test_one_line_and_no_run_folder(override: str, message: str, tmp_path: Path)
         train(compose(tmp_path, *TINY, override))
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_optimizer_is_checked_before_other_processes_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(run, "_restart")
+    message = r"^optimizer\.momentum=-1\.0: Invalid momentum value: -1\.0$"
+    with pytest.raises(UserError, match=message):
+        train(compose(tmp_path, *TINY, "optimizer=sgd", "optimizer.momentum=-1", "trainer.devices=2"))
+
+
+def test_two_wrong_values_of_the_optimizer() -> None:
+    with pytest.raises(UserError, match=r"^optimizer: Invalid learning rate: -1$"):
+        check_optimizer(partial(torch.optim.SGD, lr=-1, momentum=-1))
+
+
+def test_a_name_that_timm_does_not_have() -> None:
+    with pytest.raises(UserError, match=r"^optimizer\.name=lam: timm has no such optimizer; did you mean lamb"):
+        check_optimizer(partial(timm_optimizer, name="lam", lr=0.1))
+
+
+@pytest.mark.parametrize(
+    ("main", "override", "key"),
+    [
+        ("train", "arch=resnet50", "model"),
+        ("train", "gpus=2", "trainer.devices"),
+        ("train", "fp16=true", "trainer.precision"),
+        ("train", "pretrained=true", "model.pretrained"),
+        ("evaluate", "pretrained=true", "weights"),
+    ],
+)
+def test_keys_of_other_programs(main: str, override: str, key: str) -> None:
+    composer = Composer(CONFIGS)
+    config = composer.defaults(main)
+    _, (problem,) = read_overrides([override], composer, config, lambda: config)
+    assert str(problem) == f"{override.partition('=')[0]}: unknown key or config group; did you mean {key}?"
 
 
 def test_a_single_class(tmp_path: Path) -> None:

@@ -141,6 +141,16 @@ def test_a_signal_ends_the_waiting(rank: int, port: int) -> None:
     assert caught.value.exit_code == 143
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_while_waiting_saves_nothing(rank: int, port: int, capfd: pytest.CaptureFixture[str]) -> None:
+    with StopFlag().handling_signals() as stop:
+        threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(Interrupted), joined(place(rank, port), stop):
+            raise AssertionError
+    assert capfd.readouterr().err == "\nSIGINT: stopping before training starts (Ctrl-C again stops immediately)\n"
+    assert stop.response == "saving after the first step, then stopping"
+
+
 @pytest.mark.parametrize("is_stopped", [False, True], ids=["gives up", "is stopped"])
 def test_those_that_wait_end_with_one_that_gives_up(
     is_stopped: bool, port: int, monkeypatch: pytest.MonkeyPatch

@@ -147,3 +147,10 @@ def test_a_config_of_another_program_beside_a_file_is_ignored(tmp_path: Path) ->
     (tmp_path / "config.yaml").write_text("architecture: resnet20\n")
     torch.save(random_state("resnet20"), tmp_path / "w.pth")
     assert create_model("resnet20", weights=tmp_path / "w.pth").fc.b == 2
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "config.json"])
+def test_a_description_is_no_weights_file(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(ValueError, match=rf"{name} only describes weights: give its folder, {tmp_path}$"):
+        create_model("resnet20", weights=tmp_path / name)

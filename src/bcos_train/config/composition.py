@@ -6,6 +6,7 @@ listed in CONTRIBUTING.md.
 
 import os
 import re
+import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
@@ -33,6 +34,7 @@ from yaml import YAMLError
 from bcos_train.config.containers import Config, to_container, uninterpolated
 from bcos_train.config.errors import UserError
 from bcos_train.config.hydra_loader import BASIC_SWEEPER, HydraLoader
+from bcos_train.utils.suggestions import suggest
 
 __all__ = [
     "COMPOSITION_ERRORS",
@@ -224,15 +226,23 @@ def parse_command_line() -> Namespace:
         UserError: An unknown flag, or one that is not supported.
     """
     parser = get_args_parser()
+    long_options = [option for option in parser._option_string_actions if option.startswith("--")]
 
     def error(message: str) -> NoReturn:
         prefix, _, rest = message.partition("unrecognized arguments: ")
         if prefix:
             raise UserError(message)
         flag = rest.split()[0]
+        if near := suggest(flag.partition("=")[0], long_options):
+            raise UserError(f"{flag}: no such option{near}")
         setting = flag.lstrip("-") + ("" if "=" in flag else "=…")
         raise UserError(f"{flag}: no such option; settings are written without dashes: {setting}")
 
+    for argument in sys.argv[1:]:
+        # argparse reads a long option with one dash as a short one with a value: -config-dir as -c onfig-dir.
+        name = argument.partition("=")[0]
+        if f"-{name}" in long_options:
+            raise UserError(f"{name}: options have two dashes: -{name}")
     parser.error = error  # type: ignore[method-assign]
     arguments = parser.parse_args()
     if arguments.experimental_rerun is not None:

@@ -17,6 +17,19 @@ from bcos_train.utils.suggestions import join_words, nearest, suggest
 __all__ = ["check_choices", "check_values", "plugins_in_overrides", "read_overrides"]
 
 
+#: Names in other programs that resemble none of ours: the first key that a config has is suggested.
+_SYNONYMS = {
+    **dict.fromkeys(("arch", "architecture", "backbone", "net", "network"), ("model",)),
+    **dict.fromkeys(("gpus", "gpu", "num_gpus", "n_gpus", "ngpus", "nproc_per_node"), ("trainer.devices",)),
+    **dict.fromkeys(("nodes", "nnodes"), ("trainer.num_nodes",)),
+    **dict.fromkeys(("amp", "fp16", "bf16"), ("trainer.precision",)),
+    **dict.fromkeys(("grad_clip", "clip_grad"), ("trainer.gradient_clip_val",)),
+    **dict.fromkeys(("pretrained",), ("weights", "model.pretrained")),
+}
+#: Values that switch something off.
+_OFF = ("null", "none", "false", "no", "off")
+
+
 def read_overrides(
     overrides: Iterable[str], composer: Composer, top_level: Iterable[str], config: Callable[[], Mapping[str, object]]
 ) -> tuple[dict[str, str], list[Problem]]:
@@ -133,13 +146,16 @@ def _is_mergeable(group: str, config: Mapping[str, object]) -> bool:
 
 def _no_choice(group: str, choice: str, composer: Composer) -> Problem:
     choices = composer.choices(group)
-    hint = suggest(choice, choices)
+    off = next((name for name in choices if name in _OFF and choice.lower() in _OFF), None)
+    hint = f"; did you mean {off}?" if off else suggest(choice, choices)
     listed = join_words(choices, "and", limit=12 if hint else 40)
     return Problem(group, f"no such choice{hint} (choices: {listed})", choice)
 
 
 def _check_form(text: str, composer: Composer, top_level: Iterable[str]) -> Problem | None:
-    """Return a problem if ``text`` is a bare word instead of ``key=value`` or ``~key``."""
+    """Return a problem if ``text`` is a bare word instead of ``key=value`` or ``~key``, or has no key."""
+    if re.match(r"[+~]*(=|$)", text):
+        return Problem(text, "settings have the form key=value, and this has no key")
     if "=" in text or text.startswith("~"):
         return None
     if text in composer.groups:
@@ -177,7 +193,8 @@ def _check_key(
     values = _paths(config())
     # The last part is often right and only its prefix missing: lr for optimizer.lr.
     deeper = [path for path in values if path.endswith(f".{key}")]
-    near = deeper or _nearest_paths(first, names, () if "." in key else values)
+    synonyms = [path for path in _SYNONYMS.get(key, ()) if path.partition(".")[0] in top_level]
+    near = deeper or synonyms[:1] or _nearest_paths(first, names, () if "." in key else values)
     sources = list(dict.fromkeys(_source(path, values) for path in near))[:3]
     hint = f"; did you mean {join_words(sources)}?" if sources else "; --help lists them"
     return Problem(key if deeper else first, f"unknown key or config group{hint}")

@@ -39,6 +39,15 @@ class StopFlag:
         self.immediate = False
         self.response = "saving after the first step, then stopping"
 
+    @contextlib.contextmanager
+    def responding(self, response: str) -> Iterator[None]:
+        """Announce another response within the block."""
+        before, self.response = self.response, response
+        try:
+            yield
+        finally:
+            self.response = before
+
     def install_handlers(self) -> None:
         """Install the signal handlers (again, after Lightning has installed its own)."""
         if threading.current_thread() is threading.main_thread():

@@ -18,6 +18,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from bcos_train.augmentation import BatchMix
 from bcos_train.config import UserError, user_errors_at
@@ -310,6 +311,33 @@ def check_monitor(settings: TrainConfig) -> None:
         f"checkpointing.monitor={monitor}: no such metric is logged{suggest(monitor, names)} "
         f"(logged are {join_words(names, 'and', len(names))})"
     )
+
+
+def check_optimizer(build: partial[Optimizer]) -> None:
+    """Check the optimizer's settings before the training.
+
+    Raises:
+        UserError: The optimizer refuses a value; the message begins with its key if it is a single one.
+    """
+
+    def problem(build: partial[Optimizer]) -> str | None:
+        try:
+            build([nn.Parameter(torch.zeros(1, 1))])
+        except ValueError as error:
+            return " ".join(str(error).split())
+        except TypeError:  # a value that the optimizer can't do without
+            return ""
+        return None
+
+    if (message := problem(build)) is None:
+        return
+    if message.startswith("optimizer."):
+        raise UserError(message)
+    for key, value in build.keywords.items():
+        others = {name: other for name, other in build.keywords.items() if name != key}
+        if problem(partial(build.func, **others)) is None:
+            raise UserError(f"optimizer.{key}={value}: {message}")
+    raise UserError(f"optimizer: {message}")
 
 
 def build_callbacks(

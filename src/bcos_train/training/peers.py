@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from functools import partial
 
 import torch.distributed as dist
 
@@ -63,9 +64,12 @@ def joined(place: Launched | None, stop: StopFlag | None = None) -> Iterator[Non
     if place is None or place.world_size == 1:
         yield
         return
-    peers = _Peers(place, _connect(place, stop), stop)
+    waiting = contextlib.nullcontext if stop is None else partial(stop.responding, "stopping before training starts")
+    with waiting():
+        peers = _Peers(place, _connect(place, stop), stop)
     try:
-        peers.join()
+        with waiting():
+            peers.join()
         yield
     except (Interrupted, PeerFailed):
         raise  # all processes have agreed on it, or know of it

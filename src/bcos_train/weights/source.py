@@ -219,6 +219,8 @@ def _official(record: records.ZooRecord, state: Mapping[str, Tensor], label: str
 def _read_path(path: Path, label: str, use_ema: bool | None) -> WeightsSource:
     if (export_config := read_export_config(path)) is not None:
         return _read_export(path, label, export_config, use_ema)
+    if path.name in (RUN_CONFIG, EXPORT_CONFIG) and path.is_file():
+        raise ValueError(f"{label} only describes weights: give its folder, {path.parent}")
     folder = path if path.is_dir() else path.absolute().parent
     if not path.is_dir() and folder.name == CHECKPOINTS:
         folder = folder.parent
