@@ -9,9 +9,17 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 from bcos_train import weights as _weights  # noqa: F401 - registers the official weights
-from bcos_train.explanation import explain, explanation_mode
+from bcos_train.explanation import dynamic_linear_weights, explain, explanation_mode
 from bcos_train.loading import LoadedClassifier, load
 from bcos_train.model import create_model, list_models
 
-__all__ = ["LoadedClassifier", "create_model", "explain", "explanation_mode", "list_models", "load"]
+__all__ = [
+    "LoadedClassifier",
+    "create_model",
+    "dynamic_linear_weights",
+    "explain",
+    "explanation_mode",
+    "list_models",
+    "load",
+]
 __version__ = "0.1.0"

@@ -149,7 +149,7 @@ def test_explanations_are_the_same(name: str) -> None:
 
 
 def test_explanation_mode_in_training() -> None:
-    """Checkpointing is off there, so that a gradient taken after explanation mode has ended is still W(x)."""
+    """A gradient taken after explanation mode has ended, which recomputes the blocks then, is still W(x)."""
     torch.manual_seed(0)
     plain: Any = create_model("densenet52", **{**DENSE, "drop_rate": 0.0}).double()
     perturb_(plain)

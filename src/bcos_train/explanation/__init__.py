@@ -2,7 +2,7 @@
 
 from bcos_train.explanation.dynamic_linear import Explanation, constant_term, dynamic_linear_weights, explain
 from bcos_train.explanation.image import color_explanation, gradient_to_image, official_dict, plot_contribution_map
-from bcos_train.explanation.mode import evaluating, explanation_mode, is_explainable
+from bcos_train.explanation.mode import evaluating, explanation_graph, explanation_mode, is_explainable
 from bcos_train.explanation.precision import allow_tf32, without_tf32
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "dynamic_linear_weights",
     "evaluating",
     "explain",
+    "explanation_graph",
     "explanation_mode",
     "gradient_to_image",
     "is_explainable",

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.ops import StochasticDepth
 
 from bcos_train.explanation.hooks import forward_hooks
-from bcos_train.explanation.mode import explanation_mode
+from bcos_train.explanation.mode import explanation_graph, explanation_mode
 from bcos_train.explanation.precision import without_tf32
 from bcos_train.nn import (
     AllNormUncentered2d,
@@ -30,7 +30,6 @@ from bcos_train.nn import (
     NormedConv2d,
     NormedLinear,
     cached_weights,
-    live_weights,
 )
 
 __all__ = ["Explanation", "constant_term", "dynamic_linear_weights", "explain"]
@@ -61,24 +60,28 @@ def explain(
 ) -> Explanation:
     """Explain one class per image, with one forward and one backward pass for the batch.
 
-    There are no side effects on ``x`` (neither ``requires_grad`` nor ``grad``), the gradients of the parameters, or the
-    state of the model. TF32 is disabled on CUDA. Works within ``torch.no_grad``, ``torch.inference_mode`` and autocast.
-    A model wrapped in DDP is unwrapped, so there is no communication. Other threads may use the model at the same time,
-    but not train it while a model in training mode is explained: its buffers are replaced by copies meanwhile.
+    Works within ``torch.no_grad``, ``torch.inference_mode`` and autocast. There are no side effects on ``x`` (neither
+    ``requires_grad`` nor ``grad``) and the gradients of the parameters.
+
+    Without ``create_graph`` there are none on the state of the model either. TF32 is disabled on CUDA. A model wrapped
+    in DDP is unwrapped, so there is no communication. Other threads may use the model at the same time, but not train
+    it while a model in training mode is explained: its buffers are replaced by copies meanwhile.
 
     Args:
         model: Maps (N, C, H, W) to logits (N, K), independently for each image (batch norms in evaluation mode).
         x: (N, C, H, W), floating point; for B-cos networks in [0, 1] and encoded as [r, g, b, 1-r, 1-g, 1-b].
         target: Classes to explain, in 0 ... K-1: (N,) integers, one for all, or None for each image's prediction.
-        create_graph: As for :func:`dynamic_linear_weights`. Without it the results are detached.
+        create_graph: Return results that are differentiable with respect to the parameters; see
+            :func:`dynamic_linear_weights`. Otherwise they are detached.
 
     Raises:
         ValueError: ``x`` is not a floating-point (N, C, H, W); the model does not return (N, K); ``target`` has another
-            shape, is not an integer or is out of range.
+            shape, is not an integer or is out of range; or ``create_graph`` with a model that has modules of another
+            package with an explanation mode of their own, or is an `nn.DataParallel`.
 
     Warns:
         UserWarning: The model is in training mode, where batch norms use the statistics of the batch, so W(x) depends
-            on the other images. Running statistics are unchanged in any case.
+            on the other images.
     """
     if model.training and not create_graph:
         warnings.warn(
@@ -86,7 +89,7 @@ def explain(
             "first to explain the model's predictions at inference.",
             stacklevel=2,
         )
-    weights, classes, logits = dynamic_linear_weights(model, x, target, create_graph=create_graph)
+    logits, weights, classes = _explain(model, x, target, create_graph)
     image = x.clone() if x.is_inference() else x.detach()  # autograd can't save inference tensors
     return Explanation(
         logits=logits.to(x.dtype),
@@ -98,42 +101,56 @@ def explain(
 
 
 def dynamic_linear_weights(
-    model: nn.Module, x: Tensor, target: Tensor | int | None = None, *, create_graph: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
+    model: nn.Module, x: Tensor, target: Tensor | int | None = None, create_graph: bool = False
+) -> tuple[Tensor, Tensor]:
     """Compute W(x) of one class per image: the gradient of its logit in explanation mode.
 
-    The core of :func:`explain`, for losses and methods that only need the weights. It has no side effects either.
+    The core of :func:`explain`, for losses and methods that only need the weights.
+
+    With ``create_graph`` the results are differentiable with respect to the parameters, for losses on logits and
+    explanations. The forward pass is then an ordinary one, and the gradient of W(x) is exact: the dynamic scales, of
+    which W(x) is made, keep their history (:func:`bcos_train.explanation.explanation_graph`). Without it there are no
+    side effects, as for :func:`explain`.
 
     Args:
-        model, x, target: As for :func:`explain`.
-        create_graph: Create the graph from the parameters to the results, for losses on explanations. The dynamic
-            scales are constants in this graph.
+        model, x, target, create_graph: As for :func:`explain`.
 
     Returns:
-        The weights (N, C, H, W), the explained classes (N,) int64, and the logits (N, K); detached without
-        ``create_graph``.
+        The logits (N, K) and the weights (N, C, H, W); detached without ``create_graph``.
 
     Raises:
         ValueError: As for :func:`explain`.
     """
+    logits, weights, _ = _explain(model, x, target, create_graph)
+    return logits, weights
+
+
+def _explain(
+    model: nn.Module, x: Tensor, target: Tensor | int | None, create_graph: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return logits (N, K), weights (N, C, H, W) and explained classes (N,) int64."""
     _check_input(x)
-    network = _unwrap(model)
-    # With a graph, gradients must reach the parameters through W(x); cached weights are detached from them.
-    weight_mode = live_weights() if create_graph else cached_weights(network)
-    with (
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        without_tf32(),
-        weight_mode,
-        explanation_mode(network),
-        _frozen_buffers(network),
-    ):
+    network = model if create_graph else _unwrap(model)
+    with torch.inference_mode(False), torch.enable_grad():
         leaf = x.detach().clone().requires_grad_()
-        logits = _check_logits(network(leaf), len(x))
-        classes = logits.detach().argmax(1) if target is None else _as_indices(target, logits)
-        selected = logits.gather(1, classes[:, None]).sum()
-        (weights,) = torch.autograd.grad(selected, leaf, create_graph=create_graph)
-    return weights, classes, logits if create_graph else logits.detach()
+        if create_graph:
+            with explanation_graph(network) as gradient:
+                logits, classes = _forward(network, leaf, target)
+            return logits, gradient(_selected(logits, classes), leaf), classes
+        with without_tf32(), cached_weights(network), explanation_mode(network), _frozen_buffers(network):
+            logits, classes = _forward(network, leaf, target)
+            (weights,) = torch.autograd.grad(_selected(logits, classes), leaf)
+        return logits.detach(), weights, classes
+
+
+def _forward(network: nn.Module, leaf: Tensor, target: Tensor | int | None) -> tuple[Tensor, Tensor]:
+    """Return logits (N, K) and explained classes (N,)."""
+    logits = _check_logits(network(leaf), len(leaf))
+    return logits, logits.detach().argmax(1) if target is None else _as_indices(target, logits)
+
+
+def _selected(logits: Tensor, classes: Tensor) -> Tensor:
+    return logits.gather(1, classes[:, None]).sum()
 
 
 def constant_term(model: nn.Module, x: Tensor, target: Tensor | int | None = None) -> Tensor:

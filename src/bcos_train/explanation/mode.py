@@ -2,18 +2,21 @@
 
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ContextDecorator, ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ContextDecorator, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
+from functools import partial
 from types import TracebackType
-from typing import Protocol, TypeGuard, cast
+from typing import Any, Protocol, TypeGuard, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bcos_train.nn import Detachable
-from bcos_train.nn.detachable import DETACHED
+from bcos_train.nn import Detachable, live_weights
+from bcos_train.nn.detachable import DETACHED, HOLD
 
-__all__ = ["evaluating", "explanation_mode", "is_explainable"]
+__all__ = ["evaluating", "explanation_graph", "explanation_mode", "is_explainable", "mode_to_resume"]
 
 
 def is_explainable(model: nn.Module) -> bool:
@@ -74,7 +77,7 @@ class explanation_mode(ContextDecorator):
         with ExitStack() as stack:
             if third_party:
                 stack.enter_context(_switched_on(third_party, ours))
-            stack.enter_context(_detached(frozenset(ours)))
+            stack.enter_context(_detached(DETACHED.get().union(ours), Tensor.detach))
             _BLOCKS.set((*_BLOCKS.get(), (self, stack.pop_all())))
         return self.model
 
@@ -89,6 +92,108 @@ class explanation_mode(ContextDecorator):
         blocks[index][1].__exit__(exc_type, exc, traceback)
 
 
+@contextmanager
+def explanation_graph(model: nn.Module) -> Iterator["ExplanationGradient"]:
+    """Within the block, the graph of an ordinary forward pass also serves W(x), and a loss on it.
+
+    In explanation mode the dynamic scales are detached when they are computed, so that the gradient of a loss on W(x)
+    would lack their part: W(x) is made of them. Here they keep their history, and their gradient is only withheld while
+    W(x) is computed::
+
+        with explanation_graph(model) as gradient:
+            logits = model(x)
+        weights = gradient(logits[:, k].sum(), x)  # W(x), (N, C, H, W)
+        (loss(logits) + loss_on_explanations(weights)).backward()
+
+    Other gradients of the logits are the ordinary ones. The forward pass is an ordinary one, too: running statistics
+    are updated in training mode, and it counts as the one of DDP. All layers compute their definitions, and modules
+    compiled in place run uncompiled, since compiled code has no second derivatives.
+
+    Yields:
+        A function for W(x), which also works after the block.
+
+    Raises:
+        ValueError: A module of another package has an explanation mode of its own, which detaches scales; or the model
+            is an `nn.DataParallel`.
+    """
+    modules = list(model.modules())
+    for module in modules:
+        if isinstance(module, nn.DataParallel):
+            raise ValueError("explanations can't be trained through DataParallel; use one process per GPU")
+        if callable(getattr(module, "set_explanation_mode", None)) and not _is_context_local(module):
+            raise ValueError(
+                f"{type(module).__module__}.{type(module).__name__} has its own explanation mode, which may detach its "
+                "scales; the gradient of a loss on its explanations would be wrong. Use the layers of bcos_train.nn"
+            )
+    gradient = ExplanationGradient()
+    ours = DETACHED.get().union(filter(_is_context_local, modules))
+    with _detached(ours, gradient.hold), _twice_differentiable(modules):
+        yield gradient
+
+
+class ExplanationGradient:
+    """Gradient with respect to inputs or features, in which the dynamic scales are constants.
+
+    Attributes:
+        is_running: True while the gradient is computed; the scales withhold theirs then.
+    """
+
+    # The scales ask this object, and no global: backward passes of CUDA tensors run in other threads.
+    is_running = False
+
+    def hold(self, factor: Tensor) -> Tensor:
+        """Return the factor with its history; it withholds its gradient from it while this gradient is computed."""
+        return _Withheld.apply(factor, self)
+
+    def __call__(self, output: Tensor, at: Tensor) -> Tensor:
+        """Return d output / d at, in the shape of ``at`` and with a graph for further derivatives.
+
+        Args:
+            output: Scalar, computed within the block.
+            at: Requires a gradient.
+        """
+        self.is_running = True
+        try:
+            (gradient,) = torch.autograd.grad(output, at, create_graph=True)
+        finally:
+            self.is_running = False
+        return gradient
+
+
+class _Withheld(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, factor: Tensor, gradient: ExplanationGradient) -> Tensor:
+        ctx.gradient = gradient
+        return factor.view_as(factor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
+        return None if ctx.gradient.is_running else grad, None
+
+
+@contextmanager
+def _twice_differentiable(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Choose implementations that have second derivatives: no fused attention, no compiled code, no cached weights."""
+    is_compiled = any(module._compiled_call_impl is not None or hasattr(module, "_orig_mod") for module in modules)
+    with ExitStack() as stack:
+        if is_compiled:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(live_weights())
+        yield
+
+
+def mode_to_resume() -> Callable[[], AbstractContextManager[None]]:
+    """Return a function for blocks with the mode that the caller is in now, to recompute a part of a forward pass."""
+    return partial(_resumed, DETACHED.get(), HOLD.get())
+
+
+@contextmanager
+def _resumed(detached: frozenset[Detachable], hold: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    with _detached(detached, hold), nullcontext() if hold is Tensor.detach else _twice_differentiable(()):
+        yield
+
+
 #: The active blocks of the calling thread or task, innermost last.
 _BLOCKS: ContextVar[tuple[tuple[explanation_mode, ExitStack], ...]] = ContextVar("_BLOCKS", default=())
 
@@ -98,14 +203,15 @@ _USERS: Counter[Detachable] = Counter()  # number of blocks, in all threads, in 
 
 
 @contextmanager
-def _detached(modules: frozenset[Detachable]) -> Iterator[None]:
+def _detached(modules: frozenset[Detachable], hold: Callable[[Tensor], Tensor]) -> Iterator[None]:
     _count_users(modules, 1)
-    token = DETACHED.set(DETACHED.get() | modules)
+    tokens = DETACHED.set(modules), HOLD.set(hold)
     try:
         yield
     finally:
         _count_users(modules, -1)
-        DETACHED.reset(token)
+        DETACHED.reset(tokens[0])
+        HOLD.reset(tokens[1])
 
 
 def _count_users(modules: frozenset[Detachable], change: int) -> None:

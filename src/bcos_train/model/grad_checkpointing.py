@@ -5,15 +5,16 @@ input of each block is stored, at the cost of one more forward pass of the block
 unchanged.
 """
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from bcos_train.nn import Detachable
+from bcos_train.explanation.mode import mode_to_resume
 
 __all__ = ["CheckpointedBlocks", "set_grad_checkpointing"]
 
@@ -21,7 +22,7 @@ __all__ = ["CheckpointedBlocks", "set_grad_checkpointing"]
 class CheckpointedBlocks(nn.Sequential):
     """Sequence of blocks, of one or several modules each, with optional gradient checkpointing.
 
-    Checkpointing takes effect in training mode only, and not in explanation mode.
+    Checkpointing takes effect in training mode only.
     """
 
     # Class attributes, as `Detachable.detach` is.
@@ -41,7 +42,7 @@ class CheckpointedBlocks(nn.Sequential):
 
     def run_block(self, modules: Sequence[nn.Module], *inputs: Tensor) -> Tensor:
         """Apply the modules of a block to the inputs, checkpointed if that is enabled."""
-        if not (self.grad_checkpointing and self.training and torch.is_grad_enabled()) or _in_explanation_mode(modules):
+        if not (self.grad_checkpointing and self.training and torch.is_grad_enabled()):
             return _apply(modules, *inputs)
         if torch.compiler.is_compiling():  # the compiler handles the running statistics itself
             return checkpoint(_apply, modules, *inputs, use_reentrant=False)
@@ -71,30 +72,39 @@ def _apply(modules: Sequence[nn.Module], *inputs: Tensor) -> Tensor:
     return out
 
 
-def _in_explanation_mode(modules: Sequence[nn.Module]) -> bool:
-    """True if a module is in explanation mode, which may have ended when a later backward pass recomputes the block."""
-    return any(isinstance(part, Detachable) and part.detach for module in modules for part in module.modules())
-
-
 def _contexts(modules: Sequence[nn.Module]) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """Return the contexts of the forward pass and of its recomputation."""
-    return nullcontext(), _TemporaryBuffers(modules)
+    return nullcontext(), _Recomputation(modules)
 
 
-class _TemporaryBuffers:
-    """Replace buffers by copies, so that a batch isn't counted twice in the running statistics of norms.
+class _Recomputation:
+    """Resume the explanation mode of the forward pass, and let norms update copies of their running statistics.
 
     Reusable, for several backward passes through one graph, unlike the context manager of a generator.
     """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self.modules = [part for module in modules for part in module.modules() if part._buffers]
+        self.modules = modules
+        self.resumed_mode = mode_to_resume()
 
     def __enter__(self) -> None:
-        self.original_buffers = [dict(module._buffers) for module in self.modules]
-        for module, buffers in zip(self.modules, self.original_buffers, strict=True):
-            module._buffers.update({k: None if buffer is None else buffer.clone() for k, buffer in buffers.items()})
+        self.stack = ExitStack()
+        self.stack.enter_context(self.resumed_mode())
+        self.stack.enter_context(_temporary_buffers(self.modules))
 
-    def __exit__(self, *_: object) -> None:
-        for module, buffers in zip(self.modules, self.original_buffers, strict=True):
-            module._buffers.update(buffers)
+    def __exit__(self, *exc_info: Any) -> None:
+        self.stack.__exit__(*exc_info)
+
+
+@contextmanager
+def _temporary_buffers(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Replace buffers by copies, so that a batch isn't counted twice."""
+    parts = [part for module in modules for part in module.modules() if part._buffers]
+    originals = [dict(part._buffers) for part in parts]
+    for part, buffers in zip(parts, originals, strict=True):
+        part._buffers.update({k: None if buffer is None else buffer.clone() for k, buffer in buffers.items()})
+    try:
+        yield
+    finally:
+        for part, buffers in zip(parts, originals, strict=True):
+            part._buffers.update(buffers)

@@ -87,8 +87,8 @@ class Attention(Detachable):
         qkv = self.to_qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (N, A, T, D/A) each
         if self.detach:
-            scores = q.detach() @ k.detach().transpose(-2, -1) * self.scale
-            out = scores.softmax(dim=-1) @ v
+            scores = q @ k.transpose(-2, -1) * self.scale
+            out = self.hold(scores.softmax(dim=-1)) @ v
         else:
             out = F.scaled_dot_product_attention(q, k, v)
         return self.to_out(out.transpose(1, 2).flatten(2))

@@ -23,7 +23,7 @@ class DetachableGELU(Detachable, nn.GELU):
             gate = 0.5 * (1 + (math.sqrt(2 / math.pi) * (x + 0.044715 * x.pow(3))).tanh())
         else:
             gate = 0.5 * (1 + (x / math.sqrt(2)).erf())
-        return x * gate.detach()
+        return x * self.hold(gate)
 
 
 class DetachableReLU(Detachable, nn.ReLU):

@@ -97,7 +97,7 @@ class BcosConv2d(BcosLayer):
         out = maxout(self.linear(x), self.max_out, self.unit_dim)
         if is_linear(self.b):
             return out
-        return bcos_transform(out, self.calc_patch_norms(x), self.b, self.detach)
+        return bcos_transform(out, self.calc_patch_norms(x), self.b, self.hold)
 
     def calc_patch_norms(self, x: Tensor) -> Tensor:
         """Return `input_norm`, under its name in the official code."""

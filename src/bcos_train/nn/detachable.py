@@ -1,13 +1,18 @@
 """The explanation switch: which modules hold their input-dependent factors constant, for the calling context."""
 
+from collections.abc import Callable
 from contextvars import ContextVar
 
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["DETACHED", "Detachable"]
+__all__ = ["DETACHED", "HOLD", "Detachable"]
 
 #: The modules that the calling thread or task has in explanation mode; set by `explanation_mode`.
-DETACHED: ContextVar[frozenset[nn.Module]] = ContextVar("DETACHED", default=frozenset())
+DETACHED: ContextVar[frozenset["Detachable"]] = ContextVar("DETACHED", default=frozenset())
+
+
+#: What explanation mode does with an input-dependent factor; `explanation_graph` sets another function.
+HOLD: ContextVar[Callable[[Tensor], Tensor]] = ContextVar("HOLD", default=Tensor.detach)
 
 
 class Detachable(nn.Module):
@@ -16,7 +21,7 @@ class Detachable(nn.Module):
     In explanation mode the factors that depend on the input (the B-cos scale, the standard deviation of a norm, the
     gate of an activation) are constants to autograd. The gradient of an output is then the dynamic linear map W(x)
     itself, with ``output = W(x) x`` plus the biases of the norms (Böhle et al., 2022, arXiv 2205.10268, eq. 13).
-    Outputs are the same in either mode.
+    Outputs are the same in either mode. Each such factor passes through `hold`.
 
     `bcos_train.explanation.explanation_mode` switches a whole model for the calling thread or task alone;
     `set_explanation_mode` switches one module for all of them.
@@ -35,6 +40,10 @@ class Detachable(nn.Module):
         return self._detached_everywhere or (self._detached_somewhere and self in DETACHED.get())
 
     is_in_explanation_mode = detach
+
+    def hold(self, factor: Tensor) -> Tensor:
+        """Return an input-dependent factor: unchanged, or in explanation mode as a constant to autograd."""
+        return HOLD.get()(factor) if self.detach else factor
 
     def set_explanation_mode(self, activate: bool = True) -> None:
         """Switch explanation mode of this module on or off (not of its children)."""

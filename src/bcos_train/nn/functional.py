@@ -8,7 +8,7 @@ to 1.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -83,10 +83,11 @@ def bcos_scale(out: Tensor, norm: Tensor, b: float | Tensor) -> Tensor:
     return ((out / norm).abs() + COSINE_EPS).pow(b - 1)
 
 
-def bcos_transform(out: Tensor, norm: Tensor, b: float | Tensor, detach: bool = False) -> Tensor:
-    """|cos(x, w)|^(B-1) ŵ·x in the dtype of ``out``; arguments as for `bcos_scale`, which ``detach`` holds constant."""
-    scale = bcos_scale(out, norm, b)
-    return (out * (scale.detach() if detach else scale)).to(out.dtype)
+def bcos_transform(
+    out: Tensor, norm: Tensor, b: float | Tensor, hold: Callable[[Tensor], Tensor] = lambda scale: scale
+) -> Tensor:
+    """|cos(x, w)|^(B-1) ŵ·x in the dtype of ``out``; arguments as for `bcos_scale`, to which ``hold`` applies."""
+    return (out * hold(bcos_scale(out, norm, b))).to(out.dtype)
 
 
 def is_linear(b: float | Tensor) -> bool:

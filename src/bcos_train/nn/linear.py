@@ -70,7 +70,7 @@ class BcosLinear(BcosLayer):
         out = maxout(self.linear(x), self.max_out, self.unit_dim)
         if is_linear(self.b):
             return out
-        return bcos_transform(out, self.input_norm(x), self.b, self.detach)
+        return bcos_transform(out, self.input_norm(x), self.b, self.hold)
 
     def input_norm(self, x: Tensor) -> Tensor:
         """‖x‖, (*, C) -> (*, 1)."""

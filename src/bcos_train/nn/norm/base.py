@@ -8,28 +8,7 @@ from torch import Tensor, nn
 
 from bcos_train.nn.detachable import Detachable
 
-__all__ = ["Norm2d", "normalize"]
-
-
-def normalize(
-    x: Tensor, mean: Tensor | None, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Tensor:
-    """(x - mean) / sqrt(var + eps) * weight + bias, in the dtype and memory format of ``x``.
-
-    Args:
-        x: (N, C, H, W).
-        mean, var: Broadcastable to ``x``, in float32 or float64; without a mean, nothing is subtracted.
-        weight, bias: (C,), (1,) or None.
-    """
-    scale = torch.rsqrt(var + eps)
-    if weight is not None:
-        scale = scale * weight.view(1, -1, 1, 1)
-    # The mean isn't folded into the bias: the difference would lose precision if the mean is much larger than the
-    # deviation.
-    out = (x if mean is None else x - mean) * scale
-    if bias is not None:
-        out = out + bias.view(1, -1, 1, 1)
-    return out.to(x.dtype)
+__all__ = ["Norm2d"]
 
 
 class Norm2d(Detachable):
@@ -39,8 +18,8 @@ class Norm2d(Detachable):
     but subtracts nothing. Without a bias it is a pure scaling, so W(x) x is the whole output (arXiv 2306.10898,
     sec. 3.2).
 
-    In explanation mode the standard deviation is detached from the autograd graph; the mean, which is linear in the
-    input, is not.
+    In explanation mode the standard deviation is a constant to autograd; the mean, which is linear in the input, is
+    not.
     """
 
     centered: bool
@@ -80,6 +59,23 @@ class Norm2d(Detachable):
             raise ValueError(
                 f"{type(self).__name__} got an input of shape {tuple(x.shape)}: expected {self.num_channels} channels."
             )
+
+    def normalize(self, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+        """(x - mean) / sqrt(var + eps) * weight + bias, in the dtype and memory format of ``x``.
+
+        Args:
+            x: (N, C, H, W).
+            mean, var: Broadcastable to ``x``, in float32 or float64; an uncentered norm doesn't subtract the mean.
+        """
+        scale = self.hold(torch.rsqrt(var + self.eps))
+        if self.weight is not None:
+            scale = scale * self.weight.view(1, -1, 1, 1)
+        # The mean isn't folded into the bias: the difference would lose precision if the mean is much larger than the
+        # deviation.
+        out = (x - mean if self.centered else x) * scale
+        if self.bias is not None:
+            out = out + self.bias.view(1, -1, 1, 1)
+        return out.to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"eps={self.eps:g}, weight={self.weight is not None}, bias={self.bias is not None}"

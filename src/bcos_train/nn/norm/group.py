@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from bcos_train.nn.backend import fast
 from bcos_train.nn.detachable import Detachable
-from bcos_train.nn.norm.base import Norm2d, normalize
+from bcos_train.nn.norm.base import Norm2d
 
 __all__ = [
     "DetachableGNInstanceNorm2d",
@@ -22,14 +22,6 @@ __all__ = [
     "GroupNormUncentered2d",
     "PositionNormUncentered2d",
 ]
-
-
-def sample_moments(x: Tensor, dims: tuple[int, ...], detach: bool, centered: bool) -> tuple[Tensor | None, Tensor]:
-    """Return mean (None unless ``centered``) and biased variance (detached if ``detach``) over ``dims``."""
-    if not centered:
-        return None, fast.moments(x.detach() if detach else x, dims)[1]
-    mean, var = fast.moments(x, dims)
-    return mean, var.detach() if detach else var
 
 
 class DetachableGroupNorm2d(Norm2d):
@@ -61,9 +53,8 @@ class DetachableGroupNorm2d(Norm2d):
         if self.centered and not self.detach and (x.is_contiguous() or x.device.type == "cpu"):
             return F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
         grouped = x.unflatten(1, (self.num_groups, -1))
-        mean, var = sample_moments(grouped, (2, 3, 4), self.detach, self.centered)
-        mean = None if mean is None else self._to_channels(mean)
-        return normalize(x, mean, self._to_channels(var), self.weight, self.bias, self.eps)
+        mean, var = (self._to_channels(statistic) for statistic in fast.moments(grouped, (2, 3, 4)))
+        return self.normalize(x, mean, var)
 
     def _to_channels(self, statistic: Tensor) -> Tensor:
         """(N, G, 1, 1, 1) -> (N, C, 1, 1)."""
@@ -73,32 +64,30 @@ class DetachableGroupNorm2d(Norm2d):
         return f"{self.num_groups}, {self.num_channels}, {super().extra_repr()}"
 
 
-class DetachableGNInstanceNorm2d(DetachableGroupNorm2d):
+class _OneGroupOrOnePerChannel(DetachableGroupNorm2d):
+    is_per_channel: bool
+
+    def __init__(
+        self,
+        num_channels: int,
+        eps: float = 1e-5,
+        affine: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(num_channels if self.is_per_channel else 1, num_channels, eps, affine, device, dtype)
+
+
+class DetachableGNInstanceNorm2d(_OneGroupOrOnePerChannel):
     """Instance norm: statistics over the positions of each channel."""
 
-    def __init__(
-        self,
-        num_channels: int,
-        eps: float = 1e-5,
-        affine: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(num_channels, num_channels, eps, affine, device, dtype)
+    is_per_channel = True
 
 
-class DetachableGNLayerNorm2d(DetachableGroupNorm2d):
+class DetachableGNLayerNorm2d(_OneGroupOrOnePerChannel):
     """Layer norm of feature maps: statistics over all channels and positions of a sample."""
 
-    def __init__(
-        self,
-        num_channels: int,
-        eps: float = 1e-5,
-        affine: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(1, num_channels, eps, affine, device, dtype)
+    is_per_channel = False
 
 
 class GroupNormUncentered2d(DetachableGroupNorm2d):
@@ -140,8 +129,7 @@ class DetachablePositionNorm2d(Norm2d):
         if self.centered and not self.detach:  # the output is always in channels_last format
             out = F.layer_norm(x.permute(0, 2, 3, 1), (self.features,), self.weight, self.bias, self.eps)
             return out.permute(0, 3, 1, 2)
-        mean, var = sample_moments(x, (1,), self.detach, self.centered)
-        return normalize(x, mean, var, self.weight, self.bias, self.eps)
+        return self.normalize(x, *fast.moments(x, (1,)))
 
     def extra_repr(self) -> str:
         return f"{self.features}, {super().extra_repr()}"
@@ -160,7 +148,7 @@ class DetachableLayerNorm(Detachable, nn.LayerNorm):
         if not self.detach:
             return super().forward(x)
         mean, var = fast.moments(x, tuple(range(-len(self.normalized_shape), 0)))
-        out = (x - mean) * torch.rsqrt(var.detach() + self.eps)
+        out = (x - mean) * self.hold(torch.rsqrt(var + self.eps))
         if self.weight is not None:
             out = out * self.weight
         if self.bias is not None:

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bcos_train.nn.backend import Accelerated, fast
+from bcos_train.nn.detachable import HOLD
 from bcos_train.nn.functional import statistics_dtype
-from bcos_train.nn.norm.base import Norm2d, normalize
+from bcos_train.nn.norm.base import Norm2d
 from bcos_train.nn.norm.sync import combined_statistics, local_statistics
 
 __all__ = [
@@ -80,12 +81,12 @@ class RunningNorm2d(Norm2d):
         self.check_input(x)
         if not self.uses_batch_statistics:
             return self._normalize_by_running(x)
-        if detach := self.detach:
+        if self.detach and HOLD.get() is Tensor.detach:
             self.check_explanation_mode()
-        mean, var, count = self._batch_statistics(x.detach() if detach else x)
+        mean, var, count = self._batch_statistics(x)
         if self.training and self.running_var is not None:
             self.update_running_statistics(mean, var, count)
-        return normalize(x, mean if self.centered else None, var, self.weight, self.bias, self.eps)
+        return self.normalize(x, mean, var)
 
     @property
     def uses_batch_statistics(self) -> bool:
@@ -115,9 +116,8 @@ class RunningNorm2d(Norm2d):
         assert self.running_mean is not None
         assert self.running_var is not None
         dtype = statistics_dtype(x)
-        mean = self.running_mean.to(dtype).view(1, -1, 1, 1) if self.centered else None
-        var = self.running_var.to(dtype).view(1, -1, 1, 1)
-        return normalize(x, mean, var, self.weight, self.bias, self.eps)
+        mean, var = (buffer.to(dtype).view(1, -1, 1, 1) for buffer in (self.running_mean, self.running_var))
+        return self.normalize(x, mean, var)
 
     def _batch_statistics(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | int]:
         """Return mean, biased variance and the number of values per statistic."""
