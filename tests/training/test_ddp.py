@@ -1,15 +1,18 @@
 """Two processes on the CPU do what one does with the same global batch."""
 
 import errno
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from bcos_train.config import UserError
-from bcos_train.run import train
+from bcos_train.model import create_model
+from bcos_train.run import evaluate, train
 
 from .runs import compose, final_state, metric_rows, run_folder
 
@@ -34,6 +37,14 @@ SMALL = (
 )
 SELF_START = [sys.executable, "train.py", "trainer.devices=2"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py"]
+
+EVALUATE = [*TORCHRUN[:-1], "evaluate.py"]
+EXPLANATION = (
+    "explanation=default",
+    "explanation.n_images=4",
+    "explanation.gallery_images=0",
+    "explanation.metrics=[completeness,alignment]",
+)
 
 
 def start(command: list[str], *overrides: str, path: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -70,6 +81,32 @@ def test_same_losses_as_one_process(command: list[str], norm: str, extra: tuple[
                 assert float(b[key]) == pytest.approx(float(a[key]), rel=1e-4), (key, a["step"])
     for key, value in final_state(one)["model"].items():
         assert value.allclose(final_state(two)["model"][key], rtol=1e-4, atol=1e-5), key
+
+
+def test_evaluation_equals_that_of_one_process(tmp_path: Path) -> None:
+    """Also the explanation metrics, which rank 0 measures by the predictions of all."""
+    assert train(compose(tmp_path, *SMALL, "trainer.max_epochs=1", "dataset.size=32")) == 0
+    run = run_folder(tmp_path)
+    two = start(EVALUATE, f"run={run}", f"output={tmp_path / 'two'}", *EXPLANATION)
+    assert two.returncode == 0, two.stderr
+    assert two.stdout.count("top-1") == 1
+    config = compose(tmp_path, *EXPLANATION, name="evaluate") | {"run": str(run), "output": str(tmp_path / "one")}
+    assert evaluate(config, [text.partition("=")[0] for text in EXPLANATION]) == 0
+    one, two = (json.loads((tmp_path / part / "evaluation.json").read_text()) for part in ("one", "two"))
+    assert one.keys() == two.keys()
+    assert {"explanation/completeness", "explanation/alignment"} <= one.keys()
+    for key in one.keys() - {"seconds", "weights", "model", "dataset", "ema", "gallery"}:
+        assert one[key] == pytest.approx(two[key], abs=1e-6), key
+
+
+def test_fewer_validation_images_than_processes(tmp_path: Path) -> None:
+    torch.save(create_model("resnet20").state_dict(), weights := tmp_path / "w.pth")
+    overrides = ("model=resnet20", f"weights={weights}", "limit_val=1", f"output={tmp_path / 'out'}")
+    result = start(EVALUATE, *overrides, "trainer.accelerator=cpu", "num_workers=0")
+    assert "dataset: 1 validation sample(s) for 2 processes: every process needs at least one\n" in result.stderr
+    assert f"{ROOT / 'src'}" not in result.stderr  # no traceback of ours
+    assert result.returncode != 0
+    assert not (tmp_path / "out").exists()
 
 
 def test_batch_that_cannot_be_split(tmp_path: Path) -> None:

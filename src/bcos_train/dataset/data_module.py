@@ -141,6 +141,13 @@ class DataModule(pl.LightningDataModule):
         size = self.batch_size if self.drop_last or not rest else rest
         return -(-size // (world_size * self.accumulate))
 
+    def check_num_val(self, world_size: int) -> None:
+        """Raise a ValueError if there are fewer validation samples than processes."""
+        if self.num_val < world_size:
+            raise ValueError(
+                f"{self.num_val} validation sample(s) for {world_size} processes: every process needs at least one"
+            )
+
     def prepare_data(self) -> None:
         self.dataset.prepare()
 
@@ -182,10 +189,7 @@ class DataModule(pl.LightningDataModule):
 
     def val_dataloader(self) -> Loader:
         world_size, rank = self._world_size_and_rank()
-        if self.num_val < world_size:
-            raise ValueError(
-                f"{self.num_val} validation sample(s) for {world_size} processes: every process needs at least one"
-            )
+        self.check_num_val(world_size)
         sampler = EvalBatchSampler(self.num_val, max(1, self.batch_size // world_size), world_size, rank)
         samples = SeededDataset(self._val_dataset(), self.eval_transform)
         if self._is_cached:

@@ -239,6 +239,7 @@ def load_data(
         data.setup(stage)
         if data.num_val == 0 or (stage == "fit" and data.num_train == 0):
             raise ValueError(f"{data.dataset.name} has no {'training' if data.num_val else 'validation'} images")
+        data.check_num_val(trainer.world_size)
         if stage == "fit" and data.steps_per_epoch == 0:
             raise ValueError(
                 f"{data.num_train} training images are fewer than batch_size={split.batch}: drop_last=false"
