@@ -107,7 +107,7 @@ _WORKSPACE = _Workspace()
 
 
 def parts(x: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Split dense tensors of equal length along the first axis, and yield their parts and a buffer like that of ``x``.
+    """Split tensors of equal length along the first axis, and yield their parts and a buffer like that of ``x``, dense.
 
     The buffer holds arbitrary values, and is reused for the next part.
     """
@@ -124,7 +124,11 @@ def parts(x: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def inner_products(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the inner products of the rows of two matrices, (R, K), (R, K) -> (R,), summed in ``dtype``."""
+    """Return the inner products of the rows of two matrices, (R, K), (R, K) -> (R,), summed in ``dtype``.
+
+    Args:
+        a: Dense; ``b`` may have any strides, such as those of an expanded gradient.
+    """
     sums = [torch.mul(x, y, out=buffer).sum(1, dtype=dtype) for x, y, buffer in parts(a, b)]
     return torch.cat(sums)
 
@@ -320,7 +324,7 @@ class _Normalize(torch.autograd.Function):
         if torch.is_grad_enabled():
             return reference_backward(normalize_weight, (weight,), grad)[0]
         shape = (-1, *[1] * (weight.dim() - 1))
-        along = inner_products(_rows(grad, unit), _rows(unit, unit), norm.dtype)
+        along = inner_products(_rows(unit, unit), _rows(grad, unit), norm.dtype)
         return torch.addcmul(grad, unit, -along.view(shape).to(grad.dtype)).div_(norm.view(shape))
 
 
