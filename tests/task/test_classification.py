@@ -1,29 +1,27 @@
 """Tasks, and their interface with the training loop."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from training.runs import metric_rows
 from training.toys import TinyNet, fit, make_data, make_module
 
-from bcos_train.dataset.batch import Batch
 from bcos_train.loss import CrossEntropy
-from bcos_train.task import Classification, Task, TaskOutput
+from bcos_train.task import Classification, Network, Task, TaskOutput, TrainingBatch
 
 
-def batch(n: int = 4) -> Batch:
-    images = torch.randint(0, 256, (n, 3, 8, 8), dtype=torch.uint8)
-    return Batch(images, torch.arange(n) % 3, torch.arange(n))
+def batch(n: int = 4) -> TrainingBatch:
+    rgb = torch.rand(n, 3, 8, 8)
+    return TrainingBatch(torch.cat([rgb, 1 - rgb], 1), torch.arange(n) % 3, rgb, torch.arange(n))
 
 
 def test_classification_is_the_loss_of_the_logits() -> None:
-    network, x = nn.Sequential(nn.Flatten(), nn.Linear(6 * 64, 3)), torch.rand(4, 6, 8, 8)
-    output = Classification(CrossEntropy())(network, x, batch().labels, batch())
-    assert torch.equal(output.logits, network(x))
-    torch.testing.assert_close(output.loss, F.cross_entropy(network(x), batch().labels))
+    network, images = Network(nn.Sequential(nn.Flatten(), nn.Linear(6 * 64, 3))), batch()
+    output = Classification(CrossEntropy())(network, images)
+    assert torch.equal(output.logits, network(images.x))
+    torch.testing.assert_close(output.loss, F.cross_entropy(network(images.x), images.target))
     assert output.logs == {}
 
 
@@ -33,13 +31,13 @@ class WithTeacher(Task):
     def __init__(self, teacher: nn.Module) -> None:
         super().__init__()
         self.teachers = [teacher]
-        self.seen: list[Batch] = []
+        self.seen: list[TrainingBatch] = []
 
-    def forward(self, network: Callable[[Tensor], Tensor], x: Tensor, target: Tensor, batch: Batch) -> TaskOutput:
+    def forward(self, network: Network, batch: TrainingBatch) -> TaskOutput:
         self.seen.append(batch)
-        logits = network(x)
+        logits = network(batch.x)
         with torch.no_grad():
-            expected = self.teachers[0](x)
+            expected = self.teachers[0](batch.x)
         loss = F.mse_loss(logits, expected)
         return TaskOutput(loss, logits, {"distance": loss.detach()})
 
@@ -53,7 +51,7 @@ def test_another_objective_needs_no_change_in_the_loop(tmp_path: Path) -> None:
     teacher.eval()
     before = {key: value.clone() for key, value in teacher.state_dict().items()}
     fit(tmp_path, data=data, module=module)
-    assert all(isinstance(item, Batch) and item.extras is None for item in task.seen)
+    assert all(isinstance(item, TrainingBatch) and item.extras is None for item in task.seen)
     logged = [float(row["train/distance"]) for row in metric_rows(tmp_path) if row.get("train/distance")]
     assert len(logged) == len(task.seen)
     assert min(logged) > 0

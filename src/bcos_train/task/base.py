@@ -5,14 +5,46 @@ clipping, optimizer step, logging. A new objective (distillation, guidance) is a
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from bcos_train.dataset.batch import Batch
+__all__ = ["Network", "Task", "TaskOutput", "TrainingBatch"]
 
-__all__ = ["Task", "TaskOutput"]
+
+class Network:
+    """The trained network: a function ``(N, C, H, W) -> (N, K)``, compiled if the run compiles it.
+
+    Attributes:
+        model: The module itself, uncompiled, for a task that explains it or uses its features.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.model(x)
+        return logits
+
+
+class TrainingBatch(NamedTuple):
+    """A batch on the device, as the network sees it.
+
+    Attributes:
+        x: ``(N, C, H, W)`` float, the network's input: ``rgb``, encoded.
+        target: ``(N,)`` labels, or ``(N, K)`` label distributions of mixed images.
+        rgb: ``(N, 3, H, W)`` float in [0, 1], augmented and possibly mixed images.
+        indices: ``(N,)`` int64, indices of the samples in the training set.
+        extras: Further data of the data set by name, such as boxes.
+    """
+
+    x: Tensor
+    target: Tensor
+    rgb: Tensor
+    indices: Tensor
+    extras: Mapping[str, object] | None = None
 
 
 @dataclass(frozen=True)
@@ -51,16 +83,13 @@ class Task(nn.Module):
     """
 
     @abstractmethod
-    def forward(self, network: Callable[[Tensor], Tensor], x: Tensor, target: Tensor, batch: Batch) -> TaskOutput:
+    def forward(self, network: Network, batch: TrainingBatch) -> TaskOutput:
         """Compute the loss of a batch.
 
         Args:
-            network: ``(N, C, H, W) -> (N, K)``, the trained network in training mode, compiled if the run compiles it.
-                Other members of the model are not available through it.
-            x: ``(N, C, H, W)`` float, encoded and possibly mixed images.
-            target: ``(N,)`` labels, or ``(N, K)`` label distributions of mixed images.
-            batch: The batch as it was loaded: unmixed uint8 images, labels, indices in the training set.
+            network: The trained network in training mode.
+            batch: Its input and what belongs to it.
 
         Returns:
-            The loss, and the logits of ``x``, which count towards the training accuracy.
+            The loss, and the logits of ``batch.x``, which count towards the training accuracy.
         """

@@ -1,11 +1,8 @@
 """Classification by a loss on the logits."""
 
-from collections.abc import Callable
+from torch import nn
 
-from torch import Tensor, nn
-
-from bcos_train.dataset.batch import Batch
-from bcos_train.task.base import Task, TaskOutput
+from bcos_train.task.base import Network, Task, TaskOutput, TrainingBatch
 
 __all__ = ["Classification"]
 
@@ -21,6 +18,6 @@ class Classification(Task):
         super().__init__()
         self.loss = loss
 
-    def forward(self, network: Callable[[Tensor], Tensor], x: Tensor, target: Tensor, batch: Batch) -> TaskOutput:
-        logits = network(x)
-        return TaskOutput(self.loss(logits, target), logits)
+    def forward(self, network: Network, batch: TrainingBatch) -> TaskOutput:
+        logits = network(batch.x)
+        return TaskOutput(self.loss(logits, batch.target), logits)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from bcos_train.model.grad_checkpointing import CheckpointedBlocks
+from bcos_train.task import Network
 from bcos_train.training.options import TrainerOptions
 from bcos_train.utils.compiling import missing_for_compiling, prepare_to_compile
 
@@ -57,7 +58,7 @@ def _around(module: nn.Module, blocks: set[nn.Module]) -> Iterator[nn.Module]:
             yield from _around(child, blocks)
 
 
-class CompiledNetwork:
+class CompiledNetwork(Network):
     """Calls a compiled ``model``, which remains uncompiled for all other callers.
 
     Otherwise validation and explanations would compile it again for each of their modes. The model's modules and keys
@@ -70,7 +71,7 @@ class CompiledNetwork:
     """
 
     def __init__(self, model: nn.Module, batch_size: int) -> None:
-        self.model = model
+        super().__init__(model)
         self.batch_size = batch_size
         self.parts = parts_to_compile(model)
         # Values of the attribute that `nn.Module.compile` sets; here it is set only during a call.
@@ -85,11 +86,11 @@ class CompiledNetwork:
     def __call__(self, x: Tensor) -> Tensor:
         """``(N, C, H, W) -> (N, K)``."""
         if len(x) != self.batch_size:
-            return self.model(x)
+            return super().__call__(x)
         try:
             for part, compiled in zip(self.parts, self._compiled, strict=True):
                 part._compiled_call_impl = compiled
-            return self.model(x)
+            return super().__call__(x)
         finally:
             for part in self.parts:
                 part._compiled_call_impl = None

@@ -22,7 +22,7 @@ from bcos_train.nn import cached_weights
 from bcos_train.optimizer import adaptive_clip_grad_
 from bcos_train.runs.checkpoint import Checkpoint
 from bcos_train.schedule import Schedule
-from bcos_train.task import Task
+from bcos_train.task import Network, Task, TrainingBatch
 from bcos_train.training.compilation import CompiledNetwork
 from bcos_train.training.distributed import broadcast_buffers, is_distributed, max_over_processes, mean_and_votes
 from bcos_train.training.resuming import move_to_position
@@ -141,7 +141,7 @@ class Classifier(pl.LightningModule):
         self.clip_val, self.clip_algorithm = gradient_clip_val, gradient_clip_algorithm
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         # Not a submodule, which would duplicate each entry of the state dict.
-        self._compiled = None if compiled_batch_size is None else CompiledNetwork(model, compiled_batch_size)
+        self.network = Network(model) if compiled_batch_size is None else CompiledNetwork(model, compiled_batch_size)
         self._evaluation = contextlib.ExitStack()
         self.log_every_n_steps = log_every_n_steps
         self.seed = seed
@@ -171,7 +171,7 @@ class Classifier(pl.LightningModule):
     @property
     def compilation(self) -> str | None:
         """Description of how the model is compiled for training, or None."""
-        return None if self._compiled is None else str(self._compiled)
+        return str(self.network) if isinstance(self.network, CompiledNetwork) else None
 
     @property
     def data(self) -> DataModule:
@@ -211,9 +211,9 @@ class Classifier(pl.LightningModule):
         floats, target = to_float(batch.images), batch.labels
         if self.mix is not None:
             floats, target = self.mix(floats, target)
-        network = self.model if self._compiled is None else self._compiled
         assert self.task is not None, "a module without a task can only validate"
-        output = self.task(network, self._encode_floats(floats), target, batch)
+        view = TrainingBatch(self._encode_floats(floats), target, floats, batch.indices, batch.extras)
+        output = self.task(self.network, view)
         self._stop_if_not_finite(output.loss, output.logits, batch.indices, batch_idx)
         self.train_score.update(output.loss, output.logits, target)
         self.task_logs = output.logs
