@@ -1,5 +1,6 @@
 """``forward_intermediates``, as in timm."""
 
+import inspect
 from typing import Any
 
 import pytest
@@ -98,3 +99,21 @@ def test_tokens_and_norm() -> None:
     assert torch.equal(maps[0].flatten(2).mT, tokens[0])
     normed = model.forward_intermediates(x, norm=True, output_fmt="NLC", intermediates_only=True)
     assert torch.equal(normed[0], model.get_classifier()[0](tokens[0]))
+
+
+@pytest.mark.parametrize("name", ["simple_vit_ti_patch16_224", "standard_simple_vit_ti_patch16_224"])
+def test_arguments_and_dictionary_of_timms_vit(name: str) -> None:
+    """Positional arguments have timm's order; its masks are not supported."""
+    model, x = build(name, {"depth": 2}, 48)
+    theirs = timm.create_model("vit_tiny_patch16_224", depth=2, img_size=48).eval()
+    parameters = list(inspect.signature(theirs.forward_intermediates).parameters)
+    assert list(inspect.signature(model.forward_intermediates).parameters) == [
+        parameter for parameter in parameters if parameter not in ("attn_mask", "is_causal")
+    ]
+    final, maps = model.forward_intermediates(x, [0], True)
+    for only in (False, True):
+        found = model.forward_intermediates(x, [0], intermediates_only=only, output_dict=True)
+        expected = theirs.forward_intermediates(x[:, :3], [0], intermediates_only=only, output_dict=True)
+        assert found.keys() == expected.keys()
+        assert torch.equal(found["image_intermediates"][0], maps[0])
+        assert only or torch.equal(found["image_features"], final)

@@ -5,6 +5,7 @@ Axes: N images, C channels, H height, W width.
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Required, TypedDict
 
 from torch import Tensor, nn
 
@@ -12,6 +13,7 @@ from bcos_train.model.grad_checkpointing import CheckpointedBlocks
 
 __all__ = [
     "Intermediates",
+    "IntermediatesDict",
     "check_indices",
     "check_output_format",
     "last_of_each_resolution",
@@ -21,6 +23,13 @@ __all__ = [
 
 #: What ``forward_intermediates`` returns.
 Intermediates = list[Tensor] | tuple[Tensor, list[Tensor]]
+
+
+class IntermediatesDict(TypedDict, total=False):
+    """What it returns with ``output_dict``, under timm's names; the features are optional."""
+
+    image_intermediates: Required[list[Tensor]]
+    image_features: Tensor
 
 
 def check_indices(

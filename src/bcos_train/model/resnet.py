@@ -207,7 +207,7 @@ class BcosResNet(BcosConvNet):
         self.in_chans = in_chans
         # Official names; there they are the state of the constructor at its end.
         self.inplanes, self.dilation, self.groups, self.base_width = channels, steps[-1][2], groups, width_per_group
-        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
         self.fc = conv_layer(channels, num_classes, kernel_size=1)
         self.logit_layer = make_logit_layer(num_classes, logit_temperature, logit_bias)
         self._init_weights(zero_init_residual)

@@ -23,7 +23,13 @@ from bcos_train.dataset.encoding import Standardize
 from bcos_train.model.base import BcosModel, GroupMatcher, check_images, resolve_pooling
 from bcos_train.model.conv_net import LayerFactory, make_logit_layer
 from bcos_train.model.grad_checkpointing import CheckpointedBlocks, set_grad_checkpointing
-from bcos_train.model.intermediates import Intermediates, check_output_format, run_and_collect, take_indices
+from bcos_train.model.intermediates import (
+    Intermediates,
+    IntermediatesDict,
+    check_output_format,
+    run_and_collect,
+    take_indices,
+)
 from bcos_train.model.registry import Builder, register_model
 from bcos_train.model.transform import InferenceTransform
 from bcos_train.model.vit_parts import Attention, Encoder, Patches, PositionalEmbedding, conv_stem
@@ -110,20 +116,25 @@ class SimpleViT(nn.Module):
         self,
         x: Tensor,
         indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
         norm: bool = False,
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
-    ) -> Intermediates:
+        output_dict: bool = False,
+    ) -> Intermediates | IntermediatesDict:
         """Compute the tokens after each transformer block, as timm's ViT does.
 
         Args:
             x: As for ``forward_features``.
             indices: Indices of the blocks; an integer: the last so many; ``None``: all.
+            return_prefix_tokens: Without effect: there are no class or register tokens.
             norm: Apply the head's norm to them.
             stop_early: Skip what follows the last of these blocks.
             output_fmt: ``"NCHW"``, (N, D, H', W'), or ``"NLC"``, (N, T, D).
             intermediates_only: Return the list alone.
+            output_dict: Return a dictionary, with the features as ``image_features`` and the list as
+                ``image_intermediates``.
 
         Returns:
             The output of ``forward_features`` (with ``stop_early`` that of the last block computed), and the list.
@@ -142,6 +153,9 @@ class SimpleViT(nn.Module):
             features = [self.linear_head[0](tokens) for tokens in features]
         if output_fmt == "NCHW":
             features = [tokens.unflatten(1, grid).permute(0, 3, 1, 2).contiguous() for tokens in features]
+        if output_dict:
+            intermediates: IntermediatesDict = {"image_intermediates": features}
+            return intermediates if intermediates_only else {**intermediates, "image_features": x}
         return features if intermediates_only else (x, features)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -286,13 +300,17 @@ class BcosSimpleViT(BcosModel):
         self,
         x: Tensor,
         indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
         norm: bool = False,
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
-    ) -> Intermediates:
+        output_dict: bool = False,
+    ) -> Intermediates | IntermediatesDict:
         """See :meth:`SimpleViT.forward_intermediates`."""
-        return self[0].forward_intermediates(x, indices, norm, stop_early, output_fmt, intermediates_only)
+        return self[0].forward_intermediates(
+            x, indices, return_prefix_tokens, norm, stop_early, output_fmt, intermediates_only, output_dict
+        )
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Compute logits ``(N, K)`` from tokens; with ``pre_logits`` the average after the head's norm, ``(N, D)``."""
