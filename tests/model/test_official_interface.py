@@ -1,6 +1,8 @@
 """Code written for the official networks: it walks children and slices sequences."""
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import official_models
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 
 from bcos_train import create_model
 
+ROOT = Path(__file__).parents[2]
 #: One of each family.
 NAMES = [
     "resnet18",
@@ -101,7 +104,17 @@ def test_slices_compute_the_same(name: str, part: Callable[[Any], Any]) -> None:
     assert official_models.relative_error(*outputs) < 1e-4
 
 
-ATTRIBUTES = ("stride", "inplanes", "dilation", "groups", "base_width", "scale", "patch_dim", "expansion")
+ATTRIBUTES = (
+    "stride",
+    "inplanes",
+    "dilation",
+    "groups",
+    "base_width",
+    "scale",
+    "patch_dim",
+    "expansion",
+    "output_size",
+)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d", "resnet20", "simple_vit_ti_patch16_224"])
@@ -113,3 +126,21 @@ def test_attributes_have_the_official_values(name: str) -> None:
         for key in ATTRIBUTES:
             if path in modules and key in vars(module):
                 assert getattr(modules[path], key) == getattr(module, key), f"{path}.{key}"
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet18", "resnet50", "resnet20", "densenet121", "vgg11_bnu", "convnext_atto", "vitc_ti_patch1_14"]
+)
+def test_missing_attributes_are_on_the_migration_page(name: str) -> None:
+    page = (ROOT / "TRAINING.md").read_text(encoding="utf-8").partition("\n## Coming from the official code\n")[2]
+    with torch.device("meta"):
+        ours, official = build(name)
+    modules, common = dict(ours.named_modules()), set(dir(nn.Module()))
+    missing = {
+        attribute
+        for path, module in official.named_modules()
+        if path in modules
+        for attribute in set(dir(module)) - common
+        if not attribute.startswith("_") and not hasattr(modules[path], attribute)
+    }
+    assert [attribute for attribute in sorted(missing) if not re.search(rf"`[^`]*\b{attribute}(\(\))?`", page)] == []
