@@ -3,16 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
+import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-__all__ = ["Cache", "ClassMap", "ImageDataset", "ImageSource", "require_root"]
+__all__ = ["Annotations", "Cache", "ClassMap", "ImageDataset", "ImageSource", "Label", "require_root"]
 
-ImageDataset = Dataset[tuple[Image.Image, int]]
-"""Map-style: index -> (RGB image, label in [0, num_classes)).
+
+@dataclass(frozen=True)
+class Annotations:
+    """What is known about an image besides its label.
+
+    Attributes:
+        boxes: int64 ``(M, 5)``, rows ``[class, x0, y0, x1, y1]`` in pixels of the image, half-open: a box contains the
+            columns x0 ≤ x < x1 and the rows y0 ≤ y < y1. ``None``: the data set has no boxes.
+        group: Index of the image's group, such as a combination of class and background; ``None``: no groups.
+    """
+
+    boxes: np.ndarray | None = None
+    group: int | None = None
+
+
+Label = int | np.ndarray
+"""Class index in [0, num_classes), or multi-hot float32 ``(num_classes,)`` if an image can have several classes."""
+
+ImageDataset = Dataset[tuple[Image.Image, int] | tuple[Image.Image, Label, Annotations]]
+"""Map-style: index -> (RGB image, label), or (RGB image, label, annotations) for all indices.
 
 The method ``digest() -> str``, which changes with the images' names, is optional.
 """
@@ -38,7 +58,12 @@ class ImageSource(Protocol):
 
     ``prepare`` (download, unpack) is called once, on one process per node, before the other methods.
 
-    The attributes ``cache: Cache | None`` and ``class_map: ClassMap | None`` are optional.
+    These attributes are optional:
+
+    * ``cache: Cache | None`` and ``class_map: ClassMap | None``
+    * ``is_multi_label: bool``: labels are multi-hot
+    * ``has_boxes: bool``: images have :class:`Annotations` with boxes
+    * ``group_names: list[str] | None``: images have :class:`Annotations` with a group, an index in this list
     """
 
     name: str

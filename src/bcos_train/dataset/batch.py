@@ -13,12 +13,16 @@ class Batch(NamedTuple):
 
     Attributes:
         images: ``(N, 3, H, W)``, uint8 RGB.
-        labels: ``(N,)``, int64.
+        labels: ``(N,)``, int64; for data sets with several labels per image ``(N, K)``, float32, multi-hot.
         indices: ``(N,)``, int64, indices of the samples in the data set.
-        extras: Further data for a task by name, such as boxes or a teacher's maps.
+        extras: Further data for a task by name, such as a teacher's maps; ``None``: there is none.
+
+            * ``"boxes"``, for data sets with boxes: int64 ``(N, M, 5)``, rows ``[class, x0, y0, x1, y1]`` in pixels of
+              ``images``, half-open (x0 ≤ column < x1) and clipped to the image. Rows of class -1 are padding; M ≥ 1.
+            * ``"groups"``, for data sets with groups: int64 ``(N,)``.
     """
 
     images: Tensor
     labels: Tensor
     indices: Tensor
-    extras: Mapping[str, object] | None = None
+    extras: Mapping[str, Tensor] | None = None

@@ -6,10 +6,11 @@ import re
 from collections.abc import Sequence
 from itertools import zip_longest
 
+import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from bcos_train.dataset.base import Cache, ClassMap, ImageDataset, ImageSource
+from bcos_train.dataset.base import Annotations, Cache, ClassMap, ImageDataset, ImageSource, Label
 from bcos_train.utils.suggestions import nearest, suggest
 
 __all__ = ["OtherClasses", "check_same_classes", "with_model_classes"]
@@ -126,6 +127,9 @@ class _MappedSource:
         self.name = source.name
         self.cache: Cache | None = getattr(source, "cache", None)
         self.class_map: ClassMap | None = None  # it has been applied
+        self.is_multi_label = bool(getattr(source, "is_multi_label", False))
+        self.has_boxes = bool(getattr(source, "has_boxes", False))
+        self.group_names: list[str] | None = getattr(source, "group_names", None)
         self.class_names = class_names
         self._source = source
         self._labels = labels
@@ -138,16 +142,17 @@ class _MappedSource:
         self._source.prepare()
 
     def train(self) -> ImageDataset:
-        return _MappedLabels(self._source.train(), self._labels)
+        return _MappedLabels(self._source.train(), self._labels, self.num_classes)
 
     def val(self) -> ImageDataset:
-        return _MappedLabels(self._source.val(), self._labels)
+        return _MappedLabels(self._source.val(), self._labels, self.num_classes)
 
 
-class _MappedLabels(Dataset[tuple[Image.Image, int]]):
-    def __init__(self, images: ImageDataset, labels: Sequence[int]) -> None:
+class _MappedLabels(Dataset[tuple[Image.Image, int] | tuple[Image.Image, Label, Annotations]]):
+    def __init__(self, images: ImageDataset, labels: Sequence[int], num_classes: int) -> None:
         self._images = images
-        self._labels = labels
+        self._labels = np.array(labels)
+        self._num_classes = num_classes
 
     def __len__(self) -> int:
         return len(self._images)  # type: ignore[arg-type]  # map-style data sets have a length
@@ -156,6 +161,19 @@ class _MappedLabels(Dataset[tuple[Image.Image, int]]):
         digest = getattr(self._images, "digest", None)
         return None if digest is None else str(digest())
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        image, label = self._images[index]
-        return image, self._labels[label]
+    def __getitem__(self, index: int) -> tuple[Image.Image, int] | tuple[Image.Image, Label, Annotations]:
+        image, label, *rest = self._images[index]
+        if not rest:
+            return image, self._map(label)  # type: ignore[return-value]  # annotated if it is multi-hot
+        (annotations,) = rest
+        boxes = annotations.boxes
+        if boxes is not None:
+            boxes = np.column_stack([self._labels[boxes[:, 0]], boxes[:, 1:]])
+        return image, self._map(label), Annotations(boxes, annotations.group)
+
+    def _map(self, label: Label) -> Label:
+        if not isinstance(label, np.ndarray):
+            return int(self._labels[label])
+        mapped = np.zeros(self._num_classes, dtype=label.dtype)
+        mapped[self._labels[label > 0]] = 1  # several classes may become one
+        return mapped

@@ -14,12 +14,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler, Subset
 
 from bcos_train.dataset.base import ImageDataset, ImageSource
+from bcos_train.dataset.batch import Batch
+from bcos_train.dataset.boxes import check_carries_boxes
 from bcos_train.dataset.device_cache import DeviceCache, DeviceLoader
 from bcos_train.dataset.device_transform import DeviceTransform
 from bcos_train.dataset.inventory import Inventory, take_inventory
 from bcos_train.dataset.randomness import Stream, epoch_length, permutation
 from bcos_train.dataset.sampler import EvalBatchSampler, SampleKey, TrainBatchSampler
-from bcos_train.dataset.seeded import Sample, SeededDataset, Transform, collate
+from bcos_train.dataset.seeded import Sample, SeededDataset, Transform, collate, join_batches
 
 __all__ = ["DataModule"]
 
@@ -51,8 +53,8 @@ class DataModule(pl.LightningDataModule):
     Raises:
         NotCacheable: From ``setup``: a transform is incompatible with the cache. When a loader is built: the images
             differ in size or don't fit into memory.
-        ValueError: A size is out of range or ``dataset.cache`` unknown. When a loader is built: the batch size can't be
-            split evenly.
+        ValueError: A size is out of range or ``dataset.cache`` unknown or impossible. From ``setup``: a transform
+            doesn't carry the boxes of the data set. When a loader is built: the batch size can't be split evenly.
     """
 
     def __init__(
@@ -86,6 +88,10 @@ class DataModule(pl.LightningDataModule):
         if cache not in ("device", None):
             raise ValueError(f"cache must be 'device' or None, not {cache!r}")
         self.dataset = dataset
+        if cache is not None and (self.has_boxes or self.is_multi_label or self.group_names is not None):
+            raise ValueError(
+                f"cache={cache}: {dataset.name} has boxes, groups or several labels per image: omit the key"
+            )
         self.train_transform = train_transform
         self.eval_transform = eval_transform
         self.batch_size = batch_size
@@ -113,6 +119,21 @@ class DataModule(pl.LightningDataModule):
     @property
     def num_classes(self) -> int:
         return self.dataset.num_classes
+
+    @property
+    def is_multi_label(self) -> bool:
+        """True if an image can have several classes: labels are multi-hot."""
+        return bool(getattr(self.dataset, "is_multi_label", False))
+
+    @property
+    def has_boxes(self) -> bool:
+        """True if the images have boxes, ``Batch.extras["boxes"]``."""
+        return bool(getattr(self.dataset, "has_boxes", False))
+
+    @property
+    def group_names(self) -> list[str] | None:
+        """Names of the groups of the data set, the values of ``Batch.extras["groups"]``, or None."""
+        return getattr(self.dataset, "group_names", None)
 
     @property
     def num_train(self) -> int:
@@ -152,6 +173,10 @@ class DataModule(pl.LightningDataModule):
         self.dataset.prepare()
 
     def setup(self, stage: str | None = None) -> None:
+        if self.has_boxes:
+            check_carries_boxes(self.eval_transform, "augmentation.eval")
+            if stage in (None, "fit"):
+                check_carries_boxes(self.train_transform, "augmentation.train")
         if stage in (None, "fit"):
             self._train_dataset()
             if self._is_cached:
@@ -204,34 +229,38 @@ class DataModule(pl.LightningDataModule):
         return permutation(self.num_val, 0, Stream.SUBSET, 1)[:n].tolist()
 
     def fixed_val_samples(self, n: int) -> tuple[Tensor, Tensor]:
-        """Return the samples of :meth:`fixed_val_indices`: uint8 ``(n, 3, H, W)`` and labels ``(n,)``."""
+        """Return the samples of :meth:`fixed_val_indices`: uint8 ``(n, 3, H, W)`` and their labels."""
         return self.val_samples(self.fixed_val_indices(n))
 
     def train_samples(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Return training samples, augmented by the seed ``index``: uint8 ``(n, 3, H, W)`` and labels ``(n,)``."""
+        """Return training samples, augmented by the seed ``index``: uint8 ``(n, 3, H, W)`` and their labels."""
         samples = SeededDataset(self._train_dataset(), self.train_transform)
         batch = collate(samples.__getitems__([(index, index) for index in indices]), "augmentation.train")
         return batch.images, batch.labels
 
     def val_samples(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Return validation samples: uint8 ``(n, 3, H, W)`` and labels ``(n,)``.
+        """Return validation samples: uint8 ``(n, 3, H, W)`` and their labels; see :meth:`val_batch`."""
+        batch = self.val_batch(indices)
+        return batch.images, batch.labels
+
+    def val_batch(self, indices: Sequence[int]) -> Batch:
+        """Return validation samples as a batch, with boxes and groups if the data set has them.
 
         Do not call this while iterating the validation loader, whose worker processes are used once it is built. The
         samples of a cached data set are on its device.
         """
         if self._val_cache is not None:
             index = torch.tensor(indices, device=self._val_cache.labels.device)
-            return self._val_cache.images[index].permute(0, 3, 1, 2).contiguous(), self._val_cache.labels[index]
+            images = self._val_cache.images[index].permute(0, 3, 1, 2).contiguous()
+            return Batch(images, self._val_cache.labels[index], index)
         if self._val_loader is not None and self.num_workers and len(indices) >= _MIN_SAMPLES_FOR_WORKERS:
             sampler = self._val_loader.batch_sampler
             assert isinstance(sampler, EvalBatchSampler)
             share = -(-len(indices) // self.num_workers)
             with sampler.use_batches([list(indices[i : i + share]) for i in range(0, len(indices), share)]):
-                samples = [sample for batch in self._val_loader for sample in zip(*batch[:3], strict=True)]
-        else:
-            samples = SeededDataset(self._val_dataset(), self.eval_transform).__getitems__(list(indices))
-        images, labels, *_ = collate(samples, "augmentation.eval")
-        return images, labels
+                return join_batches(list(self._val_loader), "augmentation.eval")
+        samples = SeededDataset(self._val_dataset(), self.eval_transform)
+        return collate(samples.__getitems__(list(indices)), "augmentation.eval")
 
     def _train_dataset(self) -> ImageDataset:
         if self._train is None:

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from bcos_train.dataset.base import ImageDataset
+from bcos_train.dataset.base import Annotations, ImageDataset, Label
 from bcos_train.dataset.batch import Batch
+from bcos_train.dataset.boxes import pad_boxes, transform_with_boxes
 from bcos_train.dataset.randomness import isolated_rng, seed_generators
 from bcos_train.dataset.sampler import SampleKey
 
-__all__ = ["ImageSizeMismatch", "Sample", "SeededDataset", "Transform", "collate"]
+__all__ = ["ImageSizeMismatch", "Sample", "SeededDataset", "Transform", "collate", "join_batches"]
 
 Transform = Callable[[Image.Image], Tensor]
 """PIL image -> uint8 (3, H, W)."""
 
-Sample = tuple[Tensor, int, int]
-"""Image uint8 (3, H, W), label, index in the data set."""
+Extras = dict[str, Tensor]
+"""Annotations of a sample by their name in ``Batch.extras``: ``"boxes"`` int64 (M, 5) and ``"groups"`` int64 ()."""
+
+Sample = tuple[Tensor, Label, int] | tuple[Tensor, Label, int, Extras]
+"""Image uint8 (3, H, W), label, index in the data set, and extras if the data set has annotations."""
 
 
 class SeededDataset(Dataset[Sample]):
@@ -57,15 +62,30 @@ class SeededDataset(Dataset[Sample]):
             seed_generators(seed)
         else:
             index = key
-        source, label = self.dataset[index]
-        image: object = self.transform(source)
+        source, label, *annotations = self.dataset[index]
+        extras = None
+        image: object
+        if annotations:
+            image, extras = self._transform_annotated(source, *annotations)
+        else:
+            image = self.transform(source)
         if not isinstance(image, Tensor):
             raise ValueError(f"a transform must return a uint8 tensor (3, H, W), not {type(image).__name__}")
         if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
             raise ValueError(
                 f"a transform must return a uint8 tensor (3, H, W), not {image.dtype} {tuple(image.shape)}"
             )
-        return image, label, index
+        return (image, label, index) if extras is None else (image, label, index, extras)
+
+    def _transform_annotated(self, image: Image.Image, annotations: Annotations) -> tuple[Tensor, Extras]:
+        extras: Extras = {}
+        if annotations.boxes is None:
+            transformed = self.transform(image)
+        else:
+            transformed, extras["boxes"] = transform_with_boxes(self.transform, image, annotations.boxes)
+        if annotations.group is not None:
+            extras["groups"] = torch.tensor(annotations.group)
+        return transformed, extras
 
 
 class ImageSizeMismatch(ValueError):
@@ -81,12 +101,48 @@ def collate(samples: Sequence[Sample], transform_key: str) -> Batch:
     Raises:
         ImageSizeMismatch: The images differ in size.
     """
-    images, labels, indices = zip(*samples, strict=True)
-    sizes = sorted({(image.shape[1], image.shape[2]) for image in images})
+    images, labels, indices, *extras = zip(*samples, strict=True)
+    _check_sizes(images, transform_key)
+    is_multi_label = isinstance(labels[0], np.ndarray)
+    return Batch(
+        torch.stack(images),
+        torch.from_numpy(np.stack(labels)) if is_multi_label else torch.tensor(labels, dtype=torch.int64),
+        torch.tensor(indices, dtype=torch.int64),
+        _collate_extras(extras[0]) if extras else None,
+    )
+
+
+def _check_sizes(images: Sequence[Tensor], transform_key: str) -> None:
+    sizes = sorted({(image.shape[-2], image.shape[-1]) for image in images})
     if len(sizes) > 1:
         (h0, w0), (h1, w1) = sizes[0], sizes[-1]
         raise ImageSizeMismatch(
             f"the images of a batch differ in size ({h0}×{w0} and {h1}×{w1}): {transform_key} must bring all to one "
             f"size, for instance by a resize and a crop as in augmentation=imagenet"
         )
-    return Batch(torch.stack(images), torch.tensor(labels, dtype=torch.int64), torch.tensor(indices, dtype=torch.int64))
+
+
+def _collate_extras(extras: Sequence[Extras]) -> dict[str, Tensor]:
+    columns = {name: [sample[name] for sample in extras] for name in extras[0]}
+    return {name: pad_boxes(values) if name == "boxes" else torch.stack(values) for name, values in columns.items()}
+
+
+def join_batches(batches: Sequence[Batch], transform_key: str) -> Batch:
+    """Concatenate batches of a data set; the boxes are padded to the largest number in any of them.
+
+    Raises:
+        ImageSizeMismatch: The images differ in size.
+    """
+    _check_sizes([batch.images for batch in batches], transform_key)
+    rows = [
+        {name: values[n] for name, values in batch.extras.items()}
+        for batch in batches
+        if batch.extras is not None
+        for n in range(len(batch.images))
+    ]
+    return Batch(
+        torch.cat([batch.images for batch in batches]),
+        torch.cat([batch.labels for batch in batches]),
+        torch.cat([batch.indices for batch in batches]),
+        _collate_extras(rows) if rows else None,
+    )
