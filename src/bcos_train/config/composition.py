@@ -226,7 +226,7 @@ def parse_command_line() -> Namespace:
         UserError: An unknown flag, or one that is not supported.
     """
     parser = get_args_parser()
-    long_options = [option for option in parser._option_string_actions if option.startswith("--")]
+    long_options = [f"--{name.replace('_', '-')}" for name in vars(parser.parse_args([])) if name != "overrides"]
 
     def error(message: str) -> NoReturn:
         prefix, _, rest = message.partition("unrecognized arguments: ")
