@@ -67,7 +67,7 @@ def test_evaluation_on_imagenet_is_the_models_own(model: str) -> None:
 
 
 # Composing takes a moment: here one model of each kind.
-@pytest.mark.parametrize("dataset", ["digits", "cifar10", "imagefolder"])
+@pytest.mark.parametrize("dataset", ["digits", "cifar10", "imagefolder", "pasted"])
 @pytest.mark.parametrize("model", KINDS.values())
 def test_every_kind_of_model_on_every_dataset(model: str, dataset: str) -> None:
     assert_composes(model, dataset)
@@ -93,7 +93,7 @@ def assert_works(parts: TrainConfig) -> None:
     assert weight.isfinite().all()
     assert 0 < parts.schedule.lr(1, 1, 0.1) <= 0.1
     assert parts.schedule.epochs == parts.trainer.max_epochs
-    image = Image.new("RGB", (300, 260) if parts.dataset.name in ("imagenet", "imagefolder") else (32, 32))
+    image = Image.new("RGB", (32, 32) if parts.dataset.name in ("digits", "cifar10") else (300, 260))
     for transform in (parts.augmentation.train, parts.augmentation.eval):
         pixels = transform(image)
         assert pixels.dtype == torch.uint8
@@ -119,7 +119,13 @@ def test_the_default_needs_no_data_and_no_variable(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(
-    ("dataset", "variable"), [("cifar10", "DATA_ROOT"), ("imagenet", "IMAGENET_PATH"), ("imagefolder", "DATA_ROOT")]
+    ("dataset", "variable"),
+    [
+        ("cifar10", "DATA_ROOT"),
+        ("imagenet", "IMAGENET_PATH"),
+        ("imagefolder", "DATA_ROOT"),
+        ("pasted", "DATA_ROOT"),
+    ],
 )
 def test_data_without_a_folder(dataset: str, variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(variable, raising=False)

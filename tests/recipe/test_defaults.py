@@ -37,6 +37,7 @@ DELIBERATE = {
     },
     "dataset=imagenet": {"schedule.warmup_epochs", "trainer.gradient_clip_val"},
     "dataset=imagefolder": {"schedule.warmup_epochs", "trainer.gradient_clip_val"},
+    "dataset=pasted": {"augmentation.train.padding", "augmentation.train.size"},
 }
 
 

@@ -25,6 +25,7 @@ TARGETS: tuple[str, ...] = (
     "bcos_train.dataset.Digits",
     "bcos_train.dataset.ImageFolder",
     "bcos_train.dataset.ImageNet",
+    "bcos_train.dataset.Pasted",
     "bcos_train.dataset.Standardize",
     "bcos_train.evaluation.ExplanationOptions",
     "bcos_train.evaluation.GridPointingOptions",

@@ -3,7 +3,7 @@
 ``DataModule`` is in ``bcos_train.dataset.data_module``, the only module that needs Lightning.
 """
 
-from bcos_train.dataset.base import ImageDataset, ImageSource
+from bcos_train.dataset.base import Annotations, ImageDataset, ImageSource
 from bcos_train.dataset.cifar10 import Cifar10
 from bcos_train.dataset.device_cache import DeviceCache, DeviceLoader
 from bcos_train.dataset.device_transform import DeviceTransform, NotCacheable
@@ -12,11 +12,13 @@ from bcos_train.dataset.encoding import BcosEncoding, Standardize, add_inverse, 
 from bcos_train.dataset.folder import ImageFolder
 from bcos_train.dataset.image import UnreadableImage, read_image, to_rgb
 from bcos_train.dataset.imagenet import ImageNet
+from bcos_train.dataset.pasted import Pasted
 from bcos_train.dataset.randomness import Stream, derive_seed, epoch_order, isolated_rng, step_seed
 from bcos_train.dataset.sampler import EvalBatchSampler, TrainBatchSampler
 from bcos_train.dataset.seeded import ImageSizeMismatch, SeededDataset
 
 __all__ = [
+    "Annotations",
     "BcosEncoding",
     "Cifar10",
     "DeviceCache",
@@ -30,6 +32,7 @@ __all__ = [
     "ImageSizeMismatch",
     "ImageSource",
     "NotCacheable",
+    "Pasted",
     "SeededDataset",
     "Standardize",
     "Stream",

@@ -25,6 +25,7 @@ __all__ = [
     "epoch_order",
     "isolated_rng",
     "permutation",
+    "random_words",
     "sample_seeds",
     "seed_generators",
     "step_seed",
@@ -45,6 +46,7 @@ class Stream(IntEnum):
     STEP = 3
     SUBSET = 4
     SPLIT = 5
+    COMPOSITION = 6
 
 
 def derive_seed(seed: int, *stream: int) -> int:
@@ -77,6 +79,11 @@ def _splitmix64(key: int, counters: np.ndarray) -> np.ndarray:
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         return z ^ (z >> np.uint64(31))
+
+
+def random_words(n: int, seed: int, *stream: int) -> np.ndarray:
+    """Return ``n`` random integers, uint64 ``(n,)``; the first ones don't depend on ``n``."""
+    return _splitmix64(derive_seed(seed, *stream), np.arange(n))
 
 
 def permutation(n: int, seed: int, *stream: int) -> np.ndarray:
