@@ -37,6 +37,7 @@ from bcos_train.training.build import (
     build_loggers,
     build_model,
     build_module,
+    build_task,
     build_trainer,
     check_monitor,
     check_optimizer,
@@ -158,6 +159,7 @@ def _train(settings: TrainConfig, config: Config, stop: StopFlag, resumed: Path 
         return _report_finished(console, base)
     data = load_data(settings, split, trainer, keep_initial_classes(settings))
     model = build_model(settings, data)
+    task = build_task(settings, model, data)
     check_image_size(model, data, settings.encoding, config)
     check_smallest_batch(model, data, settings.encoding, settings.trainer.world_size)
     with user_errors_at(""):
@@ -176,7 +178,7 @@ def _train(settings: TrainConfig, config: Config, stop: StopFlag, resumed: Path 
             console.print(f"skipped: {warning}", style="yellow", soft_wrap=True)
         if folder.finished:  # in the meantime, by another process
             return _report_finished(console, folder.path)
-        module = build_module(settings, model, data, compiled_batch_size)
+        module = build_module(settings, model, data, task, compiled_batch_size)
         csv_logger = CsvLogger(folder.path)
         extra_loggers = build_loggers(settings, folder) if trainer.is_global_zero else []
         stack.callback(loggers.close, extra_loggers)

@@ -11,6 +11,7 @@ def test_masks_by_hand() -> None:
         [[2, 1, 0, 3, 1], [0, 0, 0, 4, 2], [2, 3, 1, 4, 2]],
         [[-1, 0, 0, 4, 2], [1, 0, 0, 1, 1], [-1, -1, -1, -1, -1]],
     ])  # fmt: skip
+    assert not class_masks(boxes, torch.tensor([-1, -1]), height=2, width=4).any()
     masks = class_masks(boxes, torch.tensor([2, 0]), height=2, width=4)
     assert masks.int().tolist() == [[[0, 1, 1, 0], [0, 0, 0, 1]], [[0, 0, 0, 0], [0, 0, 0, 0]]]
 
@@ -48,5 +49,6 @@ def test_the_class_is_a_positive_one() -> None:
     assert counts[[0, 2]].tolist() == [0, 0]
     assert counts[[1, 3, 4]].min() > 130
     assert (classes[1::3] == 2).all()
+    assert (classes[2::3] == -1).all()
     torch.manual_seed(0)
     assert torch.equal(positive_classes(labels), classes)

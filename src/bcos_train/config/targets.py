@@ -31,6 +31,7 @@ TARGETS: tuple[str, ...] = (
     "bcos_train.evaluation.GridPointingOptions",
     "bcos_train.evaluation.PerturbationOptions",
     "bcos_train.evaluation.StabilityOptions",
+    "bcos_train.guidance.GuidanceOptions",
     "bcos_train.loss.BinaryCrossEntropy",
     "bcos_train.loss.CrossEntropy",
     "bcos_train.loss.UniformOffLabelBinaryCrossEntropy",

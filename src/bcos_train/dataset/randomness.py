@@ -47,6 +47,7 @@ class Stream(IntEnum):
     SUBSET = 4
     SPLIT = 5
     COMPOSITION = 6
+    ANNOTATED = 7
 
 
 def derive_seed(seed: int, *stream: int) -> int:

@@ -9,9 +9,12 @@ from bcos_train.guidance.localization import (
     resize_maps,
     rrr_loss,
 )
+from bcos_train.guidance.options import GuidanceOptions, LocalizationLoss
 
 __all__ = [
     "LOCALIZATION_LOSSES",
+    "GuidanceOptions",
+    "LocalizationLoss",
     "class_masks",
     "energy_loss",
     "l1_loss",

@@ -17,12 +17,13 @@ def positive_classes(labels: Tensor) -> Tensor:
         labels: (N,) class indices, which are returned; or (N, K), positive where more than 0.
 
     Returns:
-        (N,) int64; any class for an image without positive ones.
+        (N,) int64; -1 for an image without positive ones.
     """
     if labels.ndim == 1:
         return labels
-    draws = torch.rand(labels.shape, device=labels.device)
-    return torch.where(labels > 0, draws, -1).argmax(1)
+    draws = torch.where(labels > 0, torch.rand(labels.shape, device=labels.device), -1)
+    largest, classes = draws.max(1)
+    return torch.where(largest < 0, -1, classes)
 
 
 def class_masks(boxes: Tensor, classes: Tensor, height: int, width: int, dilation: float = 0.0) -> Tensor:
@@ -30,7 +31,7 @@ def class_masks(boxes: Tensor, classes: Tensor, height: int, width: int, dilatio
 
     Args:
         boxes: (N, M, 5) integers.
-        classes: (N,) integers, at least 0.
+        classes: (N,) integers; -1: no class.
         height, width: Size of the images in pixels.
         dilation: Each side of a box moves outwards by ``int(dilation * width)`` or ``int(dilation * height)`` of the
             box, up to the border of the image.
@@ -39,7 +40,7 @@ def class_masks(boxes: Tensor, classes: Tensor, height: int, width: int, dilatio
         (N, H, W) bool; all False for an image without boxes of its class.
     """
     x, y = torch.arange(width, device=boxes.device), torch.arange(height, device=boxes.device)
-    is_class = boxes[..., 0] == classes[:, None]
+    is_class = (boxes[..., 0] == classes[:, None]) & (classes[:, None] >= 0)
     columns = _inside(x, boxes[..., 1], boxes[..., 3], dilation)
     rows = _inside(y, boxes[..., 2], boxes[..., 4], dilation) & is_class[..., None]
     # As a product of matrices: the masks of single boxes would take M times the memory.

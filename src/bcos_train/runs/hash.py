@@ -47,8 +47,9 @@ def run_hash(config: Mapping[str, object]) -> str:
     """
     paths = with_absolute_paths(config)
     hashed = {key: _hashed_part(value, key) for key, value in paths.items() if key not in NOT_HASHED}
-    if not hashed.get("drop_last"):  # a key of later versions
-        hashed.pop("drop_last", None)
+    for key in ("drop_last", "guidance"):  # keys of later versions
+        if not hashed.get(key):
+            hashed.pop(key, None)
     dataset = hashed.get("dataset")
     if isinstance(dataset, dict) and (dataset.get("root") is None or dataset["_target_"] in LOCATION_INDEPENDENT):
         dataset.pop("root", None)

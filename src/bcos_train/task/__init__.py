@@ -2,5 +2,6 @@
 
 from bcos_train.task.base import Network, Task, TaskOutput, TrainingBatch
 from bcos_train.task.classification import Classification
+from bcos_train.task.guidance import Guidance
 
-__all__ = ["Classification", "Network", "Task", "TaskOutput", "TrainingBatch"]
+__all__ = ["Classification", "Guidance", "Network", "Task", "TaskOutput", "TrainingBatch"]

@@ -38,6 +38,7 @@ class TrainingBatch(NamedTuple):
         rgb: ``(N, 3, H, W)`` float in [0, 1], augmented and possibly mixed images.
         indices: ``(N,)`` int64, indices of the samples in the training set.
         extras: Further data of the data set by name, such as boxes.
+        epoch: Number of epochs before this one.
     """
 
     x: Tensor
@@ -45,6 +46,7 @@ class TrainingBatch(NamedTuple):
     rgb: Tensor
     indices: Tensor
     extras: Mapping[str, object] | None = None
+    epoch: int = 0
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from bcos_train.runs.folder import RunFolder
 from bcos_train.runs.interrupt import StopFlag
 from bcos_train.runs.launcher import launched
 from bcos_train.runs.layout import EXPLANATIONS
-from bcos_train.task import Classification
+from bcos_train.task import Classification, Task
 from bcos_train.training.callbacks.checkpoint import Checkpointer
 from bcos_train.training.callbacks.ema import EmaCallback, ema_decay
 from bcos_train.training.callbacks.explanations import ExplanationCallback, GalleryCallback, metric_names
@@ -45,6 +45,7 @@ from bcos_train.training.callbacks.progress import ProgressDisplay
 from bcos_train.training.config import CommonConfig, TrainConfig
 from bcos_train.training.distributed import from_rank_zero
 from bcos_train.training.environment import LaunchedEnvironment
+from bcos_train.training.guidance import GUIDANCE_METRICS, build_guidance
 from bcos_train.training.module import Classifier, EndEvaluation
 from bcos_train.training.options import BatchSplit, TrainerOptions, default_workers
 from bcos_train.utils.suggestions import join_words, suggest
@@ -257,8 +258,19 @@ def _prepare(data: DataModule, match_classes: MatchClasses) -> None:
         match_classes(data.dataset)
 
 
+def build_task(settings: TrainConfig, model: nn.Module, data: DataModule) -> Task:
+    """Build the objective of a training step.
+
+    Raises:
+        UserError: The settings of the task don't fit the model or the data.
+    """
+    if settings.guidance is not None:
+        return build_guidance(settings, settings.guidance, model, data)
+    return Classification(settings.loss)
+
+
 def build_module(
-    settings: TrainConfig, model: nn.Module, data: DataModule, compiled_batch_size: int | None
+    settings: TrainConfig, model: nn.Module, data: DataModule, task: Task, compiled_batch_size: int | None
 ) -> Classifier:
     """Build the module that trains ``model``."""
     augmentation, options = settings.augmentation, settings.trainer
@@ -268,7 +280,7 @@ def build_module(
         model,
         encoding=settings.encoding,
         eval_loss=settings.eval_loss,
-        task=Classification(settings.loss),
+        task=task,
         # With 16 bits the gradients must be unscaled before clipping, not in a fused step.
         optimizer=settings.optimizer if str(options.precision) == "16" else prefer_fused(settings.optimizer),
         schedule=settings.schedule,
@@ -304,6 +316,7 @@ def check_monitor(settings: TrainConfig) -> None:
     parts = ["val", "train", *(["val_ema"] if settings.ema is not None else [])]
     names = [f"{part}/{score}" for part in parts for score in ("acc1", "acc5", "loss")]
     names += ["train/loss_step", "lr", "gradient_norm", "images_per_second"]
+    names += [] if settings.guidance is None else GUIDANCE_METRICS
     names += [] if settings.explanation is None else metric_names(settings.explanation)
     is_layer = monitor is not None and "explanation/alignment" in names and monitor.startswith("explanation/alignment/")
     if monitor is None or settings.checkpointing.keep_best == 0 or monitor in names or is_layer:

@@ -212,7 +212,8 @@ class Classifier(pl.LightningModule):
         if self.mix is not None:
             floats, target = self.mix(floats, target)
         assert self.task is not None, "a module without a task can only validate"
-        view = TrainingBatch(self._encode_floats(floats), target, floats, batch.indices, batch.extras)
+        x, epoch = self._encode_floats(floats), self.current_epoch
+        view = TrainingBatch(x, target, floats, batch.indices, batch.extras, epoch)
         output = self.task(self.network, view)
         self._stop_if_not_finite(output.loss, output.logits, batch.indices, batch_idx)
         self.train_score.update(output.loss, output.logits, target)

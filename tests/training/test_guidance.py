@@ -1,0 +1,130 @@
+"""Guidance in a run, and the mistakes that are found before training starts."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from bcos_train.config import UserError
+from bcos_train.guidance import GuidanceOptions
+from bcos_train.run import train
+from bcos_train.training.guidance import choose_annotated
+
+from .runs import compose, final_state, metric_rows, run_folder
+from .test_ddp import SELF_START, start
+
+CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """CIFAR-10 as files, each image in a single color."""
+    folder = tmp_path_factory.mktemp("cifar10")
+    for part in ("train", "test"):
+        for label, name in enumerate(CLASSES):
+            (folder / part / name).mkdir(parents=True)
+            for i in range(3):
+                Image.new("RGB", (32, 32), (250, 25 * label, 80 * i)).save(folder / part / name / f"{i}.png")
+    return folder
+
+
+def overrides(root: Path, *others: str) -> tuple[str, ...]:
+    return (
+        "dataset=pasted",
+        f"dataset.root={root}",
+        "dataset.size=32",
+        "augmentation.train.padding=0",
+        "limit_train=20",
+        "limit_val=9",
+        "batch_size=8",
+        "num_workers=0",
+        "model.max_out=1",
+        "model.norm_layer=lnu-linear",
+        "optimizer=sgd",
+        "explanation=none",
+        "trainer.max_epochs=2",
+        "trainer.log_every_n_steps=1",
+        "trainer.accelerator=cpu",
+        "trainer.progress=false",
+        "guidance=energy",
+        *others,
+    )
+
+
+def test_train_without_then_with(root: Path, tmp_path: Path) -> None:
+    assert train(compose(tmp_path / "guided", *overrides(root, "guidance.start_epoch=1"))) == 0
+    assert train(compose(tmp_path / "without", *overrides(root, "guidance=none"))) == 0
+    guided, without = (metric_rows(run_folder(tmp_path / name)) for name in ("guided", "without"))
+    steps = [row for row in guided if row["train/loss_step"]]
+    assert len(steps) == 6
+    assert [bool(row["train/loss_localization"]) for row in steps] == [False] * 3 + [True] * 3
+    for row, other in zip(steps, (row for row in without if row["train/loss_step"]), strict=True):
+        total = float(row["train/loss_classification"])
+        if row["train/loss_localization"]:
+            n_images = 4 if row is steps[-1] else 8
+            total += 1e-3 * n_images * float(row["train/loss_localization"])
+        else:
+            assert row["train/loss_step"] == other["train/loss_step"]
+        assert float(row["train/loss_step"]) == pytest.approx(total, rel=1e-5)
+
+
+def test_accumulated_batches_are_one(root: Path, tmp_path: Path) -> None:
+    for name in ("1", "2"):
+        settings = overrides(root, "guidance.weight=0.01", f"trainer.max_batch_per_device={8 // int(name)}")
+        assert train(compose(tmp_path / name, *settings)) == 0
+    one, two = (final_state(run_folder(tmp_path / name))["model"] for name in ("1", "2"))
+    for key, value in one.items():
+        assert value.allclose(two[key], rtol=1e-4, atol=1e-5), key
+
+
+@pytest.mark.slow
+def test_two_processes(root: Path, tmp_path: Path) -> None:
+    settings = overrides(root, "guidance.weight=0.01", "guidance.annotated_fraction=0.5")
+    assert train(compose(tmp_path / "one", *settings)) == 0
+    result = start(SELF_START, *settings, f"runs={tmp_path / 'two'}")
+    assert result.returncode == 0, result.stderr[-3000:]
+    one, two = run_folder(tmp_path / "one"), run_folder(tmp_path / "two")
+    assert one.name == two.name
+    for key, value in final_state(one)["model"].items():
+        assert value.allclose(final_state(two)["model"][key], rtol=1e-4, atol=1e-5), key
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["guidance.weight=-1"], "guidance: weight=-1.0: at least 0"),
+        (["guidance.layer=layer9"], "guidance: BcosResNet has no layer 'layer9'; there are input, mid1, mid2, final"),
+        (["guidance.layer=logit_layer"], r"guidance: the output of layer 'logit_layer' is \(1, 10\); a map needs"),
+        (["guidance.start_epoch=2"], "guidance.start_epoch=2: the training has trainer.max_epochs=2"),
+        (["augmentation.mixup_alpha=0.2"], "guidance: mixed images have no boxes; use augmentation.mixup_alpha=0"),
+        (["guidance.method=grad_cam"], "guidance.layer=input: Grad-CAM explains features; use guidance.layer=final"),
+        (["dataset=digits"], "guidance=energy: digits has no boxes"),
+    ],
+)
+def test_mistakes(changes: list[str], message: str, root: Path, tmp_path: Path) -> None:
+    settings = [text for text in overrides(root) if changes != ["dataset=digits"] or not text.startswith("dataset")]
+    settings = [text for text in settings if "augmentation.train" not in text or changes != ["dataset=digits"]]
+    with pytest.raises(UserError, match=message):
+        train(compose(tmp_path, *settings, *changes))
+    assert not list(tmp_path.rglob("config.yaml"))
+
+
+def test_a_standard_network_has_no_contributions(root: Path, tmp_path: Path) -> None:
+    settings = [text for text in overrides(root) if not text.startswith("model.")]
+    encoding = "encoding={_target_: bcos_train.dataset.Standardize}"
+    with pytest.raises(UserError, match=r"guidance\.method=bcos: standard_resnet18 is no B-cos network; use ixg"):
+        train(compose(tmp_path, *settings, "model=standard_resnet18", encoding))
+
+
+def test_annotated_images_are_the_same_in_every_run() -> None:
+    def chosen(n: int, fraction: float, seed: int = 0) -> set[int]:
+        mask = choose_annotated(n, GuidanceOptions(loss="l1", annotated_fraction=fraction, annotated_seed=seed))
+        assert mask is not None
+        return set(mask.nonzero()[:, 0].tolist())
+
+    assert choose_annotated(50, GuidanceOptions(loss="l1")) is None
+    assert len(chosen(50, 0.1)) == 5
+    assert len(chosen(50, 0.001)) == 1
+    assert chosen(50, 0.1) < chosen(50, 0.5)
+    assert chosen(50, 0.5) == chosen(50, 0.5)
+    assert chosen(50, 0.5) != chosen(50, 0.5, seed=1)
