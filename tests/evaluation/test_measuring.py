@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bcos_train.evaluation import METRICS, ScoreStore, Subject, measure, summarize
+from bcos_train.evaluation import BOX_METRICS, METRICS, ScoreStore, Subject, measure, summarize
 from bcos_train.evaluation.subject import grid_input
 from bcos_train.explanation.method import METHODS, make_method
 from bcos_train.metric import (
@@ -20,12 +20,13 @@ from bcos_train.metric import (
     cosine_alignment,
     gini_index,
     grid_pointing_scores,
+    iou_scores,
     noise_stability,
     perturbation_curve,
     shift_stability,
 )
 
-from .toys import SIDE, TinyNet, make_options, make_subject
+from .toys import SIDE, TinyNet, boxes, make_options, make_subject
 
 
 def test_grid_pointing_is_that_of_the_metric_functions() -> None:
@@ -49,7 +50,7 @@ def test_grid_pointing_is_that_of_the_metric_functions() -> None:
 
 def test_image_metrics_are_those_of_the_metric_functions() -> None:
     subject = make_subject()
-    metrics = [name for name in METRICS if name != "grid_pointing"]
+    metrics = [name for name in METRICS if name not in ("grid_pointing", *BOX_METRICS)]
     results = measure(subject, make_options(methods=["ixg"], metrics=metrics))
     x, method, model = subject.load(subject.images), make_method("ixg"), subject.model
     with torch.no_grad():
@@ -70,6 +71,67 @@ def test_image_metrics_are_those_of_the_metric_functions() -> None:
     for name, scores in expected.items():
         torch.testing.assert_close(results.scores[name]["ixg"], scores, rtol=1e-4, atol=1e-5)
     assert results.alignment == pytest.approx(cosine_alignment(model, x), rel=1e-4)
+
+
+def test_metrics_of_boxes_are_those_of_the_metric_functions() -> None:
+    """One pair of an image and a class at a time; batches of three pairs."""
+    subject = make_subject()
+    results = measure(subject, make_options(methods=["ixg", "bcos"], metrics=list(BOX_METRICS), batch_size=3))
+    method, energy, iou, shares = make_method("ixg"), [], [], []
+    for image in subject.images:
+        rows = boxes([image])[0]
+        for label in range(5):
+            mask = torch.zeros(SIDE, SIDE, dtype=torch.bool)
+            for _, x0, y0, x1, y1 in rows[rows[:, 0] == label].tolist():
+                mask[y0:y1, x0:x1] = True
+            if mask.any():
+                attribution = method(subject.model, subject.load([image]), torch.tensor([[label]]))[0, 0]
+                positive = attribution.clamp(min=0)
+                energy.append(positive[mask].sum() / positive.sum().clamp(min=1e-7))
+                iou.append(iou_scores(attribution, mask))
+                shares.append(mask.float().mean())
+    assert len(energy) == results.objects == 10
+    torch.testing.assert_close(results.scores["energy_pointing"]["ixg"], torch.stack(energy))
+    torch.testing.assert_close(results.scores["iou"]["ixg"], torch.stack(iou))
+    assert results.box_share == pytest.approx(float(torch.stack(shares).mean()))
+
+
+def test_a_uniform_map_scores_the_share_of_the_boxes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def uniform(model: nn.Module, x: Tensor, targets: Tensor) -> Tensor:
+        return torch.ones(*targets.shape, *x.shape[2:])
+
+    monkeypatch.setitem(METHODS, "rise", lambda: uniform)
+    results = measure(make_subject(), make_options(methods=["rise"], metrics=list(BOX_METRICS)))
+    for metric in BOX_METRICS:
+        assert results.scores[metric]["rise"].mean().item() == pytest.approx(results.box_share)
+
+
+def test_maps_without_positive_evidence_score_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those of which it is only rounding."""
+
+    def tiny(model: nn.Module, x: Tensor, targets: Tensor) -> Tensor:
+        maps = torch.full((*targets.shape, *x.shape[2:]), -1.0)
+        maps[..., 3, 3] = 0.9e-7
+        return maps
+
+    monkeypatch.setitem(METHODS, "rise", lambda: tiny)
+    results = measure(make_subject(), make_options(methods=["rise"], metrics=["energy_pointing"]))
+    assert results.scores["energy_pointing"]["rise"].tolist() == [0.0] * 10
+
+
+@pytest.mark.parametrize(
+    ("subject", "reason"),
+    [
+        (make_subject(has_boxes=False), "the data set has no boxes"),
+        (replace(make_subject(), boxes=lambda i: torch.full((len(i), 1, 5), -1)), "no image has a box"),
+    ],
+    ids=["data set", "images"],
+)
+def test_without_boxes(subject: Subject, reason: str) -> None:
+    results = measure(subject, make_options(methods=["bcos"], metrics=list(BOX_METRICS)))
+    for metric in BOX_METRICS:
+        assert (results.scores[metric], results.reasons[metric]) == ({}, {"bcos": reason})
+    assert results.box_share is None
 
 
 def test_completeness_needs_maps_that_sum_to_the_logit() -> None:

@@ -9,7 +9,7 @@ import pytest
 from bcos_train.config import UserError, check, instantiate, to_container
 from bcos_train.config.composition import Composer
 from bcos_train.evaluation import ExplanationOptions
-from bcos_train.evaluation.options import METRICS, MethodName
+from bcos_train.evaluation.options import BOX_METRICS, METRICS, MethodName
 from bcos_train.evaluation.scoring import HIGHER_IS_BETTER, SCORERS
 from bcos_train.explanation.method import METHODS
 from bcos_train.training.config import EvaluateConfig
@@ -51,7 +51,7 @@ def test_data_sets_set_what_depends_on_the_image_size(
 
 def test_choices() -> None:
     assert build("explanation=default").metrics == ["grid_pointing", "completeness", "alignment"]
-    assert set(build("explanation=full").metrics) == set(METRICS)
+    assert set(build("explanation=full").metrics) == set(METRICS) - set(BOX_METRICS)
     none = build("explanation=none")
     assert (none.methods, none.metrics, none.gallery_images) == ([], [], 0)
 

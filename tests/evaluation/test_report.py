@@ -91,6 +91,19 @@ def test_no_grids_leave_a_line_and_no_figure(tmp_path: Path, capsys: pytest.Capt
     assert (tmp_path / "explanations" / "completeness.png").exists()
 
 
+def test_metrics_of_boxes_show_the_score_of_a_uniform_map(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = make_options(methods=["bcos"], metrics=["energy_pointing", "iou", "sparsity"])
+    results = evaluate_explanations(make_subject(), options, tmp_path, title="toy", origin={}, identity={})
+    content = json.loads((tmp_path / "explanations.json").read_text())["metrics"]
+    shown = " ".join(capsys.readouterr().out.split())
+    for name in ("energy_pointing", "iou"):
+        assert (content[name]["uniform"], content[name]["n_objects"]) == (pytest.approx(results.box_share), 10)
+        assert content[name]["methods"]["bcos"]["n"] == 10
+        assert (tmp_path / "explanations" / f"{name}.png").exists()
+    assert shown.count(f"uniform {results.box_share:.3f}") == 2
+    assert "means over 7 images and 10 pairs of image and class" in shown
+
+
 @pytest.mark.parametrize(("width", "n_tables"), [(60, 3), (80, 2), (200, 1)])
 def test_tables_fit_the_terminal(width: int, n_tables: int, capsys: pytest.CaptureFixture[str]) -> None:
     options = make_options(metrics=["sparsity", "completeness", "deletion"])

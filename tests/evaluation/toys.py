@@ -47,7 +47,21 @@ def pixels() -> Tensor:
     return torch.randint(0, 256, (N_IMAGES, 3, SIDE, SIDE), generator=generator, dtype=torch.uint8)
 
 
-def make_subject(model: nn.Module | None = None, images: Sequence[int] = (3, 1, 4, 15, 9, 2, 6)) -> Subject:
+def boxes(indices: Sequence[int]) -> Tensor:
+    """Image i has a box of class i % 5, for even i two, and for i % 3 = 0 an empty one and one of class 4."""
+    result = torch.full((len(indices), 4, 5), -1)
+    for rows, i in zip(result, indices, strict=True):
+        rows[0] = torch.tensor([i % N_CLASSES, 1, 2, 4, 7])
+        if i % 2 == 0:
+            rows[1] = torch.tensor([i % N_CLASSES, 3, 0, 8, 3])
+        if i % 3 == 0:
+            rows[2:] = torch.tensor([[0, 2, 2, 2, 5], [4, 0, 0, SIDE, SIDE]])
+    return result
+
+
+def make_subject(
+    model: nn.Module | None = None, images: Sequence[int] = (3, 1, 4, 15, 9, 2, 6), has_boxes: bool = True
+) -> Subject:
     """All images but every third are classified correctly, with differing confidence."""
     every = torch.arange(N_IMAGES)
     labels = every % N_CLASSES
@@ -61,6 +75,7 @@ def make_subject(model: nn.Module | None = None, images: Sequence[int] = (3, 1, 
         lambda indices: all_pixels[list(indices)],
         list(images),
         Predictions(labels, predictions, confidences),
+        boxes if has_boxes else None,
     )
 
 

@@ -1,5 +1,6 @@
 """Guidance in a run, and the mistakes that are found before training starts."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ from PIL import Image
 
 from bcos_train.config import UserError
 from bcos_train.guidance import GuidanceOptions
-from bcos_train.run import train
+from bcos_train.run import evaluate, train
 from bcos_train.training.guidance import choose_annotated
 
 from .runs import compose, final_state, metric_rows, run_folder
@@ -77,6 +78,25 @@ def test_accumulated_batches_are_one(root: Path, tmp_path: Path) -> None:
         assert value.allclose(two[key], rtol=1e-4, atol=1e-5), key
 
 
+def test_metrics_of_boxes_in_training_and_evaluation(root: Path, tmp_path: Path) -> None:
+    settings = [text for text in overrides(root, "dataset.max_objects=2") if not text.startswith("explanation")]
+    metrics = ("explanation.metrics=[energy_pointing,iou]", "explanation.gallery_images=0", "trainer.max_epochs=1")
+    monitor = ("checkpointing.monitor=explanation/energy_pointing",)
+    assert train(compose(tmp_path, *settings, *metrics, *monitor)) == 0
+    run = run_folder(tmp_path)
+    row = metric_rows(run)[-1]
+    uniform = float(row["explanation/energy_pointing/uniform"])
+    assert 0.05 < uniform < 0.4
+    assert float(row["explanation/iou/uniform"]) == uniform
+    assert evaluate({**compose(tmp_path, name="evaluate"), "run": str(run)}) == 0
+    content = json.loads((run / "evaluation.json").read_text())
+    for name in ("explanation/energy_pointing", "explanation/iou"):
+        assert content[name] == pytest.approx(float(row[name]), rel=1e-4)
+    scores = json.loads((run / "explanations.json").read_text())["metrics"]["iou"]
+    assert scores["uniform"] == pytest.approx(uniform)
+    assert scores["n_objects"] > 9
+
+
 @pytest.mark.slow
 def test_two_processes(root: Path, tmp_path: Path) -> None:
     settings = overrides(root, "guidance.weight=0.01", "guidance.annotated_fraction=0.5")
@@ -98,12 +118,17 @@ def test_two_processes(root: Path, tmp_path: Path) -> None:
         (["guidance.start_epoch=2"], "guidance.start_epoch=2: the training has trainer.max_epochs=2"),
         (["augmentation.mixup_alpha=0.2"], "guidance: mixed images have no boxes; use augmentation.mixup_alpha=0"),
         (["guidance.method=grad_cam"], "guidance.layer=input: Grad-CAM explains features; use guidance.layer=final"),
+        (
+            ["guidance=none", "dataset=digits", "explanation.metrics=[iou]"],
+            "explanation.metrics: iou needs boxes, which",
+        ),
         (["dataset=digits"], "guidance=energy: digits has no boxes"),
     ],
 )
 def test_mistakes(changes: list[str], message: str, root: Path, tmp_path: Path) -> None:
-    settings = [text for text in overrides(root) if changes != ["dataset=digits"] or not text.startswith("dataset")]
-    settings = [text for text in settings if "augmentation.train" not in text or changes != ["dataset=digits"]]
+    settings = list(overrides(root))
+    if "dataset=digits" in changes:
+        settings = [text for text in settings if not text.startswith(("dataset", "augmentation", "explanation"))]
     with pytest.raises(UserError, match=message):
         train(compose(tmp_path, *settings, *changes))
     assert not list(tmp_path.rglob("config.yaml"))

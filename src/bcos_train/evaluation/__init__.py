@@ -2,6 +2,7 @@
 
 from bcos_train.evaluation.measuring import Results, measure
 from bcos_train.evaluation.options import (
+    BOX_METRICS,
     METRICS,
     ExplanationOptions,
     GridPointingOptions,
@@ -14,6 +15,7 @@ from bcos_train.evaluation.subject import Predictions, Subject
 from bcos_train.evaluation.summary import summarize, to_json
 
 __all__ = [
+    "BOX_METRICS",
     "METRICS",
     "Case",
     "ExplanationOptions",

@@ -7,7 +7,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from bcos_train.evaluation.options import ExplanationOptions
+from bcos_train.evaluation.objects import BoxedObject, find_objects, mean_box_share, object_masks
+from bcos_train.evaluation.options import BOX_METRICS, ExplanationOptions
 from bcos_train.evaluation.scoring import Case, score_grids, score_images
 from bcos_train.evaluation.store import ScoreStore
 from bcos_train.evaluation.subject import Subject, draw_grids, grid_incompatibility, grid_input
@@ -32,6 +33,8 @@ class Results:
         alignment: Mean |cos| of each B-cos layer; empty if not requested or there are no such layers.
         grids: (G, K) indices in the validation set, in reading order of the cells; None if not requested.
         images: Indices of the images of the other metrics.
+        objects: Number of pairs of an image and a class with boxes, the units of metrics that need boxes.
+        box_share: Mean share of an image inside the boxes of a class: the score of a uniform map; None without boxes.
     """
 
     scores: dict[str, dict[str, Tensor]] = field(default_factory=dict)
@@ -39,6 +42,8 @@ class Results:
     alignment: dict[str, float] = field(default_factory=dict)
     grids: Tensor | None = None
     images: list[int] = field(default_factory=list)
+    objects: int = 0
+    box_share: float | None = None
 
 
 #: (method, metrics) -> metric -> scores of one batch of units, or the reason why there are none.
@@ -92,8 +97,18 @@ def measure(
             else:
                 results.scores["grid_pointing"] = {}
                 results.reasons["grid_pointing"] = dict.fromkeys(methods, reason)
-        if metrics := [name for name in options.metrics if name not in ("grid_pointing", "alignment")]:
-            groups.append(_image_group(subject, list(dict.fromkeys(metrics)), options, methods))
+        others = [name for name in options.metrics if name not in ("grid_pointing", "alignment", *BOX_METRICS)]
+        if metrics := list(dict.fromkeys(others)):
+            groups.append(_image_group(subject, metrics, options, methods))
+        if metrics := [name for name in BOX_METRICS if name in options.metrics]:
+            objects = find_objects(subject, options.batch_size)
+            if objects:
+                results.objects = len(objects)
+                results.box_share = mean_box_share(subject, objects, options.batch_size)
+                groups.append(_object_group(subject, objects, metrics, options, methods))
+            reason = "the data set has no boxes" if subject.boxes is None else "no image has a box"
+            for metric in metrics if not objects else ():
+                results.scores[metric], results.reasons[metric] = {}, dict.fromkeys(methods, reason)
         total = sum(group.n_units * len(methods) for group in groups)
         done = 0
         for group in groups:
@@ -199,6 +214,26 @@ def _image_group(
         )
 
     return MetricGroup(metrics, len(subject.images), options.batch_size, {"images": list(subject.images)}, load_batch)
+
+
+def _object_group(
+    subject: Subject,
+    objects: list[BoxedObject],
+    metrics: list[str],
+    options: ExplanationOptions,
+    methods: Mapping[str, Method],
+) -> MetricGroup:
+    def load_batch(start: int, stop: int) -> _BatchScores:
+        chosen = objects[start:stop]
+        x = subject.load([item.image for item in chosen])
+        targets = torch.tensor([item.label for item in chosen], device=x.device)
+        masks = object_masks(subject, chosen).to(x.device)
+        return lambda method, todo: score_images(
+            todo, Case(method, methods[method], subject.model, x, targets, options, masks)
+        )
+
+    identity = {"objects": [[item.image, item.label, item.boxes] for item in objects]}
+    return MetricGroup(metrics, len(objects), options.batch_size, identity, load_batch)
 
 
 def _alignment(subject: Subject, batch_size: int) -> dict[str, float]:

@@ -11,6 +11,7 @@ from bcos_train.explanation.method import METHODS, Method, make_method
 from bcos_train.utils.suggestions import join_words, suggest
 
 __all__ = [
+    "BOX_METRICS",
     "IMAGE_METRICS",
     "METRICS",
     "ExplanationOptions",
@@ -49,11 +50,15 @@ MetricName = Literal[
     "noise_stability",
     "completeness",
     "alignment",
+    "energy_pointing",
+    "iou",
 ]
 #: All metrics: ours, and those that :func:`bcos_train.evaluation.register_metric` adds.
 METRICS: list[str] = list(get_args(MetricName))
-#: Metrics that score the explanation of a single image.
-IMAGE_METRICS = tuple(name for name in METRICS if name not in ("grid_pointing", "alignment"))
+#: Metrics that need boxes. They explain all classes with a box, not the predicted one.
+BOX_METRICS = ("energy_pointing", "iou")
+#: Metrics that score the explanation of the predicted class of a single image.
+IMAGE_METRICS = tuple(name for name in METRICS if name not in ("grid_pointing", "alignment", *BOX_METRICS))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,8 +142,9 @@ class ExplanationOptions:
     Args:
         methods: Names of explanation methods.
         metrics: Names of metrics. ``alignment`` is a property of the model, the others are measured for each method.
+            :data:`BOX_METRICS` need a data set with boxes.
         n_images: Number of validation images for all metrics but the grid pointing game, always the same ones. The
-            predicted class is explained.
+            predicted class is explained; for :data:`BOX_METRICS` each class with a box.
         batch_size: Images per batch; a grid counts as n² images, since it has as many pixels.
         every_n_epochs: Training epochs between measurements; the last epoch is always measured. The grid pointing game
             needs an epoch with a validation, which determines the correctly classified images.
@@ -179,6 +185,11 @@ class ExplanationOptions:
                 make_method(name, **options)
             except (ValueError, TypeError) as error:
                 raise ValueError(f"explanation.method_options.{name}: {error}") from error
+
+    def check_boxes(self, has_boxes: bool, dataset: str) -> None:
+        """Raise a ValueError if a metric needs boxes and the data set has none."""
+        if not has_boxes and (names := [name for name in BOX_METRICS if name in self.metrics]):
+            raise ValueError(f"explanation.metrics: {names[0]} needs boxes, which {dataset} doesn't have")
 
     def make_methods(self) -> dict[str, Method]:
         """Build the chosen methods by name, in the given order, each once."""

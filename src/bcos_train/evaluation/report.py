@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from bcos_train.evaluation.measuring import Results, measure
-from bcos_train.evaluation.options import ExplanationOptions
+from bcos_train.evaluation.options import BOX_METRICS, ExplanationOptions
 from bcos_train.evaluation.scoring import arrow, explain_grids
 from bcos_train.evaluation.store import ScoreStore, fingerprint, replace_file, write_json
 from bcos_train.evaluation.subject import Subject, grid_input, grid_pictures
@@ -30,7 +30,7 @@ LINE_SECONDS = 60
 #: Folder of stored scores, within that of the figures.
 STORE = ".scores"
 #: Ranges of metrics with a natural range.
-LIMITS: Mapping[str, tuple[float, float]] = {"grid_pointing": (0, 1), "sparsity": (0, 1)}
+LIMITS: Mapping[str, tuple[float, float]] = dict.fromkeys(("grid_pointing", "sparsity", *BOX_METRICS), (0, 1))
 
 
 def evaluate_explanations(
@@ -99,7 +99,7 @@ def _draw_boxes(results: Results, options: ExplanationOptions, folder: Path, tit
             scores,
             title,
             f"{name} ({n}x{n}) {arrow(metric)}" if is_grid else f"{name} {arrow(metric)}",
-            uniform=1 / n**2 if is_grid else None,
+            uniform=1 / n**2 if is_grid else results.box_share if metric in BOX_METRICS else None,
             missing=[method for method in dict.fromkeys(options.methods) if method not in scores],
             limits=LIMITS.get(metric),
             logarithmic=metric == "completeness",

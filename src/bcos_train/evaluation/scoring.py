@@ -18,8 +18,10 @@ from bcos_train.metric import (
     SlidingWindow,
     area_under_curve,
     completeness_error,
+    energy_pointing_scores,
     gini_index,
     grid_pointing_scores,
+    iou_scores,
     noise_stability,
     perturbation_curve,
     shift_stability,
@@ -49,6 +51,8 @@ HIGHER_IS_BETTER: dict[str, bool] = {
     "noise_stability": True,
     "completeness": False,
     "alignment": True,
+    "energy_pointing": True,
+    "iou": True,
 }
 
 
@@ -62,6 +66,10 @@ def arrow(metric: str) -> str:
 _LOCAL, _DIFFERENCE = ("bcos", "ixg"), ("int_grad", "deep_lift")
 
 
+#: Sum of a map's positive values below which its energy pointing score is 0.
+MIN_ENERGY = 1e-7
+
+
 class NotMeasured(ValueError):
     """The metric does not apply to this method; the message says why."""
 
@@ -72,7 +80,8 @@ class Case:
 
     Attributes:
         x: (N, C, H, W).
-        targets: (N,), the predicted classes.
+        targets: (N,), the predicted classes; with ``masks`` those of the boxes.
+        masks: (N, H, W) bool, True inside the boxes of the target, for metrics that need boxes.
     """
 
     name: str
@@ -81,6 +90,7 @@ class Case:
     x: Tensor
     targets: Tensor
     options: ExplanationOptions
+    masks: Tensor | None = None
 
     @cached_property
     def maps(self) -> Tensor:
@@ -137,6 +147,18 @@ def _noise_stability(case: Case) -> Tensor:
     return scores[:, 0]
 
 
+def _energy_pointing(case: Case) -> Tensor:
+    assert case.masks is not None
+    scores = energy_pointing_scores(case.maps, case.masks)
+    # As in model guidance (arXiv 2303.11932), maps without positive evidence count as 0.
+    return torch.where(case.maps.clamp(min=0).sum((1, 2)) < MIN_ENERGY, 0, scores)
+
+
+def _iou(case: Case) -> Tensor:
+    assert case.masks is not None
+    return iou_scores(case.maps, case.masks)
+
+
 #: Metrics of single images; each returns scores (N,).
 SCORERS: dict[str, Callable[[Case], Tensor]] = {
     "deletion": lambda case: case.area("most", insert=False, baseline=0.0),
@@ -146,6 +168,8 @@ SCORERS: dict[str, Callable[[Case], Tensor]] = {
     "shift_stability": _shift_stability,
     "noise_stability": _noise_stability,
     "completeness": _completeness,
+    "energy_pointing": _energy_pointing,
+    "iou": _iou,
 }
 
 

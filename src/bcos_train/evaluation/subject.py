@@ -41,6 +41,8 @@ class Subject:
         classifier: The classifier.
         pictures: Indices in the validation set -> uint8 RGB (N, 3, H, W).
         images: Indices of the images that all metrics but the grid pointing game are measured on.
+        boxes: Indices in the validation set -> boxes (N, M, 5), see :class:`~bcos_train.dataset.batch.Batch`; ``None``:
+            the data set has none.
         predictions: Predictions for the whole validation set; ``None``: skip the grid pointing game.
     """
 
@@ -48,6 +50,7 @@ class Subject:
     pictures: Callable[[Sequence[int]], Tensor]
     images: Sequence[int]
     predictions: Predictions | None = None
+    boxes: Callable[[Sequence[int]], Tensor] | None = None
 
     @property
     def model(self) -> nn.Module:

@@ -10,9 +10,10 @@ from rich.table import Table
 from torch import Tensor
 
 from bcos_train.evaluation.measuring import Results
-from bcos_train.evaluation.options import ExplanationOptions
+from bcos_train.evaluation.options import BOX_METRICS, ExplanationOptions
 from bcos_train.evaluation.scoring import HIGHER_IS_BETTER, arrow
 from bcos_train.metric import bootstrap_interval
+from bcos_train.utils.suggestions import join_words
 
 __all__ = ["summarize", "tables", "to_json"]
 
@@ -38,13 +39,15 @@ class ScoreSummary(TypedDict, total=False):
 class MetricSummary(TypedDict):
     """A metric: whether ``"larger"`` or ``"smaller"`` scores are better, and the summary for each method.
 
-    The grid pointing game also has the score of a uniform explanation and the number of grids.
+    The grid pointing game also has the score of a uniform explanation and the number of grids; metrics that need boxes
+    the score of a uniform explanation and the number of pairs of an image and a class.
     """
 
     better: str
     methods: dict[str, ScoreSummary]
     uniform: NotRequired[float]
     n_grids: NotRequired[int]
+    n_objects: NotRequired[int]
 
 
 class AlignmentSummary(TypedDict):
@@ -92,6 +95,10 @@ def to_json(results: Results, options: ExplanationOptions) -> EvaluationSummary:
         metrics[metric] = {"better": "larger" if HIGHER_IS_BETTER[metric] else "smaller", "methods": methods}
     if results.grids is not None and "grid_pointing" in metrics:
         metrics["grid_pointing"] |= {"uniform": 1 / options.grid_pointing.n**2, "n_grids": len(results.grids)}
+    if results.box_share is not None:
+        for name in BOX_METRICS:
+            if name in metrics:
+                metrics[name] |= {"uniform": results.box_share, "n_objects": results.objects}
     summary: EvaluationSummary = {"metrics": metrics, "n_images": len(results.images), "settings": asdict(options)}
     if results.alignment:
         layers = {layer: _finite(value) for layer, value in results.alignment.items()}
@@ -136,8 +143,9 @@ def tables(
             else ""
         )
         units.insert(0, f"{n_grids} grids{few}")
+    units += [f"{n} pairs of image and class" for n in {m["n_objects"] for m in metrics.values() if "n_objects" in m}]
     if units:
-        lines.append(f"means over {' and '.join(units)}, 95 % bootstrap intervals in brackets")
+        lines.append(f"means over {join_words(units, 'and')}, 95 % bootstrap intervals in brackets")
     if "alignment" in summary:
         mean, layers = summary["alignment"]["mean"], summary["alignment"]["layers"]
         lines.append(f"alignment of the model: {_number(mean)} (mean |cos| of {len(layers)} layers)")
@@ -150,8 +158,8 @@ def _table(metrics: Mapping[str, MetricSummary], options: ExplanationOptions, ti
     for name, metric in metrics.items():
         head = f"{name.replace('_', ' ')} {arrow(name)}"
         if "uniform" in metric:
-            n = options.grid_pointing.n
-            head += f"\n{n}x{n}, uniform {metric['uniform']:.3f}"
+            cells = f"{options.grid_pointing.n}x{options.grid_pointing.n}, " if "n_grids" in metric else ""
+            head += f"\n{cells}uniform {metric['uniform']:.3f}"
         result.add_column(head, justify="right", vertical="bottom")
     for method in dict.fromkeys(options.methods):
         result.add_row(method, *(_cell(metric["methods"].get(method)) for metric in metrics.values()))

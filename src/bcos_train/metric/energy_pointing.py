@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["boxes_to_masks", "energy_pointing_scores", "pointing_game_scores"]
+__all__ = ["boxes_to_masks", "check_maps_and_masks", "energy_pointing_scores", "pointing_game_scores"]
 
 Boxes = Sequence[Sequence[float]] | Tensor
 
@@ -31,7 +31,7 @@ def energy_pointing_scores(attributions: Tensor, masks: Tensor) -> Tensor:
     Raises:
         ValueError: The shapes differ, or the masks aren't bool.
     """
-    _check(attributions, masks)
+    check_maps_and_masks(attributions, masks)
     positive = attributions.to(torch.promote_types(attributions.dtype, torch.float32)).clamp(min=0)
     # Scaled by the largest value, no sum overflows; NaN now marks the maps without a score.
     positive = positive / positive.amax((-2, -1), keepdim=True)
@@ -57,7 +57,7 @@ def pointing_game_scores(attributions: Tensor, masks: Tensor) -> Tensor:
     Raises:
         ValueError: As for :func:`energy_pointing_scores`.
     """
-    _check(attributions, masks)
+    check_maps_and_masks(attributions, masks)
     peak = attributions.amax((-2, -1), keepdim=True)
     peaks = (attributions == peak) & (peak > 0) & peak.isfinite()
     total, inside = peaks.sum((-2, -1)), (peaks & masks).sum((-2, -1))
@@ -97,7 +97,8 @@ def boxes_to_masks(boxes: Sequence[Boxes], height: int, width: int, device: torc
     return masks
 
 
-def _check(attributions: Tensor, masks: Tensor) -> None:
+def check_maps_and_masks(attributions: Tensor, masks: Tensor) -> None:
+    """Raise a ValueError if maps and masks differ in shape, or the masks aren't bool."""
     if attributions.ndim < 2 or attributions.shape != masks.shape:
         shapes = f"{tuple(attributions.shape)} and {tuple(masks.shape)}"
         raise ValueError(f"attributions and masks must have one shape (*, H, W), got {shapes}")

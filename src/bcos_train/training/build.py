@@ -247,6 +247,9 @@ def load_data(
             )
         if stage == "fit" and data.num_classes < 2:
             raise ValueError(f"{', '.join(data.class_names)} is the only class; a classifier needs at least two")
+    if settings.explanation is not None:
+        with user_errors_at(""):
+            settings.explanation.check_boxes(data.has_boxes, data.dataset.name)
     return data
 
 

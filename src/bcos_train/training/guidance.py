@@ -24,7 +24,7 @@ def build_guidance(settings: TrainConfig, options: GuidanceOptions, model: nn.Mo
         UserError: The data set has no boxes, the model can't be explained so, or settings contradict each other.
     """
     trainer, augmentation = settings.trainer, settings.augmentation
-    if not getattr(data.dataset, "has_boxes", False):
+    if not data.has_boxes:
         raise UserError(f"guidance={options.loss}: {data.dataset.name} has no boxes; dataset=pasted has")
     if augmentation.mixup_alpha or augmentation.cutmix_alpha:
         raise UserError(

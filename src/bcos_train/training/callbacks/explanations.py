@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypedDict
 
@@ -18,7 +18,7 @@ from bcos_train.config import user_errors_at
 from bcos_train.dataset import isolated_rng
 from bcos_train.dataset.batch import Batch
 from bcos_train.dataset.data_module import DataModule
-from bcos_train.evaluation import ExplanationOptions, Predictions, Results, Subject, measure
+from bcos_train.evaluation import BOX_METRICS, ExplanationOptions, Predictions, Results, Subject, measure
 from bcos_train.evaluation.report import evaluate_explanations
 from bcos_train.evaluation.store import write_json
 from bcos_train.explanation import evaluating, explain, is_explainable
@@ -80,8 +80,18 @@ def make_subject(
     """Return the module's classifier and the validation images of ``data``."""
     names = pad_class_names(data.class_names, int(getattr(module.model, "num_classes", data.num_classes)))
     classifier = LoadedClassifier(module.model, name, names, data.dataset.name, encoding=module.encode)
+
+    def boxes(indices: Sequence[int]) -> Tensor:
+        extras = data.val_batch(indices).extras
+        assert extras is not None
+        return extras["boxes"]
+
     return Subject(
-        classifier, lambda indices: data.val_samples(indices)[0], data.fixed_val_indices(n_images), predictions
+        classifier,
+        lambda indices: data.val_samples(indices)[0],
+        data.fixed_val_indices(n_images),
+        predictions,
+        boxes if data.has_boxes else None,
     )
 
 
@@ -89,7 +99,8 @@ def logged_metrics(results: Results) -> dict[str, float]:
     """Return the results as metrics to log.
 
     The first method is logged under the name of the metric; further methods follow as ``<metric>/<method>``. The grid
-    pointing game adds its percentiles and the number of grids; its score is NaN without grids.
+    pointing game adds its percentiles and the number of grids; its score is NaN without grids. Metrics that need boxes
+    add the score of a uniform map.
     """
     metrics: dict[str, float] = {}
     for metric, scores in results.scores.items():
@@ -102,6 +113,10 @@ def logged_metrics(results: Results) -> dict[str, float]:
         metrics["explanation/grid_pointing/n_grids"] = len(results.grids)
         if not len(results.grids):
             metrics["explanation/grid_pointing"] = math.nan
+    if results.box_share is not None:
+        metrics |= {
+            f"explanation/{name}/uniform": results.box_share for name in BOX_METRICS if results.scores.get(name)
+        }
     if results.alignment:
         metrics["explanation/alignment"] = sum(results.alignment.values()) / len(results.alignment)
         metrics |= {f"explanation/alignment/{layer}": value for layer, value in results.alignment.items()}
@@ -117,6 +132,8 @@ def metric_names(options: ExplanationOptions) -> list[str]:
             names += [f"explanation/{metric}/{method}" for method in options.methods[1:]]
         if metric == "grid_pointing":
             names += [f"explanation/{metric}/{key}" for key in (*_PERCENTILES, "n_grids")]
+        if metric in BOX_METRICS:
+            names.append(f"explanation/{metric}/uniform")
     return names
 
 
