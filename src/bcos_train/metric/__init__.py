@@ -6,6 +6,7 @@ from bcos_train.metric.completeness import completeness_error
 from bcos_train.metric.energy_pointing import boxes_to_masks, energy_pointing_scores, pointing_game_scores
 from bcos_train.metric.grid_pointing import GridPointing, choose_grids, compose_grids, grid_pointing_scores
 from bcos_train.metric.intersection import iou_scores
+from bcos_train.metric.pareto import pareto_front
 from bcos_train.metric.perturbation import FRACTIONS, area_under_curve, perturbation_curve
 from bcos_train.metric.sliding_window import SlidingWindow
 from bcos_train.metric.sparsity import gini_index
@@ -28,6 +29,7 @@ __all__ = [
     "grid_pointing_scores",
     "iou_scores",
     "noise_stability",
+    "pareto_front",
     "perturbation_curve",
     "pointing_game_scores",
     "shift_stability",
