@@ -81,6 +81,19 @@ def test_every_parameter_gets_a_gradient(loss: str, method: str, layer: str) -> 
         assert parameter.grad.abs().max() > 0, name
 
 
+@pytest.mark.parametrize("loss", ["energy", "l1", "ppce", "rrr"])
+def test_bfloat16(loss: str) -> None:
+    model, batch, task = make_model().float(), make_batch(), make_task(loss=loss)
+    batch = batch._replace(x=batch.x.float(), rgb=batch.rgb.float())
+    exact = task(Network(model), batch).loss
+    with torch.autocast("cpu", torch.bfloat16):
+        output = task(Network(model), batch)
+    output.loss.backward()
+    assert output.loss.dtype == torch.float32
+    assert output.loss.item() == pytest.approx(exact.item(), rel=0.1)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
 def test_several_labels() -> None:
     """The explained class is a random positive one, drawn from the generator of the step."""
     model, task = make_model(), make_task()
