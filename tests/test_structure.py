@@ -29,8 +29,9 @@ ALLOWED = {
     "integrations": {"explanation", "model", "nn", "weights"},
     "metric": {"explanation", "nn"},
     "evaluation": {"explanation", "metric", "model", "report", "weights"},
+    "distillation": {"explanation", "model", "nn", "weights"},
     "guidance": {"explanation"},
-    "task": {"explanation", "guidance", "loss", "nn"},
+    "task": {"distillation", "explanation", "guidance", "loss", "nn"},
     "loss": set(),
     "optimizer": set(),
     "schedule": set(),
@@ -55,7 +56,7 @@ FOR_ALL = {
 ALLOWED_MODULES = {
     "model": ("bcos_train.augmentation", "bcos_train.dataset.encoding", "bcos_train.dataset.image"),
     "evaluation": ("bcos_train.loading", "bcos_train.runs.layout"),
-    "task": ("bcos_train.dataset.batch",),
+    "distillation": ("bcos_train.dataset.encoding", "bcos_train.loading"),
     "config": ("bcos_train.runs.launcher",),
 }
 #: Packages that never see Lightning, Hydra or OmegaConf.
@@ -68,6 +69,7 @@ PURE = {
     "metric",
     "evaluation",
     "runs",
+    "distillation",
     "guidance",
     "task",
     "loss",

@@ -6,7 +6,7 @@ Axes: N images, C input channels (6 for B-cos networks), H, W pixels, K classes.
 import copy
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -75,6 +75,7 @@ class LoadedClassifier:
         origin: Source of the weights, in a few words.
         activation: ``"sigmoid"`` or ``"softmax"``: converts logits to probabilities; ``None``: the model's
             ``to_probabilities``.
+        metrics: Recorded validation results of these weights: ``acc1`` and ``acc5`` in percent, ….
         recorded_class_names: Those that are recorded with the weights, with which a data set's are compared; ``None``:
             none are, so the class names are those of the training data set, as far as they are known.
         encoding: uint8 RGB (N, 3, H, W) -> the model's input (N, C, H, W), on the model's device; ``None``: the
@@ -92,6 +93,7 @@ class LoadedClassifier:
     activation: str | None = None
     encoding: Callable[[Tensor], Tensor] | None = None
     recorded_class_names: tuple[str, ...] | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.model.eval()
@@ -265,6 +267,7 @@ def load(
         weights.origin,
         weights.activation,
         recorded_class_names=weights.class_names,
+        metrics=weights.metrics,
     )
 
 

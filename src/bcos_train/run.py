@@ -186,8 +186,8 @@ def _train(settings: TrainConfig, config: Config, stop: StopFlag, resumed: Path 
             loggers.start(extra_loggers, config)
         trainer.loggers = [csv_logger, *map(protect, extra_loggers)]
         title = f"{settings.model_name} on {settings.dataset.name} · {folder.name}"
-        trainer.callbacks += build_callbacks(settings, data, title, folder, console, stop)  # type: ignore[attr-defined]
-        print_banner(console, settings, model, data, split, folder, module.compilation)
+        trainer.callbacks += build_callbacks(settings, data, task, title, folder, console, stop)  # type: ignore[attr-defined]
+        print_banner(console, settings, model, data, split, folder, module.compilation, task)
         if folder.resume_from is None:
             csv_logger.drop_after(-1)  # training restarts at the first step
         started = time.monotonic()

@@ -27,6 +27,7 @@ TARGETS: tuple[str, ...] = (
     "bcos_train.dataset.ImageNet",
     "bcos_train.dataset.Pasted",
     "bcos_train.dataset.Standardize",
+    "bcos_train.distillation.DistillationOptions",
     "bcos_train.evaluation.ExplanationOptions",
     "bcos_train.evaluation.GridPointingOptions",
     "bcos_train.evaluation.PerturbationOptions",

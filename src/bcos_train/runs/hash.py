@@ -32,9 +32,9 @@ NOT_HASHED = (
 )
 
 #: Config keys whose value is the path of an input. ``runs`` is not one of them: it is used once, to find the run folder.
-PATHS = ("dataset.root", "model.weights")
+PATHS = ("dataset.root", "model.weights", "distillation.teacher", "distillation.teacher_weights")
 #: Values of these keys that are names.
-_NOT_PATHS = ("official",)
+_NOT_PATHS = ("official", "random")
 #: Data sets with the same content wherever they are stored; all others are identified by their folder.
 LOCATION_INDEPENDENT = ("bcos_train.dataset.Cifar10", "bcos_train.dataset.ImageNet")
 
@@ -47,7 +47,7 @@ def run_hash(config: Mapping[str, object]) -> str:
     """
     paths = with_absolute_paths(config)
     hashed = {key: _hashed_part(value, key) for key, value in paths.items() if key not in NOT_HASHED}
-    for key in ("drop_last", "guidance"):  # keys of later versions
+    for key in ("drop_last", "distillation", "guidance"):  # keys of later versions
         if not hashed.get(key):
             hashed.pop(key, None)
     dataset = hashed.get("dataset")
@@ -61,8 +61,11 @@ def with_absolute_paths(config: Mapping[str, object]) -> dict[str, object]:
     result = dict(config)
     for group, key in (path.split(".") for path in PATHS):
         node = result.get(group)
-        if isinstance(node, Mapping) and isinstance(path := node.get(key), str) and path not in _NOT_PATHS:
-            result[group] = {**node, key: os.path.abspath(os.path.expanduser(path))}
+        if not isinstance(node, Mapping) or not isinstance(path := node.get(key), str) or path in _NOT_PATHS:
+            continue
+        path = os.path.expanduser(path)
+        if key != "teacher" or os.path.isfile(path) or (os.sep in path and os.path.isdir(path)):  # else a model's name
+            result[group] = {**node, key: os.path.abspath(path)}
     return result
 
 

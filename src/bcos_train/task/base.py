@@ -39,6 +39,7 @@ class TrainingBatch(NamedTuple):
         indices: ``(N,)`` int64, indices of the samples in the training set.
         extras: Further data of the data set by name, such as boxes.
         epoch: Number of epochs before this one.
+        step: Number of optimizer steps before this one in the epoch.
     """
 
     x: Tensor
@@ -47,6 +48,7 @@ class TrainingBatch(NamedTuple):
     indices: Tensor
     extras: Mapping[str, object] | None = None
     epoch: int = 0
+    step: int = 0
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from torch import nn
 from bcos_train.dataset.data_module import DataModule
 from bcos_train.nn import RunningNorm2d
 from bcos_train.runs.folder import RunFolder
+from bcos_train.task import Distillation, Task
 from bcos_train.training.config import TrainConfig
 from bcos_train.training.options import BatchSplit, TrainerOptions
 
@@ -19,7 +20,8 @@ def print_banner(
     data: DataModule,
     split: BatchSplit,
     folder: RunFolder,
-    compilation: str | None = None,
+    compilation: str | None,
+    task: Task,
 ) -> None:
     """Print the main settings of a run, one per line.
 
@@ -47,6 +49,8 @@ def print_banner(
     }
     if compilation is None:
         del lines["compile"]
+    if isinstance(task, Distillation):
+        lines |= {"teacher": task.teacher.label}
     for key, text in lines.items():
         console.print(f"{key:>10}  {text}", soft_wrap=True)
 

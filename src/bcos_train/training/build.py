@@ -36,8 +36,9 @@ from bcos_train.runs.folder import RunFolder
 from bcos_train.runs.interrupt import StopFlag
 from bcos_train.runs.launcher import launched
 from bcos_train.runs.layout import EXPLANATIONS
-from bcos_train.task import Classification, Task
+from bcos_train.task import Classification, Distillation, Task
 from bcos_train.training.callbacks.checkpoint import Checkpointer
+from bcos_train.training.callbacks.distillation import DISTILLATION_METRICS, DistillationCallback
 from bcos_train.training.callbacks.ema import EmaCallback, ema_decay
 from bcos_train.training.callbacks.explanations import ExplanationCallback, GalleryCallback, metric_names
 from bcos_train.training.callbacks.metrics import TrainingLog
@@ -45,6 +46,7 @@ from bcos_train.training.callbacks.progress import ProgressDisplay
 from bcos_train.training.config import CommonConfig, TrainConfig
 from bcos_train.training.distributed import from_rank_zero
 from bcos_train.training.environment import LaunchedEnvironment
+from bcos_train.training.distillation import build_distillation
 from bcos_train.training.guidance import GUIDANCE_METRICS, build_guidance
 from bcos_train.training.module import Classifier, EndEvaluation
 from bcos_train.training.options import BatchSplit, TrainerOptions, default_workers
@@ -265,10 +267,14 @@ def build_task(settings: TrainConfig, model: nn.Module, data: DataModule) -> Tas
     """Build the objective of a training step.
 
     Raises:
-        UserError: The settings of the task don't fit the model or the data.
+        UserError: The settings of the task don't fit the model or the data, or there are two tasks.
     """
+    if settings.guidance is not None and settings.distillation is not None:
+        raise UserError("distillation and guidance can't be combined: set one of them to none")
     if settings.guidance is not None:
         return build_guidance(settings, settings.guidance, model, data)
+    if settings.distillation is not None:
+        return build_distillation(settings, settings.distillation, model, data.class_names, choose_num_classes(settings, data))
     return Classification(settings.loss)
 
 
@@ -320,6 +326,8 @@ def check_monitor(settings: TrainConfig) -> None:
     names = [f"{part}/{score}" for part in parts for score in ("acc1", "acc5", "loss")]
     names += ["train/loss_step", "lr", "gradient_norm", "images_per_second"]
     names += [] if settings.guidance is None else GUIDANCE_METRICS
+    if settings.distillation is not None:
+        names += DISTILLATION_METRICS[: None if settings.distillation.explanation_weight else -1]
     names += [] if settings.explanation is None else metric_names(settings.explanation)
     is_layer = monitor is not None and "explanation/alignment" in names and monitor.startswith("explanation/alignment/")
     if monitor is None or settings.checkpointing.keep_best == 0 or monitor in names or is_layer:
@@ -358,7 +366,7 @@ def check_optimizer(build: partial[Optimizer]) -> None:
 
 
 def build_callbacks(
-    settings: TrainConfig, data: DataModule, title: str, folder: RunFolder, console: Console, stop: StopFlag
+    settings: TrainConfig, data: DataModule, task: Task, title: str, folder: RunFolder, console: Console, stop: StopFlag
 ) -> list[pl.Callback]:
     """Build the callbacks in the order of their hooks: metrics, average, explanations, progress, checkpoint, gallery.
 
@@ -372,6 +380,8 @@ def build_callbacks(
         callbacks.append(
             EmaCallback(ema_decay(settings.ema.decay, data.batch_size, every, epochs), every, warmup_steps)
         )
+    if isinstance(task, Distillation):
+        callbacks.append(DistillationCallback(task, console))
     if settings.explanation is not None:
         explanations = ExplanationCallback(settings.explanation, folder.path / EXPLANATIONS, title)
         callbacks.append(explanations)

@@ -15,6 +15,7 @@ from bcos_train.config.containers import Config
 from bcos_train.config.errors import UserError
 from bcos_train.config.targets import resolve
 from bcos_train.dataset import BcosEncoding, ImageSource, Standardize
+from bcos_train.distillation import DistillationOptions
 from bcos_train.evaluation import ExplanationOptions
 from bcos_train.guidance import GuidanceOptions
 from bcos_train.runs.folder import Resume
@@ -99,6 +100,7 @@ class TrainConfig(CommonConfig):
         optimizer: Builds the optimizer; called with the parameters that are trained.
         schedule: Learning rate of each optimizer step, derived from the optimizer's ``lr``.
         checkpointing: When checkpoints are saved, and which are kept.
+        distillation: Teacher and losses; ``None`` (the default): no teacher.
         guidance: Localization loss of explanations; ``None`` (the default): none.
         ema: Moving average of the weights, which is validated and saved too; ``None`` (the default): no average.
         logger: Builds the loggers besides ``metrics.csv``, by name; each is called with ``folder`` and ``run_id``.
@@ -112,6 +114,7 @@ class TrainConfig(CommonConfig):
     optimizer: partial[Optimizer]
     schedule: Schedule
     checkpointing: Checkpointing
+    distillation: DistillationOptions | None = None
     guidance: GuidanceOptions | None = None
     ema: Ema | None = None
     logger: dict[str, Callable[..., Logger]] | None = None

@@ -193,9 +193,10 @@ class Classifier(pl.LightningModule):
 
     def encode(self, images: Tensor) -> Tensor:
         """Convert uint8 RGB images to the model's input, in its memory format."""
-        return self._encode_floats(to_float(images))
+        return self.encode_floats(to_float(images))
 
-    def _encode_floats(self, floats: Tensor) -> Tensor:
+    def encode_floats(self, floats: Tensor) -> Tensor:
+        """Convert RGB images in [0, 1] to the model's input, in its memory format."""
         return self.encoding.encode(floats).contiguous(memory_format=self.memory_format)
 
     # ---- training
@@ -212,8 +213,9 @@ class Classifier(pl.LightningModule):
         if self.mix is not None:
             floats, target = self.mix(floats, target)
         assert self.task is not None, "a module without a task can only validate"
-        x, epoch = self._encode_floats(floats), self.current_epoch
-        view = TrainingBatch(x, target, floats, batch.indices, batch.extras, epoch)
+        step = batch_idx // self.trainer.accumulate_grad_batches
+        x, epoch = self.encode_floats(floats), self.current_epoch
+        view = TrainingBatch(x, target, floats, batch.indices, batch.extras, epoch, step)
         output = self.task(self.network, view)
         self._stop_if_not_finite(output.loss, output.logits, batch.indices, batch_idx)
         self.train_score.update(output.loss, output.logits, target)

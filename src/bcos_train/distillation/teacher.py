@@ -1,0 +1,140 @@
+"""Teachers: frozen classifiers in evaluation mode.
+
+Axes: N images, C channels of the model's input, H, W pixels, K classes.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+from bcos_train.dataset.encoding import BcosEncoding, Standardize
+from bcos_train.distillation.options import DistillationOptions
+from bcos_train.explanation import dynamic_linear_weights
+from bcos_train.loading import LoadedClassifier, load
+from bcos_train.model import timm_model
+from bcos_train.model.transform import InferenceTransform
+from bcos_train.nn import cached_weights
+from bcos_train.weights.model_options import TIMM, build_model
+
+__all__ = ["Teacher", "load_teacher"]
+
+RANDOM = "random"
+
+
+class _FloatEncoding(Protocol):
+    def encode(self, x: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A frozen classifier, which belongs to no module and is therefore neither trained, saved nor synchronized.
+
+    Attributes:
+        model: (N, C, H, W) -> logits (N, K), in evaluation mode.
+        label: For messages: name and origin of the weights.
+        encoding: RGB in [0, 1] (N, 3, H, W) -> (N, C, H, W).
+        num_classes: K.
+        class_names: Those that are recorded with the weights; ``None``: none are.
+        dataset, accuracy: Top-1 accuracy in percent that is recorded with the weights, and on which data set.
+        precision: ``"bf16"`` or ``None``.
+    """
+
+    model: nn.Module
+    label: str
+    encoding: _FloatEncoding
+    num_classes: int
+    class_names: tuple[str, ...] | None = None
+    dataset: str | None = None
+    accuracy: float | None = None
+    precision: str | None = None
+
+    def __post_init__(self) -> None:
+        self.model.eval().requires_grad_(False)
+
+    def predict(self, rgb: Tensor) -> Tensor:
+        """Return the logits (N, K) of RGB images (N, 3, H, W) in [0, 1]."""
+        with torch.no_grad(), self._autocast(rgb), cached_weights(self.model):
+            logits: Tensor = self.model(self.encode(rgb))
+        return logits
+
+    def explain(self, rgb: Tensor, target: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the logits (N, K), W(x) of a class of each image (N, C, H, W), and the input x (N, C, H, W).
+
+        Args:
+            rgb: (N, 3, H, W) in [0, 1].
+            target: (N,) classes; ``None``: the predicted ones.
+        """
+        x = self.encode(rgb)
+        with self._autocast(rgb):
+            logits, weights = dynamic_linear_weights(self.model, x, target)
+        return logits, weights, x
+
+    def encode(self, rgb: Tensor) -> Tensor:
+        """Return the model's input (N, C, H, W), and move the model to its device."""
+        if next(self.model.parameters()).device != rgb.device:
+            self.model.to(rgb.device)
+            if isinstance(self.encoding, nn.Module):
+                self.encoding.to(rgb.device)
+        return self.encoding.encode(rgb)
+
+    def _autocast(self, rgb: Tensor) -> torch.autocast:
+        return torch.autocast(rgb.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+
+def load_teacher(options: DistillationOptions, num_classes: int) -> Teacher:
+    """Load the teacher that the options describe.
+
+    Args:
+        num_classes: K of the student.
+
+    Raises:
+        ValueError: The teacher doesn't exist, has no weights, or has another number of classes.
+    """
+    name, weights = options.teacher, options.teacher_weights
+    if weights == RANDOM:
+        classifier = LoadedClassifier(build_model(name, {"num_classes": num_classes}), name)
+        label = f"{name} with random weights, for trials"
+    else:
+        classifier = _load(name, weights)
+        label = f"{classifier.name}, {classifier.origin}"
+    count = len(classifier.class_names)
+    if count != num_classes:
+        raise ValueError(f"teacher={name} has {count} classes, the student {num_classes}")
+    return Teacher(
+        classifier.model,
+        label,
+        _float_encoding(classifier),
+        count,
+        classifier.recorded_class_names,
+        classifier.dataset,
+        classifier.metrics.get("acc1"),
+        options.teacher_precision,
+    )
+
+
+def _load(name: str, weights: str | None) -> LoadedClassifier:
+    if weights not in (None, "official"):
+        return load(weights, model=name)
+    if name.startswith(TIMM):
+        return LoadedClassifier(timm_model(name.removeprefix(TIMM), pretrained=True), name, origin="timm's weights")
+    if weights == "official" and Path(name).exists():
+        raise ValueError(f"teacher_weights=official: teacher={name} is a file or folder, which has weights itself")
+    return load(name)
+
+
+def _float_encoding(classifier: LoadedClassifier) -> _FloatEncoding:
+    """Return the encoding of the classifier's transform for float images."""
+    transform = getattr(classifier.model, "transform", None)
+    if isinstance(transform, InferenceTransform):
+        return transform.encoding
+    if isinstance(transform, v2.Compose):  # timm's: the standardization is its last step
+        for step in transform.modules():
+            if hasattr(step, "mean") and hasattr(step, "std"):
+                return Standardize([float(v) for v in step.mean], [float(v) for v in step.std])
+    if getattr(classifier.model, "in_chans", 3) == 6:
+        return BcosEncoding()
+    raise ValueError(f"teacher={classifier.name}: its transform has no known standardization")

@@ -1,0 +1,92 @@
+"""Agreement of a student with its teacher on the validation images."""
+
+import pytorch_lightning as pl
+import torch
+from rich.console import Console
+from torch import Tensor
+from torchmetrics import MeanMetric
+
+from bcos_train.dataset.batch import Batch
+from bcos_train.dataset.encoding import to_float
+from bcos_train.distillation import distillation_loss, explanation_similarity
+from bcos_train.explanation import dynamic_linear_weights
+from bcos_train.task.distillation import Distillation, agreement
+from bcos_train.training.module import SUM_DTYPE, Classifier
+
+__all__ = ["DISTILLATION_METRICS", "DistillationCallback"]
+
+#: Names of the metrics, the last one only if explanations are distilled.
+DISTILLATION_METRICS = ("val/agreement", "val/kl", "val/teacher_acc1", "val/explanation_similarity")
+#: About the number of validation images whose explanations are compared, evenly spaced: each needs four passes.
+N_EXPLAINED = 500
+
+
+class DistillationCallback(pl.Callback):
+    """Logs in each validation how often the predictions agree, the divergence, and the similarity of explanations.
+
+    ``val/agreement`` and ``val/teacher_acc1`` are percentages of images, ``val/kl`` the mean divergence of the
+    student's softmax from the teacher's, without temperature, and ``val/explanation_similarity`` the mean cosine of
+    the explanations of the teacher's predictions, of about 500 images.
+    """
+
+    def __init__(self, task: Distillation, console: Console) -> None:
+        self.task, self.console = task, console
+        n_metrics = len(DISTILLATION_METRICS) - (task.options.explanation_weight == 0)
+        self.means = {name: MeanMetric().set_dtype(SUM_DTYPE) for name in DISTILLATION_METRICS[:n_metrics]}
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for mean in self.means.values():
+            mean.to(pl_module.device)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, Classifier)
+        teacher, data = self.task.teacher, pl_module.data
+        accuracy = teacher.accuracy if teacher.dataset == data.dataset.name else None
+        source = "recorded with its weights"
+        if accuracy is None:
+            source, mean = "measured", MeanMetric().to(pl_module.device)
+            for batch in data.val_dataloader():
+                images, labels = (part.to(pl_module.device) for part in (batch.images, batch.labels))
+                mean.update(teacher.predict(to_float(images)).argmax(1) == labels)
+            accuracy = 100 * float(mean.compute())
+        if trainer.is_global_zero:
+            self.console.print(f"   teacher  {accuracy:.2f}% of the validation images, {source}", soft_wrap=True)
+
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for mean in self.means.values():
+            mean.reset()
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: object,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        assert isinstance(pl_module, Classifier)
+        assert isinstance(outputs, dict)
+        logits, rgb = outputs["logits"], to_float(batch.images)
+        expected = self.task.teacher.predict(rgb)
+        values = [100 * agreement(logits, expected), distillation_loss(logits, expected)]
+        values += [100 * (expected.argmax(1) == batch.labels)]
+        for mean, value in zip(self.means.values(), values, strict=False):
+            mean.update(value, len(logits) if value.ndim == 0 else 1)
+        if len(self.means) == len(DISTILLATION_METRICS):
+            is_explained = batch.indices % max(1, pl_module.data.num_val // N_EXPLAINED) == 0
+            if len(rgb := rgb[is_explained]):
+                self.means[DISTILLATION_METRICS[-1]].update(self._similarity(pl_module, rgb))
+
+    def _similarity(self, module: Classifier, rgb: Tensor) -> Tensor:
+        expected, teacher_weights, teacher_x = self.task.teacher.explain(rgb)
+        x = module.encode_floats(rgb)
+        _, weights = dynamic_linear_weights(module.model, x, expected.argmax(1))
+        return explanation_similarity(
+            self.task.to_explanation(x, weights), self.task.to_explanation(teacher_x, teacher_weights)
+        )
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, Classifier)
+        with torch.no_grad():
+            pl_module.log_now({name: float(mean.compute()) for name, mean in self.means.items()})

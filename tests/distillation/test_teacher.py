@@ -1,0 +1,99 @@
+"""Teachers from names, files and folders."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bcos_train import create_model
+from bcos_train.dataset import BcosEncoding, Standardize
+from bcos_train.distillation import DistillationOptions, Teacher, load_teacher
+from bcos_train.explanation import explain
+from bcos_train.weights.state_dict import load_weights
+
+
+def random(name: str, **options: Any) -> Teacher:
+    return load_teacher(DistillationOptions(teacher=name, teacher_weights="random", **options), 5)
+
+
+@pytest.fixture
+def rgb() -> torch.Tensor:
+    return torch.rand(2, 3, 32, 32)
+
+
+def test_random_weights(rgb: torch.Tensor) -> None:
+    teacher = random("resnet20")
+    assert "random weights, for trials" in teacher.label
+    assert not teacher.model.training
+    assert not any(p.requires_grad for p in teacher.model.parameters())
+    x = BcosEncoding().encode(rgb)
+    torch.testing.assert_close(teacher.predict(rgb), teacher.model(x))
+    logits, weights, encoded = teacher.explain(rgb, torch.tensor([1, 4]))
+    expected = explain(teacher.model, x, torch.tensor([1, 4]))
+    for ours, theirs in ((logits, expected.logits), (weights, expected.weights), (encoded, x)):
+        assert torch.equal(ours, theirs)
+        assert not ours.requires_grad
+
+
+def test_standard_networks_are_encoded_their_way(rgb: torch.Tensor) -> None:
+    teacher = random("standard_resnet18")
+    torch.testing.assert_close(teacher.predict(rgb), teacher.model(Standardize().encode(rgb)))
+    assert teacher.explain(rgb)[1].shape == (2, 3, 32, 32)
+
+
+def test_timm(rgb: torch.Tensor) -> None:
+    pytest.importorskip("timm")
+    teacher = random("timm:resnet10t")
+    torch.testing.assert_close(teacher.predict(rgb), teacher.model(Standardize().encode(rgb)))
+
+
+def test_a_weights_file(tmp_path: Path, rgb: torch.Tensor) -> None:
+    model = create_model("resnet20", num_classes=5)
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    options = DistillationOptions(teacher="resnet20", teacher_weights=str(tmp_path / "weights.pth"))
+    teacher = load_teacher(options, 5)
+    twin = create_model("resnet20", num_classes=5).eval()
+    load_weights(twin, model.state_dict(), "twin")
+    torch.testing.assert_close(teacher.predict(rgb), twin(BcosEncoding().encode(rgb)))
+    with pytest.raises(ValueError, match=r"teacher=resnet20 has 5 classes, the student 7"):
+        load_teacher(options, 7)
+
+
+def test_bfloat16(rgb: torch.Tensor) -> None:
+    teacher, exact = random("resnet20", teacher_precision="bf16"), random("resnet20")
+    exact.model.load_state_dict(teacher.model.state_dict())
+    rounded, logits = teacher.predict(rgb).float(), exact.predict(rgb)
+    assert not torch.equal(rounded, logits)
+    torch.testing.assert_close(rounded, logits, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"teacher": "resnet181"}, "did you mean resnet18"),
+        ({"teacher": "nowhere/weights.pth"}, "no such file, folder or model"),
+        ({"teacher": "resnet20", "teacher_weights": "nowhere.pth"}, "nowhere.pth: no such file"),
+        ({"teacher": "resnet20", "teacher_weights": None}, "resnet20"),
+    ],
+)
+def test_missing_teachers(options: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_teacher(DistillationOptions(**options), 10)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0},
+        {"explanation_weight": -0.1},
+        {"kd_weight": float("nan")},
+        {"kd_weight": 0},
+        {"explanation": "lime"},
+        {"explanation_every_n_steps": 0},
+        {"teacher_precision": "16"},
+    ],
+)
+def test_options_out_of_range(options: Any) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        DistillationOptions(teacher="resnet20", **options)
