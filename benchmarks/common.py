@@ -1,13 +1,14 @@
 """Shared code of the benchmarks: official networks, command line, environment and output."""
 
 import argparse
+import ctypes
 import json
 import os
 import platform
 import subprocess
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -82,6 +83,22 @@ def commit() -> str | None:
     except FileNotFoundError:
         return os.environ.get("BENCHMARK_COMMIT")
     return done.stdout.strip() or os.environ.get("BENCHMARK_COMMIT")
+
+
+def resident_growth(step: Callable[[], None]) -> float:
+    """Return the growth of this process's resident memory in MiB, at its peak during a step; on Linux."""
+    if hasattr(library := ctypes.CDLL(None), "malloc_trim"):
+        library.malloc_trim(0)  # memory freed before wouldn't count
+    before = _resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
+    step()
+    return _resident("VmHWM") - before
+
+
+def _resident(key: str) -> float:
+    """Return the resident memory of this process in MiB: VmRSS is the current, VmHWM the peak value."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(key)).split()[1]) / 1024
 
 
 def write(path: Path, content: Mapping[str, object]) -> None:

@@ -15,7 +15,6 @@ network.
 """
 
 import argparse
-import ctypes
 import json
 import os
 import statistics
@@ -25,11 +24,10 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from common import ROOT, environment, official_model, parser_for, positive, write
+from common import ROOT, environment, official_model, parser_for, positive, resident_growth, write
 from torch import Tensor, nn
 
 from bcos_train import create_model, explain
@@ -207,18 +205,7 @@ def peak_memory(variant: str, setting: Setting) -> float:
     # Warm up with a small step, which loads and compiles code.
     small = Setting(setting.model, 2, setting.size, setting.device, setting.dtype)
     task("train", network, images(variant, small), variant, small)()
-    if hasattr(library := ctypes.CDLL(None), "malloc_trim"):
-        library.malloc_trim(0)  # memory freed by that step wouldn't count in the next one
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
-    step()
-    return resident("VmHWM") - before
-
-
-def resident(key: str) -> float:
-    """Return the resident memory of this process in MiB: VmRSS is the current, VmHWM the peak value."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(key)).split()[1]) / 1024
+    return resident_growth(step)
 
 
 def table(results: list[dict[str, Any]], tasks: list[str]) -> str:
