@@ -54,7 +54,7 @@ def random_batch(n: int, size: int, device: str) -> TrainingBatch:
 
 def steps_of(name: str, arguments: argparse.Namespace) -> dict[str, Callable[[], None]]:
     torch.manual_seed(0)
-    network = Network(create_model(name).to(arguments.device, memory_format=torch.channels_last))
+    network = Network(create_model(name).to(arguments.device).to(memory_format=torch.channels_last))
     batch = random_batch(arguments.batch, arguments.size, arguments.device)
     tasks = tasks_of(network.model, arguments.teacher)
     return {kind: step_of(task, network, batch) for kind, task in tasks.items()}

@@ -29,17 +29,21 @@ def test_random_weights(rgb: torch.Tensor) -> None:
     assert not any(p.requires_grad for p in teacher.model.parameters())
     x = BcosEncoding().encode(rgb)
     torch.testing.assert_close(teacher.predict(rgb), teacher.model(x))
-    logits, weights, encoded = teacher.explain(rgb, torch.tensor([1, 4]))
-    expected = explain(teacher.model, x, torch.tensor([1, 4]))
-    for ours, theirs in ((logits, expected.logits), (weights, expected.weights), (encoded, x)):
-        assert torch.equal(ours, theirs)
+    expected = explain(teacher.model, x)
+    for kind, theirs in (("weights", expected.weights), ("contributions", expected.contribution_map)):
+        logits, ours = teacher.explain(rgb, kind)
+        torch.testing.assert_close(logits, expected.logits)
+        torch.testing.assert_close(ours, theirs)
         assert not ours.requires_grad
 
 
 def test_standard_networks_are_encoded_their_way(rgb: torch.Tensor) -> None:
     teacher = random("standard_resnet18")
     torch.testing.assert_close(teacher.predict(rgb), teacher.model(Standardize().encode(rgb)))
-    assert teacher.explain(rgb)[1].shape == (2, 3, 32, 32)
+    logits, maps = teacher.explain(rgb, "grad_cam")
+    assert maps.shape == (2, 32, 32)
+    assert not logits.requires_grad
+    assert not maps.requires_grad
 
 
 def test_timm(rgb: torch.Tensor) -> None:

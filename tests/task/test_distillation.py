@@ -11,6 +11,7 @@ from torch import nn
 from training.runs import metric_rows
 from training.toys import TinyNet, fit, make_data, make_module
 
+from bcos_train import create_model
 from bcos_train.dataset import BcosEncoding, Standardize
 from bcos_train.distillation import DistillationOptions, Teacher, distillation_loss
 from bcos_train.explanation import explain
@@ -126,3 +127,26 @@ def test_a_run_keeps_the_teacher_out_of_everything(tmp_path: Path) -> None:
     assert float(rows[-1]["val/explanation_similarity"]) == pytest.approx(float(similarity), rel=1e-4)
     assert float(rows[-1]["val/kl"]) == pytest.approx(float(distillation_loss(model(x), teacher(x))), rel=1e-4)
     assert float(rows[-1]["val/teacher_acc1"]) == pytest.approx(100 * float((expected == labels).float().mean()))
+
+
+def test_two_standard_networks_compare_grad_cam() -> None:
+    student, teacher = (create_model("standard_resnet18", num_classes=4) for _ in range(2))
+    rgb = torch.rand(2, 3, 64, 64)
+    images = batch(2)._replace(rgb=rgb, x=Standardize().encode(rgb))
+    task = task_of(student, teacher_of(teacher, Standardize()), explanation_weight=1.0, kd_weight=0.0)
+    assert task.explanation == "grad_cam"
+    output = task(Network(student.eval()), images)
+    expected = teacher(images.x).argmax(1)
+    maps = []
+    for model in (student, teacher):
+        features = model.layer4(
+            model.layer3(model.layer2(model.layer1(model.maxpool(model.relu(model.bn1(model.conv1(images.x)))))))
+        )
+        (grad,) = torch.autograd.grad(model.fc(features.mean((2, 3))).gather(1, expected[:, None]).sum(), features)
+        cam = (grad.mean((2, 3), keepdim=True) * features).sum(1, keepdim=True).relu()
+        maps.append(F.interpolate(cam, (64, 64), mode="bilinear").flatten(1))
+    torch.testing.assert_close(output.loss, 1 - F.cosine_similarity(*maps).mean(), rtol=1e-4, atol=1e-5)
+    output.loss.backward()
+    assert student.conv1.weight.grad is not None
+    with pytest.raises(ValueError, match="no layer 'final'"):
+        task_of(TinyNet(), explanation="grad_cam")

@@ -5,8 +5,8 @@ from typing import Literal, get_args
 
 __all__ = ["DistillationOptions", "ExplanationKind"]
 
-#: What is compared: W(x), or the contributions of pixels, summed over channels.
-ExplanationKind = Literal["weights", "contributions"]
+#: What is compared: W(x), the contributions of pixels (summed over channels), or Grad-CAM of the last stage.
+ExplanationKind = Literal["weights", "contributions", "grad_cam"]
 _KINDS = get_args(ExplanationKind)
 
 
@@ -24,8 +24,9 @@ class DistillationOptions:
         kd_weight: Weight of the divergence from the teacher's predictions.
         explanation_weight: λ, weight of 1 - cosine of the explanations of the teacher's predicted class. With 0 nothing
             is explained.
-        explanation: ``"weights"`` or ``"contributions"``; ``None``: W(x) for two B-cos networks with the same encoding,
-            else the contributions of pixels (input x gradient for a standard network).
+        explanation: ``"weights"``, ``"contributions"`` (input x gradient for a standard network) or ``"grad_cam"``
+            (resized to the image); ``None``: W(x) for two B-cos networks with the same encoding, Grad-CAM for two
+            standard ResNets, else contributions.
         explanation_every_n_steps: Compare explanations in every n-th step only, with the same λ.
 
     Raises:

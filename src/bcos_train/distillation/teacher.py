@@ -9,11 +9,10 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torchvision.transforms import v2
 
 from bcos_train.dataset.encoding import BcosEncoding, Standardize
-from bcos_train.distillation.options import DistillationOptions
-from bcos_train.explanation import dynamic_linear_weights
+from bcos_train.distillation.explanation import explain_by
+from bcos_train.distillation.options import DistillationOptions, ExplanationKind
 from bcos_train.loading import LoadedClassifier, load
 from bcos_train.model import timm_model
 from bcos_train.model.transform import InferenceTransform
@@ -61,17 +60,11 @@ class Teacher:
             logits: Tensor = self.model(self.encode(rgb))
         return logits
 
-    def explain(self, rgb: Tensor, target: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the logits (N, K), W(x) of a class of each image (N, C, H, W), and the input x (N, C, H, W).
-
-        Args:
-            rgb: (N, 3, H, W) in [0, 1].
-            target: (N,) classes; ``None``: the predicted ones.
-        """
-        x = self.encode(rgb)
+    def explain(self, rgb: Tensor, kind: ExplanationKind) -> tuple[Tensor, Tensor]:
+        """Return the logits (N, K) of RGB images in [0, 1], and explanations of the predicted classes, detached."""
+        target = self.predict(rgb).argmax(1) if kind == "grad_cam" else None
         with self._autocast(rgb):
-            logits, weights = dynamic_linear_weights(self.model, x, target)
-        return logits, weights, x
+            return explain_by(kind, self.model, self.encode(rgb), target)
 
     def encode(self, rgb: Tensor) -> Tensor:
         """Return the model's input (N, C, H, W), and move the model to its device."""
@@ -131,10 +124,9 @@ def _float_encoding(classifier: LoadedClassifier) -> _FloatEncoding:
     transform = getattr(classifier.model, "transform", None)
     if isinstance(transform, InferenceTransform):
         return transform.encoding
-    if isinstance(transform, v2.Compose):  # timm's: the standardization is its last step
-        for step in transform.modules():
-            if hasattr(step, "mean") and hasattr(step, "std"):
-                return Standardize([float(v) for v in step.mean], [float(v) for v in step.std])
+    config = getattr(classifier.model, "pretrained_cfg", {})  # timm's
+    if {"mean", "std"} <= config.keys():
+        return Standardize(config["mean"], config["std"])
     if getattr(classifier.model, "in_chans", 3) == 6:
         return BcosEncoding()
     raise ValueError(f"teacher={classifier.name}: its transform has no known standardization")

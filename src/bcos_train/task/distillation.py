@@ -3,8 +3,14 @@
 import torch
 from torch import Tensor, nn
 
-from bcos_train.distillation import DistillationOptions, Teacher, distillation_loss, explanation_similarity
-from bcos_train.explanation import dynamic_linear_weights, is_explainable
+from bcos_train.distillation import (
+    DistillationOptions,
+    Teacher,
+    choose_explanation,
+    distillation_loss,
+    explain_by,
+    explanation_similarity,
+)
 from bcos_train.task.base import Network, Task, TaskOutput, TrainingBatch
 
 __all__ = ["Distillation"]
@@ -22,7 +28,7 @@ class Distillation(Task):
         student: The trained network.
 
     Raises:
-        ValueError: ``explanation=weights``, and one of the networks is no B-cos network or their encodings differ.
+        ValueError: The networks can't be compared by this kind of explanation.
     """
 
     def __init__(self, loss: nn.Module, teacher: Teacher, options: DistillationOptions, student: nn.Module) -> None:
@@ -57,32 +63,11 @@ class Distillation(Task):
 
     def _explain(self, network: Network, batch: TrainingBatch) -> tuple[Tensor, Tensor, Tensor]:
         """Return the student's logits, the teacher's, and the similarity of their explanations (N,)."""
-        expected, teacher_weights, teacher_x = self.teacher.explain(batch.rgb)
-        logits, weights = dynamic_linear_weights(network.model, batch.x, expected.argmax(1), create_graph=True)
-        explanations = (self.to_explanation(x, w) for x, w in ((batch.x, weights), (teacher_x, teacher_weights)))
-        return logits, expected, explanation_similarity(*explanations)
-
-    def to_explanation(self, x: Tensor, weights: Tensor) -> Tensor:
-        """Return what is compared: W(x) itself, (N, C, H, W), or contributions (N, H, W)."""
-        return weights if self.explanation == "weights" else (x * weights).sum(1)
+        expected, theirs = self.teacher.explain(batch.rgb, self.explanation)
+        logits, ours = explain_by(self.explanation, network.model, batch.x, expected.argmax(1), create_graph=True)
+        return logits, expected, explanation_similarity(ours, theirs)
 
 
 def agreement(student: Tensor, teacher: Tensor) -> Tensor:
     """Return 1.0 for each image of which both networks, with logits (N, K), predict the same class, else 0: (N,)."""
     return (student.argmax(1) == teacher.argmax(1)).to(torch.float32)
-
-
-def choose_explanation(kind: str | None, student: nn.Module, teacher: nn.Module) -> str:
-    """Return the kind of explanations that two networks are compared by.
-
-    Raises:
-        ValueError: W(x) of networks that aren't both B-cos networks with the same encoding.
-    """
-    are_bcos = [is_explainable(network) for network in (student, teacher)]
-    channels = {getattr(network, "in_chans", None) for network in (student, teacher)}
-    has_weights = all(are_bcos) and len(channels) == 1
-    if kind == "weights" and not has_weights:
-        raise ValueError(
-            "explanation=weights compares W(x) of two B-cos networks with the same encoding; use contributions"
-        )
-    return kind or ("weights" if has_weights else "contributions")

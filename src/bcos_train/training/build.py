@@ -44,9 +44,9 @@ from bcos_train.training.callbacks.explanations import ExplanationCallback, Gall
 from bcos_train.training.callbacks.metrics import TrainingLog
 from bcos_train.training.callbacks.progress import ProgressDisplay
 from bcos_train.training.config import CommonConfig, TrainConfig
+from bcos_train.training.distillation import build_distillation
 from bcos_train.training.distributed import from_rank_zero
 from bcos_train.training.environment import LaunchedEnvironment
-from bcos_train.training.distillation import build_distillation
 from bcos_train.training.guidance import GUIDANCE_METRICS, build_guidance
 from bcos_train.training.module import Classifier, EndEvaluation
 from bcos_train.training.options import BatchSplit, TrainerOptions, default_workers
@@ -274,7 +274,8 @@ def build_task(settings: TrainConfig, model: nn.Module, data: DataModule) -> Tas
     if settings.guidance is not None:
         return build_guidance(settings, settings.guidance, model, data)
     if settings.distillation is not None:
-        return build_distillation(settings, settings.distillation, model, data.class_names, choose_num_classes(settings, data))
+        num_classes = choose_num_classes(settings, data)
+        return build_distillation(settings, settings.distillation, model, data.class_names, num_classes)
     return Classification(settings.loss)
 
 

@@ -8,8 +8,7 @@ from torchmetrics import MeanMetric
 
 from bcos_train.dataset.batch import Batch
 from bcos_train.dataset.encoding import to_float
-from bcos_train.distillation import distillation_loss, explanation_similarity
-from bcos_train.explanation import dynamic_linear_weights
+from bcos_train.distillation import distillation_loss, explain_by, explanation_similarity
 from bcos_train.task.distillation import Distillation, agreement
 from bcos_train.training.module import SUM_DTYPE, Classifier
 
@@ -79,12 +78,10 @@ class DistillationCallback(pl.Callback):
                 self.means[DISTILLATION_METRICS[-1]].update(self._similarity(pl_module, rgb))
 
     def _similarity(self, module: Classifier, rgb: Tensor) -> Tensor:
-        expected, teacher_weights, teacher_x = self.task.teacher.explain(rgb)
-        x = module.encode_floats(rgb)
-        _, weights = dynamic_linear_weights(module.model, x, expected.argmax(1))
-        return explanation_similarity(
-            self.task.to_explanation(x, weights), self.task.to_explanation(teacher_x, teacher_weights)
-        )
+        kind = self.task.explanation
+        expected, theirs = self.task.teacher.explain(rgb, kind)
+        _, ours = explain_by(kind, module.model, module.encode_floats(rgb), expected.argmax(1))
+        return explanation_similarity(ours, theirs)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, Classifier)
