@@ -139,9 +139,10 @@ def test_two_standard_networks_compare_grad_cam() -> None:
     expected = teacher(images.x).argmax(1)
     maps = []
     for model in (student, teacher):
-        features = model.layer4(
-            model.layer3(model.layer2(model.layer1(model.maxpool(model.relu(model.bn1(model.conv1(images.x)))))))
-        )
+        features = images.x
+        for name in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"):
+            features = getattr(model, name)(features)
+        features = features if model is student else features.requires_grad_()
         (grad,) = torch.autograd.grad(model.fc(features.mean((2, 3))).gather(1, expected[:, None]).sum(), features)
         cam = (grad.mean((2, 3), keepdim=True) * features).sum(1, keepdim=True).relu()
         maps.append(F.interpolate(cam, (64, 64), mode="bilinear").flatten(1))
