@@ -283,6 +283,7 @@ def _evaluate(settings: CommonConfig, config: Config, folder: Path | None, model
     if trainer.is_global_zero:
         output = Path(config["output"] or folder or Path("evaluations", settings.model_name))
         origin: Origin = {"weights": str(path), "ema": source.is_ema, "model": settings.model_name}
+        remove_leftovers(output)  # of an evaluation that was killed
         report_evaluation(module, data, origin, output, time.monotonic() - started)
         explanations.write(module, data, settings.explanation, origin, config, output)
 

@@ -53,6 +53,7 @@ def test_evaluation_killed_at_any_moment(tenth: int, machine: Machine, campaign:
             again = run.evaluate()
             assert again.code == 0, again.output
             assert evaluation(run.folder) == evaluation(first.folder)
+            assert not list(run.folder.rglob(".*.tmp"))
             machine.discard(run)
 
 
