@@ -67,7 +67,7 @@ def test_evaluation_on_imagenet_is_the_models_own(model: str) -> None:
 
 
 # Composing takes a moment: here one model of each kind.
-@pytest.mark.parametrize("dataset", ["digits", "cifar10", "imagefolder", "pasted"])
+@pytest.mark.parametrize("dataset", ["digits", "cifar10", "imagefolder", "pasted", "voc2007", "waterbirds"])
 @pytest.mark.parametrize("model", KINDS.values())
 def test_every_kind_of_model_on_every_dataset(model: str, dataset: str) -> None:
     assert_composes(model, dataset)
@@ -125,6 +125,9 @@ def test_the_default_needs_no_data_and_no_variable(monkeypatch: pytest.MonkeyPat
         ("imagenet", "IMAGENET_PATH"),
         ("imagefolder", "DATA_ROOT"),
         ("pasted", "DATA_ROOT"),
+        ("voc2007", "DATA_ROOT"),
+        ("waterbirds", "DATA_ROOT"),
+        ("coco", "DATA_ROOT"),
     ],
 )
 def test_data_without_a_folder(dataset: str, variable: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,6 +37,9 @@ DELIBERATE = {
     },
     "dataset=imagenet": {"schedule.warmup_epochs", "trainer.gradient_clip_val"},
     "dataset=imagefolder": {"schedule.warmup_epochs", "trainer.gradient_clip_val"},
+    "dataset=coco": {"augmentation.eval.size", "augmentation.train.size", "checkpointing.monitor"},
+    "dataset=voc2007": {"augmentation.eval.size", "augmentation.train.size", "checkpointing.monitor"},
+    "dataset=waterbirds": {"augmentation.train.min_scale", "checkpointing.monitor"},
     "dataset=pasted": {"augmentation.train.padding", "augmentation.train.size"},
 }
 

@@ -96,6 +96,7 @@ def imagenet_train(
     ra_magnitude: int = 9,
     augmix_severity: int = 3,
     random_erase_prob: float = 0.0,
+    min_scale: float = 0.08,
 ) -> v2.Compose:
     """Random resized crop, flip, an automatic policy and random erasing, as in the official ImageNet preset.
 
@@ -108,13 +109,16 @@ def imagenet_train(
             none.
         ra_magnitude: Strength of RandAugment's operations, 0 … 30.
         augmix_severity: Strength of AugMix's operations, 1 … 10.
+        min_scale: Smallest area of a crop, as a fraction of the image's, in (0, 1].
 
     Raises:
-        ValueError: Unknown policy or interpolation.
+        ValueError: Unknown policy or interpolation, or ``min_scale`` out of range.
     """
     check_size("crop_size", crop_size)
     mode = _interpolation(interpolation)
-    steps: list[v2.Transform] = [v2.RandomResizedCrop(crop_size, interpolation=mode)]
+    if not 0 < min_scale <= 1:
+        raise ValueError(f"min_scale must be greater than 0 and at most 1, not {min_scale}")
+    steps: list[v2.Transform] = [v2.RandomResizedCrop(crop_size, scale=(min_scale, 1.0), interpolation=mode)]
     if hflip_prob > 0:
         steps.append(v2.RandomHorizontalFlip(hflip_prob))
     if policy is not None:

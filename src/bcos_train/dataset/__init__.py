@@ -5,6 +5,7 @@
 
 from bcos_train.dataset.base import Annotations, ImageDataset, ImageSource
 from bcos_train.dataset.cifar10 import Cifar10
+from bcos_train.dataset.coco import Coco
 from bcos_train.dataset.device_cache import DeviceCache, DeviceLoader
 from bcos_train.dataset.device_transform import DeviceTransform, NotCacheable
 from bcos_train.dataset.digits import Digits
@@ -16,11 +17,14 @@ from bcos_train.dataset.pasted import Pasted
 from bcos_train.dataset.randomness import Stream, derive_seed, epoch_order, isolated_rng, step_seed
 from bcos_train.dataset.sampler import EvalBatchSampler, TrainBatchSampler
 from bcos_train.dataset.seeded import ImageSizeMismatch, SeededDataset
+from bcos_train.dataset.voc import Voc2007
+from bcos_train.dataset.waterbirds import Waterbirds
 
 __all__ = [
     "Annotations",
     "BcosEncoding",
     "Cifar10",
+    "Coco",
     "DeviceCache",
     "DeviceLoader",
     "DeviceTransform",
@@ -38,6 +42,8 @@ __all__ = [
     "Stream",
     "TrainBatchSampler",
     "UnreadableImage",
+    "Voc2007",
+    "Waterbirds",
     "add_inverse",
     "derive_seed",
     "epoch_order",
