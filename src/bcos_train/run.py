@@ -39,6 +39,7 @@ from bcos_train.training.build import (
     build_module,
     build_task,
     build_trainer,
+    check_labels,
     check_monitor,
     check_optimizer,
     keep_initial_classes,
@@ -96,6 +97,7 @@ def train(config: Config, folder: Path | None = None) -> int:
     with user_errors_at(""):
         split_batch(settings.batch_size, options.world_size, options.max_batch_per_device)
     check_monitor(settings)
+    check_labels(settings)
     check_optimizer(settings.optimizer)
     if place is None and options.world_size > 1:
         return _restart(config, folder, settings.plugins, options.processes_per_node)
@@ -261,6 +263,7 @@ def _evaluate(settings: CommonConfig, config: Config, folder: Path | None, model
         source.check_model(*model_of_config(model_config))
         trainer = build_trainer(settings.trainer)
         split = split_batch(settings.batch_size, settings.trainer.world_size, None)
+    check_labels(settings)
     trainer.strategy.setup_environment()
     if trainer.is_global_zero and (root := getattr(settings.dataset, "root", None)) is not None:
         make_console().print(f"data set: {root}", soft_wrap=True)
@@ -275,6 +278,8 @@ def _evaluate(settings: CommonConfig, config: Config, folder: Path | None, model
         encoding=settings.encoding,
         eval_loss=settings.eval_loss,
         channels_last=settings.trainer.uses_channels_last,
+        is_multi_label=data.is_multi_label,
+        group_names=data.group_names,
     )
     explanations = ExplanationReport(trainer)
     started = time.monotonic()

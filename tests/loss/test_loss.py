@@ -152,3 +152,12 @@ def test_repr_shows_the_options() -> None:
     assert repr(BinaryCrossEntropy(0.1)) == "BinaryCrossEntropy(smoothing=0.1, target_threshold=None)"
     assert repr(UniformOffLabelBinaryCrossEntropy(0.0)) == "UniformOffLabelBinaryCrossEntropy(off_label=0.0)"
     assert repr(CrossEntropy(0.2)) == "CrossEntropy(smoothing=0.2)"
+
+
+def test_multi_hot_targets() -> None:
+    logits, target = torch.tensor([[1.0, -2.0, 0.5]]), torch.tensor([[1.0, 0.0, 1.0]])
+    p = torch.sigmoid(logits)[0]
+    expected = -(p[0].log() + (1 - p[1]).log() + p[2].log()) / 3
+    torch.testing.assert_close(BinaryCrossEntropy()(logits, target), expected)
+    off_label = -(p[0].log() + p[1].log() * 0.3 + (1 - p[1]).log() * 0.7 + p[2].log()) / 3
+    torch.testing.assert_close(UniformOffLabelBinaryCrossEntropy(0.3)(logits, target), off_label)

@@ -37,6 +37,7 @@ DELIBERATE = {
     },
     "dataset=imagenet": {"schedule.warmup_epochs", "trainer.gradient_clip_val"},
     "dataset=imagefolder": {"schedule.warmup_epochs", "trainer.gradient_clip_val"},
+    "augmentation=resize": {"augmentation.eval.size", "augmentation.train.size"},
     "dataset=coco": {"augmentation.eval.size", "augmentation.train.size", "checkpointing.monitor"},
     "dataset=voc2007": {"augmentation.eval.size", "augmentation.train.size", "checkpointing.monitor"},
     "dataset=waterbirds": {"augmentation.train.min_scale", "checkpointing.monitor"},

@@ -1,7 +1,8 @@
 """Losses on logits.
 
 Axes: N images, K classes. Targets are class indices ``(N,)`` int64 or label distributions ``(N, K)`` in [0, 1], as from
-MixUp and CutMix. Every loss is the mean over N and K (cross-entropy: over N).
+MixUp and CutMix; for the binary losses also multi-hot ``(N, K)``. Every loss is the mean over N and K (cross-entropy:
+over N).
 """
 
 import torch

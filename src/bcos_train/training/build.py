@@ -26,6 +26,7 @@ from bcos_train.dataset import ImageSource
 from bcos_train.dataset.classes import with_model_classes
 from bcos_train.dataset.data_module import DataModule
 from bcos_train.explanation import allow_tf32
+from bcos_train.loss import CrossEntropy
 from bcos_train.model import create_model
 from bcos_train.model.registry import OFFICIAL
 from bcos_train.nn import sync_batch_norm_
@@ -50,6 +51,7 @@ from bcos_train.training.environment import LaunchedEnvironment
 from bcos_train.training.guidance import GUIDANCE_METRICS, build_guidance
 from bcos_train.training.module import Classifier, EndEvaluation
 from bcos_train.training.options import BatchSplit, TrainerOptions, default_workers
+from bcos_train.training.score import score_names
 from bcos_train.utils.suggestions import join_words, suggest
 from bcos_train.weights.source import read_model_weights
 
@@ -173,9 +175,14 @@ def choose_num_classes(settings: CommonConfig, data: DataModule) -> int:
     """Return the model's number of classes: that of the data set, or a larger one from the config.
 
     Raises:
-        UserError: The config has a smaller one.
+        UserError: The config has a smaller one, or a larger one although labels are multi-hot.
     """
     num_classes = settings.num_classes
+    if num_classes is not None and data.is_multi_label and num_classes != data.num_classes:
+        raise UserError(
+            f"model.num_classes={num_classes}: {data.dataset.name} has {data.num_classes} classes, and several labels "
+            "per image, so both must be equal"
+        )
     if num_classes is not None and num_classes < data.num_classes:
         raise UserError(f"model.num_classes={num_classes}: {data.dataset.name} has {data.num_classes} classes")
     return data.num_classes if num_classes is None else num_classes
@@ -301,6 +308,8 @@ def build_module(
         channels_last=options.uses_channels_last,
         compiled_batch_size=compiled_batch_size,
         log_every_n_steps=options.log_every_n_steps,
+        is_multi_label=data.is_multi_label,
+        group_names=data.group_names,
         seed=settings.seed,
     )
 
@@ -323,8 +332,10 @@ def check_monitor(settings: TrainConfig) -> None:
         UserError: No metric has this name.
     """
     monitor = settings.checkpointing.monitor
+    is_multi_label = bool(getattr(settings.dataset, "is_multi_label", False))
+    group_names: list[str] | None = getattr(settings.dataset, "group_names", None)
     parts = ["val", "train", *(["val_ema"] if settings.ema is not None else [])]
-    names = [f"{part}/{score}" for part in parts for score in ("acc1", "acc5", "loss")]
+    names = [f"{part}/{name}" for part in parts for name in score_names(is_multi_label, group_names, part != "train")]
     names += ["train/loss_step", "lr", "gradient_norm", "images_per_second"]
     names += [] if settings.guidance is None else GUIDANCE_METRICS
     if settings.distillation is not None:
@@ -337,6 +348,30 @@ def check_monitor(settings: TrainConfig) -> None:
         f"checkpointing.monitor={monitor}: no such metric is logged{suggest(monitor, names)} "
         f"(logged are {join_words(names, 'and', len(names))})"
     )
+
+
+def check_labels(settings: CommonConfig) -> None:
+    """Check before the training that losses and mixing are possible with the data set's labels and boxes.
+
+    Raises:
+        UserError: They aren't.
+    """
+    dataset, augmentation = settings.dataset, settings.augmentation
+    is_multi_label = bool(getattr(dataset, "is_multi_label", False))
+    for key, loss in (("loss", getattr(settings, "loss", None)), ("eval_loss", settings.eval_loss)):
+        if is_multi_label and isinstance(loss, CrossEntropy):
+            raise UserError(
+                f"{key}: cross-entropy is for one label per image, {dataset.name} has several: loss=bce or "
+                "loss=uniform_off_label_bce"
+            )
+    if isinstance(settings, TrainConfig) and (is_multi_label or getattr(dataset, "has_boxes", False)):
+        for key in ("mixup_alpha", "cutmix_alpha"):
+            if (alpha := getattr(augmentation, key)) > 0:
+                reason = "several labels per image" if is_multi_label else "boxes"
+                raise UserError(
+                    f"augmentation.{key}={alpha}: {dataset.name} has {reason}, which mixed images can't have: "
+                    f"augmentation.{key}=0"
+                )
 
 
 def check_optimizer(build: partial[Optimizer]) -> None:

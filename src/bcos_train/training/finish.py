@@ -33,6 +33,14 @@ from bcos_train.training.side_matters import only_warn
 from bcos_train.utils.console import make_console
 from bcos_train.weights.files import save_weights
 
+#: Scores of the table of an evaluation, besides the loss: key, and name in the table.
+_SCORES = {
+    "acc1": "top-1 [%]",
+    "acc5": "top-5 [%]",
+    "worst_group_acc1": "worst group [%]",
+    "f1": "micro-F1 [%]",
+    "map": "mAP [%]",
+}
 #: Number of images in the gallery of an evaluation.
 GALLERY_IMAGES = 12
 
@@ -74,6 +82,8 @@ def finish(
     lines = [f"done in {duration(seconds)}"]
     if "val/acc1" in metrics:
         lines[0] += f": validation accuracy {metrics['val/acc1']:.2f} %"
+    elif "val/f1" in metrics:
+        lines[0] += f": validation F1 {metrics['val/f1']:.2f} %"
     if best:
         lines.append(f"best: {best[0]['score']:.2f} after epoch {best[0]['epoch']}")
     lines.append(f"folder: {folder.path}")
@@ -96,28 +106,26 @@ def report_evaluation(module: Classifier, data: DataModule, origin: Origin, outp
         **origin,
         "dataset": data.dataset.name,
         **result,
-        "correct1": round(result["acc1"] * result["count"] / 100),
-        "correct5": round(result["acc5"] * result["count"] / 100),
+        **{
+            f"correct{k}": round(result[f"acc{k}"] * result["count"] / 100) for k in (1, 5) if not module.is_multi_label
+        },
         "seconds": round(seconds, 2),
     }
     if is_explainable(module.model):
         samples = data.fixed_val_samples(GALLERY_IMAGES)
+        accuracy = None if module.is_multi_label else result["acc1"] / 100
         with only_warn("gallery"):
             with evaluating(module.model):
-                figure = draw_gallery(module, data, samples, title=title, accuracy=result["acc1"] / 100)
+                figure = draw_gallery(module, data, samples, title=title, accuracy=accuracy)
             save_gallery(output / GALLERY, figure)
             content["gallery"] = GALLERY
     write_json(output / EVALUATION, content)
     table = Table(title=title)
-    for name in ("top-1 [%]", "top-5 [%]", "loss", "images", "seconds"):
+    cells = {name: f"{result[key]:.3f}" for key, name in _SCORES.items() if key in result}
+    cells |= {"loss": f"{result['loss']:.5f}", "images": f"{int(result['count']):,}", "seconds": f"{seconds:.1f}"}
+    for name in cells:
         table.add_column(name, justify="right")
-    table.add_row(
-        f"{result['acc1']:.3f}",
-        f"{result['acc5']:.3f}",
-        f"{result['loss']:.5f}",
-        f"{int(result['count']):,}",
-        f"{seconds:.1f}",
-    )
+    table.add_row(*cells.values())
     console = make_console()
     console.print(table)
     console.print(f"weights: {origin['weights']}{' (averaged)' if origin['ema'] else ''}", soft_wrap=True)

@@ -1,4 +1,4 @@
-"""The LightningModule: training and validation steps of any classifier, and their score."""
+"""The LightningModule: training and validation steps of any classifier."""
 
 import contextlib
 import math
@@ -10,7 +10,6 @@ from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from bcos_train.dataset.batch import Batch
@@ -26,10 +25,7 @@ from bcos_train.task import Network, Task, TrainingBatch
 from bcos_train.training.compilation import CompiledNetwork
 from bcos_train.training.distributed import broadcast_buffers, is_distributed, max_over_processes, mean_and_votes
 from bcos_train.training.resuming import move_to_position
-
-#: Dtype of sums over batches. Apple's GPUs have no float64; in float32, the sum of a thousand losses has a relative
-#: error of about 1e-6.
-SUM_DTYPE = torch.float32 if torch.backends.mps.is_available() else torch.float64
+from bcos_train.training.score import ClassificationScore, MultiLabelScore
 
 
 class NonFiniteLoss(RuntimeError):
@@ -46,53 +42,6 @@ class NonFiniteLoss(RuntimeError):
     def __init__(self, message: str, is_elsewhere: bool = False) -> None:
         super().__init__(message)
         self.is_elsewhere = is_elsewhere
-
-
-class ClassificationScore(Metric):
-    """Mean loss, top-1 and top-5 accuracy over all samples and processes.
-
-    Sums and counts are stored instead of means of batches, so that batches of different sizes are weighted correctly.
-    The state is persistent: saved within an epoch, the score resumes there. With fewer than five classes, the top-5
-    accuracy is 100%.
-    """
-
-    full_state_update = False
-    loss_sum: Tensor
-    correct1: Tensor
-    correct5: Tensor
-    count: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        for name in ("loss_sum", "correct1", "correct5", "count"):
-            zero = torch.zeros((), dtype=SUM_DTYPE if name == "loss_sum" else torch.int64)
-            self.add_state(name, zero, dist_reduce_fx="sum", persistent=True)
-
-    def update(self, loss: Tensor, logits: Tensor, target: Tensor) -> None:
-        """Add a batch.
-
-        Args:
-            loss: Scalar, the mean over the batch.
-            logits: ``(N, K)``.
-            target: Class indices ``(N,)``, or label distributions ``(N, K)``, of which the largest entry is the label.
-        """
-        if target.ndim == 2:
-            target = target.argmax(1)
-        top = logits.topk(min(5, logits.shape[1]), dim=1).indices == target[:, None]
-        self.loss_sum += loss.detach().to(SUM_DTYPE) * len(target)
-        self.correct1 += top[:, 0].sum()
-        self.correct5 += top.sum()
-        self.count += len(target)
-
-    def compute(self) -> dict[str, float]:
-        """Return ``loss``, ``acc1`` and ``acc5`` in percent, and ``count``."""
-        n = max(int(self.count), 1)
-        return {
-            "loss": float(self.loss_sum) / n,
-            "acc1": 100 * int(self.correct1) / n,
-            "acc5": 100 * int(self.correct5) / n,
-            "count": int(self.count),
-        }
 
 
 class Classifier(pl.LightningModule):
@@ -112,6 +61,8 @@ class Classifier(pl.LightningModule):
         compiled_batch_size: Compile the model for training steps with batches of this size; see
             :class:`~bcos_train.training.compilation.CompiledNetwork`. ``None``: don't compile.
         log_every_n_steps: Optimizer steps between computations of ``gradient_norm``.
+        is_multi_label: Labels are multi-hot.
+        group_names: Groups of the images, for the accuracy on each of them in validation; ``None``: none.
         seed: Seeds dropout, stochastic depth and mixing of each step by f(seed, step, rank).
     """
 
@@ -131,6 +82,8 @@ class Classifier(pl.LightningModule):
         channels_last: bool = False,
         compiled_batch_size: int | None = None,
         log_every_n_steps: int = 50,
+        is_multi_label: bool = False,
+        group_names: Sequence[str] | None = None,
         seed: int = 42,
     ) -> None:
         super().__init__()
@@ -145,7 +98,9 @@ class Classifier(pl.LightningModule):
         self._evaluation = contextlib.ExitStack()
         self.log_every_n_steps = log_every_n_steps
         self.seed = seed
-        self.train_score, self.val_score = ClassificationScore(), ClassificationScore()
+        self.is_multi_label, self.group_names = is_multi_label, group_names
+        self.train_score = MultiLabelScore() if is_multi_label else ClassificationScore()
+        self.val_score = self.new_val_score()
         self.gradient_norm: Tensor | None = None
         self.last_loss = float("nan")
         #: ``logs`` of the task in the latest step.
@@ -155,10 +110,21 @@ class Classifier(pl.LightningModule):
         #: together with the loss, so that a step waits for the device only once. `Checkpointer` sets and reads them.
         self.votes: Callable[[], Sequence[bool]] = tuple
         self.reduced_votes: list[bool] = []
-        #: ``loss``, ``acc1``, ``acc5`` and ``count`` of the latest validation.
+        #: Scores of the latest validation: ``loss``, ``count`` and the others of the module's score.
         self.val_result: dict[str, float] = {}
         #: Latest value of each metric logged in this epoch.
         self.epoch_metrics: dict[str, float] = {}
+
+    def new_val_score(self) -> ClassificationScore | MultiLabelScore:
+        """Return an empty score for a validation."""
+        if self.is_multi_label:
+            return MultiLabelScore(average_precision=True)
+        return ClassificationScore(self.group_names)
+
+    def update_val_score(self, score: ClassificationScore | MultiLabelScore, logits: Tensor, batch: Batch) -> None:
+        """Add a batch of a validation to a score."""
+        groups = None if batch.extras is None else batch.extras.get("groups")
+        score.update(self.eval_loss(logits, batch.labels), logits, batch.labels, groups)
 
     def forward(self, images: Tensor) -> Tensor:
         """Compute logits ``(N, K)`` of uint8 RGB images ``(N, 3, H, W)``."""
@@ -282,7 +248,7 @@ class Classifier(pl.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         logits = self(batch.images)
-        self.val_score.update(self.eval_loss(logits, batch.labels), logits, batch.labels)
+        self.update_val_score(self.val_score, logits, batch)
         return {"logits": logits}
 
     def on_validation_epoch_start(self) -> None:

@@ -20,7 +20,14 @@ _TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 _DATASETS = {"imagenet": ("imagenet-1k", "ImageNet"), "cifar10": ("cifar10", "CIFAR-10")}
 #: Class names in a model card; ``config.json`` has all.
 _MAX_CLASSES = 100
-_METRICS = {"acc1": "top-1 accuracy [%]", "acc5": "top-5 accuracy [%]", "loss": "loss"}
+_METRICS = {
+    "acc1": "top-1 accuracy [%]",
+    "acc5": "top-5 accuracy [%]",
+    "f1": "micro-F1 [%]",
+    "map": "mAP [%]",
+    "worst_group_acc1": "top-1 accuracy on the worst group [%]",
+    "loss": "loss",
+}
 
 
 def export_config(

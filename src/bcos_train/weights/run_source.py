@@ -85,7 +85,7 @@ def read_results(
     if evaluation.is_file() and file.is_file() and evaluation.stat().st_mtime_ns >= file.stat().st_mtime_ns:
         result = read_json(evaluation)
         if Path(str(result.get("weights"))).name == checkpoint and result.get("ema") == is_ema:
-            keys = ("acc1", "acc5", "loss")
+            keys = ("acc1", "acc5", "f1", "map", "worst_group_acc1", "loss")
             return {key: float(result[key]) for key in keys if result.get(key) is not None}, int(result["count"])
     if checkpoint != LAST or not (folder / SUMMARY).is_file():
         return {}, None

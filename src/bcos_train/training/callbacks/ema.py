@@ -11,7 +11,8 @@ from bcos_train.dataset.batch import Batch
 from bcos_train.nn import cached_weights
 from bcos_train.runs.checkpoint import Checkpoint
 from bcos_train.training.distributed import broadcast_buffers
-from bcos_train.training.module import ClassificationScore, Classifier
+from bcos_train.training.module import Classifier
+from bcos_train.training.score import ClassificationScore, MultiLabelScore
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class EmaCallback(pl.Callback):
     def __init__(self, decay: float, every_n_steps: int, warmup_steps: int) -> None:
         self.decay, self.every_n_steps, self.warmup_steps = decay, every_n_steps, warmup_steps
         self.ema: ModelEmaV3 | None = None
-        self.score = ClassificationScore()
+        self.score: ClassificationScore | MultiLabelScore = ClassificationScore()
         self._updated_at = -1
 
     @property
@@ -72,6 +73,7 @@ class EmaCallback(pl.Callback):
         if stage == "fit":
             self.ema = ModelEmaV3(pl_module.model, decay=self.decay)
             self.ema.requires_grad_(False)
+            self.score = pl_module.new_val_score()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.model.to(pl_module.device)
@@ -108,7 +110,7 @@ class EmaCallback(pl.Callback):
         assert isinstance(pl_module, Classifier)
         with trainer.precision_plugin.val_step_context(), cached_weights(self.model):
             logits = self.model(pl_module.encode(batch.images))
-        self.score.update(pl_module.eval_loss(logits, batch.labels), logits, batch.labels)
+        pl_module.update_val_score(self.score, logits, batch)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, Classifier)

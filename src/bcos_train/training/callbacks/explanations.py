@@ -56,11 +56,14 @@ def draw_gallery(
     """Draw the explanations of the predictions for ``samples``; see :func:`~bcos_train.report.gallery`.
 
     Args:
-        samples: uint8 images ``(N, 3, H, W)`` and labels ``(N,)``.
+        samples: uint8 images ``(N, 3, H, W)`` and labels ``(N,)``, or multi-hot ``(N, K)``.
     """
     images, labels = (tensor.to(module.device) for tensor in samples)
     x = module.encode(images)
     result = explain(module.model, x)
+    if labels.ndim == 2:  # the prediction, if it is among the labels, otherwise the first label
+        is_label = labels.gather(1, result.prediction[:, None])[:, 0] > 0
+        labels = torch.where(is_label, result.prediction, labels.argmax(1))
     return gallery(
         x,
         result,
@@ -137,6 +140,15 @@ def metric_names(options: ExplanationOptions) -> list[str]:
     return names
 
 
+def _single_labels(labels: Tensor) -> Tensor:
+    """Return the class of each image that has a single one, -1 for the others: (N, K) -> (N,), int64.
+
+    The cells of a grid need a single class; no image with the label -1 is classified correctly.
+    """
+    is_label = labels > 0
+    return torch.where(is_label.sum(1) == 1, is_label.long().argmax(1), -1)
+
+
 class PredictionRecorder(pl.Callback):
     """Records the predictions of a validation, which select the images of the grids.
 
@@ -165,7 +177,8 @@ class PredictionRecorder(pl.Callback):
         predictions = logits.argmax(1)
         probabilities = pl_module.probabilities(logits)
         confidences = probabilities.gather(1, predictions[:, None])[:, 0]
-        self._parts.append((batch.indices, batch.labels, predictions, confidences))
+        labels = batch.labels if batch.labels.ndim == 1 else _single_labels(batch.labels)
+        self._parts.append((batch.indices, labels, predictions, confidences))
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         columns = [torch.cat(column) for column in zip(*self._parts, strict=True)]

@@ -66,9 +66,13 @@ class ProgressDisplay(pl.Callback):
         labels = {
             "train loss": "train/loss",
             "acc1": "train/acc1",
+            "f1": "train/f1",
             "val loss": "val/loss",
             "val acc1": "val/acc1",
+            "val f1": "val/f1",
+            "worst group": "val/worst_group_acc1",
             "ema acc1": "val_ema/acc1",
+            "ema f1": "val_ema/f1",
         }
         width = len(str(trainer.max_epochs))
         parts = [f"{label} {float(metrics[key]):6.4g}" for label, key in labels.items() if key in metrics]
