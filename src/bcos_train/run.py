@@ -39,7 +39,6 @@ from bcos_train.training.build import (
     build_module,
     build_task,
     build_trainer,
-    check_labels,
     check_monitor,
     check_optimizer,
     keep_initial_classes,
@@ -60,6 +59,7 @@ from bcos_train.training.distributed import from_rank_zero
 from bcos_train.training.environment import check_launcher
 from bcos_train.training.finish import finish, report_evaluation
 from bcos_train.training.image_size import check_image_size, check_smallest_batch
+from bcos_train.training.label_checks import check_labels
 from bcos_train.training.module import Classifier, NonFiniteLoss
 from bcos_train.training.options import split_batch
 from bcos_train.training.peers import PeerFailed, joined

@@ -116,7 +116,7 @@ def test_two_processes(root: Path, tmp_path: Path) -> None:
         (["guidance.layer=layer9"], "guidance: BcosResNet has no layer 'layer9'; there are input, mid1, mid2, final"),
         (["guidance.layer=logit_layer"], r"guidance: the output of layer 'logit_layer' is \(1, 10\); a map needs"),
         (["guidance.start_epoch=2"], "guidance.start_epoch=2: the training has trainer.max_epochs=2"),
-        (["augmentation.mixup_alpha=0.2"], "guidance: mixed images have no boxes; use augmentation.mixup_alpha=0"),
+        (["augmentation.mixup_alpha=0.2"], "augmentation.mixup_alpha=0.2: pasted has boxes, which mixed images"),
         (["guidance.method=grad_cam"], "guidance.layer=input: Grad-CAM explains features; use guidance.layer=final"),
         (
             ["guidance=none", "dataset=digits", "explanation.metrics=[iou]"],

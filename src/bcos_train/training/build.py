@@ -26,7 +26,6 @@ from bcos_train.dataset import ImageSource
 from bcos_train.dataset.classes import with_model_classes
 from bcos_train.dataset.data_module import DataModule
 from bcos_train.explanation import allow_tf32
-from bcos_train.loss import CrossEntropy
 from bcos_train.model import create_model
 from bcos_train.model.registry import OFFICIAL
 from bcos_train.nn import sync_batch_norm_
@@ -348,30 +347,6 @@ def check_monitor(settings: TrainConfig) -> None:
         f"checkpointing.monitor={monitor}: no such metric is logged{suggest(monitor, names)} "
         f"(logged are {join_words(names, 'and', len(names))})"
     )
-
-
-def check_labels(settings: CommonConfig) -> None:
-    """Check before the training that losses and mixing are possible with the data set's labels and boxes.
-
-    Raises:
-        UserError: They aren't.
-    """
-    dataset, augmentation = settings.dataset, settings.augmentation
-    is_multi_label = bool(getattr(dataset, "is_multi_label", False))
-    for key, loss in (("loss", getattr(settings, "loss", None)), ("eval_loss", settings.eval_loss)):
-        if is_multi_label and isinstance(loss, CrossEntropy):
-            raise UserError(
-                f"{key}: cross-entropy is for one label per image, {dataset.name} has several: loss=bce or "
-                "loss=uniform_off_label_bce"
-            )
-    if isinstance(settings, TrainConfig) and (is_multi_label or getattr(dataset, "has_boxes", False)):
-        for key in ("mixup_alpha", "cutmix_alpha"):
-            if (alpha := getattr(augmentation, key)) > 0:
-                reason = "several labels per image" if is_multi_label else "boxes"
-                raise UserError(
-                    f"augmentation.{key}={alpha}: {dataset.name} has {reason}, which mixed images can't have: "
-                    f"augmentation.{key}=0"
-                )
 
 
 def check_optimizer(build: partial[Optimizer]) -> None:
