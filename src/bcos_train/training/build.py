@@ -178,10 +178,8 @@ def choose_num_classes(settings: CommonConfig, data: DataModule) -> int:
     """
     num_classes = settings.num_classes
     if num_classes is not None and data.is_multi_label and num_classes != data.num_classes:
-        raise UserError(
-            f"model.num_classes={num_classes}: {data.dataset.name} has {data.num_classes} classes, and several labels "
-            "per image, so both must be equal"
-        )
+        problem = f"{data.dataset.name} has {data.num_classes} classes, and several labels per image: omit the key"
+        raise UserError(f"model.num_classes={num_classes}: {problem}")
     if num_classes is not None and num_classes < data.num_classes:
         raise UserError(f"model.num_classes={num_classes}: {data.dataset.name} has {data.num_classes} classes")
     return data.num_classes if num_classes is None else num_classes
@@ -331,10 +329,9 @@ def check_monitor(settings: TrainConfig) -> None:
         UserError: No metric has this name.
     """
     monitor = settings.checkpointing.monitor
-    is_multi_label = bool(getattr(settings.dataset, "is_multi_label", False))
-    group_names: list[str] | None = getattr(settings.dataset, "group_names", None)
+    labels = getattr(settings.dataset, "is_multi_label", False), getattr(settings.dataset, "group_names", None)
     parts = ["val", "train", *(["val_ema"] if settings.ema is not None else [])]
-    names = [f"{part}/{name}" for part in parts for name in score_names(is_multi_label, group_names, part != "train")]
+    names = [f"{part}/{name}" for part in parts for name in score_names(*labels, part != "train")]
     names += ["train/loss_step", "lr", "gradient_norm", "images_per_second"]
     names += [] if settings.guidance is None else GUIDANCE_METRICS
     if settings.distillation is not None:

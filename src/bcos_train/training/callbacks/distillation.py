@@ -10,7 +10,8 @@ from bcos_train.dataset.batch import Batch
 from bcos_train.dataset.encoding import to_float
 from bcos_train.distillation import distillation_loss, explain_by, explanation_similarity
 from bcos_train.task.distillation import Distillation, agreement
-from bcos_train.training.module import SUM_DTYPE, Classifier
+from bcos_train.training.module import Classifier
+from bcos_train.training.score import SUM_DTYPE
 
 __all__ = ["DISTILLATION_METRICS", "DistillationCallback"]
 
