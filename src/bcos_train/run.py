@@ -281,8 +281,7 @@ def _evaluate(settings: CommonConfig, config: Config, folder: Path | None, model
         is_multi_label=data.is_multi_label,
         group_names=data.group_names,
     )
-    explanations = ExplanationReport(trainer)
-    started = time.monotonic()
+    explanations, started = ExplanationReport(trainer), time.monotonic()
     check_image_size(model, data, settings.encoding, config, ["eval"])
     trainer.validate(module, datamodule=data, verbose=False)
     if trainer.is_global_zero:
