@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from bcos_train import create_model
 from bcos_train.dataset import BcosEncoding
 from bcos_train.distillation import DistillationOptions, load_teacher
+from bcos_train.guidance import GuidanceOptions
 from bcos_train.loss import UniformOffLabelBinaryCrossEntropy
-from bcos_train.task import Classification, Distillation, Network, Task, TrainingBatch
+from bcos_train.task import Classification, Distillation, Guidance, Network, Task, TrainingBatch
 
 
 def tasks_of(student: nn.Module, teacher: str) -> dict[str, Task]:
@@ -31,7 +32,8 @@ def tasks_of(student: nn.Module, teacher: str) -> dict[str, Task]:
         options = DistillationOptions(teacher=teacher, teacher_weights="random", explanation_weight=weight)
         return Distillation(loss, load_teacher(options, 1000), options, student)
 
-    return {"plain": Classification(loss), "kd": distillation(0.0), "e2kd": distillation(1.0)}
+    guidance = Guidance(loss, GuidanceOptions(loss="energy"))
+    return {"plain": Classification(loss), "energy": guidance, "kd": distillation(0.0), "e2kd": distillation(1.0)}
 
 
 def step_of(task: Task, network: Network, batch: TrainingBatch) -> Callable[[], None]:
@@ -49,7 +51,9 @@ def random_batch(n: int, size: int, device: str) -> TrainingBatch:
     rgb: Tensor = torch.rand(n, 3, size, size, device=device)
     labels = torch.arange(n, device=device)
     x = BcosEncoding().encode(rgb).contiguous(memory_format=torch.channels_last)
-    return TrainingBatch(x, labels, rgb, labels)
+    corners = torch.tensor([size // 4, size // 4, size // 2, size // 2], device=device).expand(n, 4)
+    boxes = torch.cat([labels[:, None], corners], 1)[:, None]
+    return TrainingBatch(x, labels, rgb, labels, {"boxes": boxes})
 
 
 def steps_of(name: str, arguments: argparse.Namespace) -> dict[str, Callable[[], None]]:

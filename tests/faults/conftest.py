@@ -21,11 +21,14 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
 
 
 @pytest.fixture
-def campaign(record_property: Callable[[str, object], None]) -> Iterator[Campaign]:
+def campaign(request: pytest.FixtureRequest, record_property: Callable[[str, object], None]) -> Iterator[Campaign]:
     """Counts trials; the test fails at its end if one of them didn't hold."""
     campaign = Campaign()
     yield campaign
     record_property("tried", campaign.tried)
     record_property("held", campaign.tried - len(campaign.failures))
-    assert campaign.tried
+    if (
+        getattr(request.node, "callspec", None) is None or request.node.callspec.params.get("tenth", 0) == 0
+    ):  # of less than ten trials, some tenths are empty
+        assert campaign.tried
     assert not campaign.failures, campaign.summary()

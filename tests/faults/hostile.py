@@ -1,5 +1,6 @@
 """Damaged and hostile contents of the files in a run folder."""
 
+import io
 import json
 import os
 import pickle
@@ -30,6 +31,12 @@ class Trap:
         return os.mkdir, (str(self.mark),)
 
 
+def _file_of_torch(content: object) -> bytes:
+    file = io.BytesIO()
+    torch.save(content, file)  # a path is part of the content, and can't begin with a dot
+    return file.getvalue()
+
+
 def damages(name: str, mark: Path, elsewhere: Path) -> dict[str, Damage]:
     """Return the damages of the file ``name`` in a run folder.
 
@@ -47,7 +54,7 @@ def damages(name: str, mark: Path, elsewhere: Path) -> dict[str, Damage]:
     found["a folder"] = lambda path: (path.unlink(), path.mkdir())[0]
     found["a link"] = lambda path: (path.unlink(), path.symlink_to(elsewhere))[0]
     found["a pickle"] = lambda path: path.write_bytes(pickle.dumps({"model": Trap(mark)}, protocol=2))
-    found["a file of torch"] = lambda path: torch.save({"model": Trap(mark), "step": [Trap(mark)]}, path)
+    found["a file of torch"] = lambda path: path.write_bytes(_file_of_torch({"model": Trap(mark)}))
     found["zeros"] = lambda path: path.write_bytes(bytes(path.stat().st_size))
     found["escapes"] = lambda path: path.write_text(ESCAPES)
     found["deep"] = lambda path: path.write_text("[" * 100_000)

@@ -82,6 +82,8 @@ def load(path: Path, map_location: str | torch.device = "cpu") -> Checkpoint:
     verify(path)
     try:
         return torch.load(path, map_location=map_location, weights_only=True)
+    except OSError as error:
+        raise DamagedCheckpoint(f"{path} can't be read: {error.strerror}") from error
     except Exception as error:
         # The message of torch advises to load the file without protection.
         raise DamagedCheckpoint(f"{path} can't be read ({type(error).__name__})") from error

@@ -88,6 +88,10 @@ def _check_optimizer(checkpoint: Checkpoint, shapes: Sequence[torch.Size], build
     (saved,) = checkpoint["optimizer_states"] or [None]
     if saved is None or len(checkpoint["lr_schedulers"]) != 1:
         raise ForeignCheckpoint("it has no optimizer state")
+    (schedule,) = checkpoint["lr_schedulers"]
+    taken, _ = schedule["last_epoch"], schedule["lr_lambdas"]
+    if (taken, schedule["_step_count"]) != (checkpoint["global_step"], checkpoint["global_step"] + 1):
+        raise ForeignCheckpoint(f"its schedule contradicts its {checkpoint['global_step']} optimizer steps")
     if sum(len(group["params"]) for group in saved["param_groups"]) != len(shapes):
         raise ForeignCheckpoint(f"its optimizer state is not of {len(shapes)} parameters")
     names = _names_of_state(build_optimizer)
