@@ -21,6 +21,7 @@ CHOICES = [(group, choice) for group in GROUPS for choice in COMPOSER.choices(gr
 
 #: What these choices are for.
 DELIBERATE = {
+    "distillation=e2kd": {"distillation.explanation_weight"},
     "augmentation=imagenet_ra": {
         "augmentation.mixup_alpha",
         "augmentation.train.policy",

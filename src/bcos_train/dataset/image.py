@@ -19,7 +19,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from bcos_train.utils.substitutes import substitute_reason
 
-__all__ = ["UnreadableImage", "read_image", "to_rgb"]
+__all__ = ["UnreadableImage", "image_size", "read_image", "to_rgb"]
 
 _TIFF_BITS_PER_SAMPLE, _TIFF_PHOTOMETRIC, _TIFF_SAMPLE_FORMAT = 258, 262, 339
 _TIFF_WHITE_IS_ZERO, _TIFF_SIGNED = 0, 2
@@ -44,6 +44,19 @@ def read_image(path: str | os.PathLike[str], exif_orientation: bool = False) -> 
         with Image.open(path) as image:
             return to_rgb(image, exif_orientation)
     # For a damaged file Pillow raises nearly anything, depending on the format.
+    except Exception as error:
+        raise UnreadableImage(f"cannot read the image {os.fspath(path)}: {_reason(error, path)}") from error
+
+
+def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """Read the width and height of an image file from its header.
+
+    Raises:
+        UnreadableImage: There is no such file, or it is not an image. The message is one line with the path.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.size
     except Exception as error:
         raise UnreadableImage(f"cannot read the image {os.fspath(path)}: {_reason(error, path)}") from error
 

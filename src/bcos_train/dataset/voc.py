@@ -8,11 +8,11 @@ from typing import Literal
 from xml.etree import ElementTree
 
 import numpy as np
-from PIL import Image
 from torchvision.datasets import VOCDetection
 
 from bcos_train.dataset.base import ClassMap, ImageDataset, require_root
 from bcos_train.dataset.boxes import check_boxes
+from bcos_train.dataset.image import image_size
 from bcos_train.dataset.storage.annotated import AnnotatedFiles, multi_hot
 from bcos_train.utils.suggestions import suggest
 
@@ -132,8 +132,7 @@ def read_boxes(path: Path, picture: Path, labels: dict[str, int]) -> np.ndarray:
         root = ElementTree.parse(path).getroot()
         width, height = (int(root.findtext(f"size/{side}", "0")) for side in ("width", "height"))
         if not (width and height):
-            with Image.open(picture) as image:
-                width, height = image.size
+            width, height = image_size(picture)
         rows = [_read_object(element, labels) for element in root.iter("object")]
     except (OSError, ElementTree.ParseError, ValueError) as error:
         message = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())

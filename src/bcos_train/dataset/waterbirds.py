@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from PIL import Image
 
 from bcos_train.dataset.base import ClassMap, ImageDataset, require_root
 from bcos_train.dataset.boxes import check_boxes
+from bcos_train.dataset.image import image_size
 from bcos_train.dataset.storage.annotated import AnnotatedFiles
 from bcos_train.utils.suggestions import join_words
 
@@ -122,10 +122,5 @@ class Waterbirds:
             x, y, width, height = corners[row["img_id"]]
             box = [int(row["y"]), round(x), round(y), round(x + width), round(y + height)]
             boxes.append(np.array([box], dtype=np.int64))
-            try:
-                with Image.open(file) as image:  # reads the header only
-                    size = image.size
-            except OSError as error:
-                raise ValueError(f"cannot read the image {file}: {error.strerror or error}") from error
-            check_boxes(boxes[-1], *size, file)
+            check_boxes(boxes[-1], *image_size(file), file)
         return boxes

@@ -3,6 +3,6 @@
 from bcos_train.report.box_plot import box_plot
 from bcos_train.report.gallery import gallery, save_gallery, short_class_name
 from bcos_train.report.maps import Panel, Row, map_table
-from bcos_train.report.pareto import pareto_plot
+from bcos_train.report.pareto_plot import pareto_plot
 
 __all__ = ["Panel", "Row", "box_plot", "gallery", "map_table", "pareto_plot", "save_gallery", "short_class_name"]
