@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cifar10_files import write_cifar10
 from PIL import Image
 from skimage import data
 
@@ -13,19 +14,11 @@ from bcos_train.dataset import Pasted
 from bcos_train.dataset.pasted import BACKGROUNDS
 from bcos_train.dataset.randomness import random_words
 
-CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """CIFAR-10 as files: each image in a single color, red for class 0, and so on."""
-    folder = tmp_path_factory.mktemp("cifar10")
-    for part in ("train", "test"):
-        for label, name in enumerate(CLASSES):
-            (folder / part / name).mkdir(parents=True)
-            for i in range(30):
-                Image.new("RGB", (32, 32), (255, 10 * label, 0)).save(folder / part / name / f"{i:04}.png")
-    return folder
+    """Red for class 0, with more green for each further class."""
+    return write_cifar10(tmp_path_factory.mktemp("cifar10"), 30, lambda label, i: (255, 10 * label, 0))
 
 
 def _is_object(image: Image.Image) -> np.ndarray:

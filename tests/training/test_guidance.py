@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from cifar10_files import write_cifar10
 
 from bcos_train.config import UserError
 from bcos_train.guidance import GuidanceOptions
@@ -14,19 +14,10 @@ from bcos_train.training.guidance import choose_annotated
 from .runs import compose, final_state, metric_rows, run_folder
 from .test_ddp import SELF_START, start
 
-CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """CIFAR-10 as files, each image in a single color."""
-    folder = tmp_path_factory.mktemp("cifar10")
-    for part in ("train", "test"):
-        for label, name in enumerate(CLASSES):
-            (folder / part / name).mkdir(parents=True)
-            for i in range(3):
-                Image.new("RGB", (32, 32), (250, 25 * label, 80 * i)).save(folder / part / name / f"{i}.png")
-    return folder
+    return write_cifar10(tmp_path_factory.mktemp("cifar10"))
 
 
 def overrides(root: Path, *others: str) -> tuple[str, ...]:

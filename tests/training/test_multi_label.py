@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from PIL import Image
+from cifar10_files import write_cifar10
 from torch import multiprocessing
 
 from bcos_train.config import UserError
@@ -20,7 +20,6 @@ from bcos_train.training.score import ClassificationScore, MultiLabelScore
 
 from .runs import compose, run_folder
 
-CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 EMA = "ema={_target_: bcos_train.training.Ema, decay: 0.5, every_n_steps: 1}"
 SMALL = (
     "dataset=pasted",
@@ -38,13 +37,7 @@ SEVERAL = (*SMALL, "dataset.max_objects=3", "checkpointing.monitor=val/f1")
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("cifar10")
-    for part in ("train", "test"):
-        for label, name in enumerate(CLASSES):
-            (folder / part / name).mkdir(parents=True)
-            for i in range(3):
-                Image.new("RGB", (32, 32), (25 * label, 0, 200)).save(folder / part / name / f"{i:04}.png")
-    return folder
+    return write_cifar10(tmp_path_factory.mktemp("cifar10"))
 
 
 def _config(root: Path, runs: Path, *overrides: str, name: str = "train") -> dict[str, Any]:
@@ -109,6 +102,10 @@ def test_groups(root: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        (
+            (*SEVERAL, "distillation=kd", "distillation.teacher=resnet20", "distillation.teacher_weights=random"),
+            r"^distillation: a teacher is for one label per image, pasted has several",
+        ),
         ((*SEVERAL, "loss=cross_entropy"), r"^loss: cross-entropy is for one label per image, pasted has several"),
         (
             (*SEVERAL, "augmentation.cutmix_alpha=1.0"),

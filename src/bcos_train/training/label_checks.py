@@ -8,7 +8,7 @@ __all__ = ["check_labels"]
 
 
 def check_labels(settings: CommonConfig) -> None:
-    """Check before the training that losses and mixing are possible with the data set's labels and boxes.
+    """Check before the training that losses, teacher and mixing are possible with the data set's labels and boxes.
 
     Raises:
         UserError: They aren't.
@@ -21,6 +21,10 @@ def check_labels(settings: CommonConfig) -> None:
                 f"{key}: cross-entropy is for one label per image, {dataset.name} has several: loss=bce or "
                 "loss=uniform_off_label_bce"
             )
+    if isinstance(settings, TrainConfig) and settings.distillation is not None and is_multi_label:
+        raise UserError(
+            f"distillation: a teacher is for one label per image, {dataset.name} has several: distillation=none"
+        )
     if isinstance(settings, TrainConfig) and (is_multi_label or getattr(dataset, "has_boxes", False)):
         for key in ("mixup_alpha", "cutmix_alpha"):
             if (alpha := getattr(augmentation, key)) > 0:
