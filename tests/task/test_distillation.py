@@ -17,12 +17,12 @@ from bcos_train.distillation import DistillationOptions, Teacher, distillation_l
 from bcos_train.explanation import explain
 from bcos_train.loss import BinaryCrossEntropy
 from bcos_train.task import Distillation, Network
-from bcos_train.training.callbacks.distillation import DISTILLATION_METRICS, DistillationCallback
+from bcos_train.training.callbacks.distillation import DistillationCallback, distillation_metrics
 from task.test_classification import batch
 
 
-def teacher_of(model: nn.Module, encoding: Any = None, num_classes: int = 4) -> Teacher:
-    return Teacher(model, "a teacher", encoding or BcosEncoding(), num_classes)
+def teacher_of(model: nn.Module, encoding: Any = None) -> Teacher:
+    return Teacher(model, "a teacher", encoding or BcosEncoding())
 
 
 def task_of(student: nn.Module, teacher: Teacher | None = None, **options: Any) -> Distillation:
@@ -102,7 +102,7 @@ def test_a_run_keeps_the_teacher_out_of_everything(tmp_path: Path) -> None:
     data = make_data()
     torch.manual_seed(3)
     module = make_module(data)
-    task = task_of(module.model, teacher_of(TinyNet(), num_classes=4), explanation_weight=1.0)
+    task = task_of(module.model, teacher_of(TinyNet()), explanation_weight=1.0)
     module.task = task
     before = {key: value.clone() for key, value in task.teacher.model.state_dict().items()}
     names = set(module.state_dict())
@@ -114,7 +114,7 @@ def test_a_run_keeps_the_teacher_out_of_everything(tmp_path: Path) -> None:
     assert not task.teacher.model.training
     assert all(torch.equal(value, before[key]) for key, value in task.teacher.model.state_dict().items())
     rows = metric_rows(tmp_path)
-    for name in DISTILLATION_METRICS:
+    for name in distillation_metrics(task.options):
         values = [float(row[name]) for row in rows if row.get(name)]
         assert len(values) == 2, name
     model, teacher = module.model.eval(), task.teacher.model

@@ -17,21 +17,20 @@ _STAGE = "final"
 
 
 def explain_by(
-    kind: ExplanationKind, model: nn.Module, x: Tensor, target: Tensor | None, create_graph: bool = False
+    kind: ExplanationKind, model: nn.Module, x: Tensor, target: Tensor | None = None, create_graph: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Explain one class per image.
 
     Args:
         model: (N, C, H, W) -> logits (N, K).
         x: (N, C, H, W).
-        target: (N,) classes; ``None``, except for Grad-CAM: the predicted ones.
+        target: (N,) classes; ``None``: the predicted ones.
         create_graph: Return results that are differentiable with respect to the parameters.
 
     Returns:
         The logits (N, K), and W(x) (N, C, H, W) or a map (N, H, W).
     """
     if kind == "grad_cam":
-        assert target is not None
         logits, maps = attribution_maps(model, x, target, "grad_cam", _STAGE)
         if not create_graph:
             logits, maps = logits.detach(), maps.detach()

@@ -36,7 +36,6 @@ class Teacher:
         model: (N, C, H, W) -> logits (N, K), in evaluation mode.
         label: For messages: name and origin of the weights.
         encoding: RGB in [0, 1] (N, 3, H, W) -> (N, C, H, W).
-        num_classes: K.
         class_names: Those that are recorded with the weights; ``None``: none are.
         dataset, accuracy: Top-1 accuracy in percent that is recorded with the weights, and on which data set.
         precision: ``"bf16"`` or ``None``.
@@ -45,7 +44,6 @@ class Teacher:
     model: nn.Module
     label: str
     encoding: _FloatEncoding
-    num_classes: int
     class_names: tuple[str, ...] | None = None
     dataset: str | None = None
     accuracy: float | None = None
@@ -62,9 +60,8 @@ class Teacher:
 
     def explain(self, rgb: Tensor, kind: ExplanationKind) -> tuple[Tensor, Tensor]:
         """Return the logits (N, K) of RGB images in [0, 1], and explanations of the predicted classes, detached."""
-        target = self.predict(rgb).argmax(1) if kind == "grad_cam" else None
         with self._autocast(rgb):
-            return explain_by(kind, self.model, self.encode(rgb), target)
+            return explain_by(kind, self.model, self.encode(rgb))
 
     def encode(self, rgb: Tensor) -> Tensor:
         """Return the model's input (N, C, H, W), and move the model to its device."""
@@ -94,14 +91,12 @@ def load_teacher(options: DistillationOptions, num_classes: int) -> Teacher:
     else:
         classifier = _load(name, weights)
         label = f"{classifier.name}, {classifier.origin}"
-    count = len(classifier.class_names)
-    if count != num_classes:
+    if (count := len(classifier.class_names)) != num_classes:
         raise ValueError(f"teacher={name} has {count} classes, the student {num_classes}")
     return Teacher(
         classifier.model,
         label,
         _float_encoding(classifier),
-        count,
         classifier.recorded_class_names,
         classifier.dataset,
         classifier.metrics.get("acc1"),

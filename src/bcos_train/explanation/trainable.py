@@ -24,7 +24,7 @@ STAGES = ("mid1", "mid2", "mid3", "final")
 
 
 def attribution_maps(
-    model: nn.Module, x: Tensor, target: Tensor, method: Attribution = "bcos", layer: str = "input"
+    model: nn.Module, x: Tensor, target: Tensor | None, method: Attribution = "bcos", layer: str = "input"
 ) -> tuple[Tensor, Tensor]:
     """Explain one class per image, differentiably with respect to the parameters.
 
@@ -35,7 +35,8 @@ def attribution_maps(
     Args:
         model: Maps (N, C, H, W) to logits (N, K).
         x: (N, C, H, W).
-        target: (N,) int64 classes, on the device of ``x``; not checked, which would wait for the device.
+        target: (N,) int64 classes, on the device of ``x``; not checked, which would wait for the device. ``None``: the
+            predicted ones.
         method: See :data:`Attribution`.
         layer: ``"input"``, or a layer for :func:`find_layer`, whose output is (N, C, h, w).
 
@@ -51,7 +52,8 @@ def attribution_maps(
         with explanation_graph(model) as bcos_gradient, _recorded(model, layer) as outputs:
             logits = model(leaf)
         at = leaf if layer == "input" else _single_map(outputs, layer)
-        selected = logits.gather(1, target[:, None]).sum()
+        classes = logits.detach().argmax(1) if target is None else target
+        selected = logits.gather(1, classes[:, None]).sum()
         if method == "bcos":
             gradient = bcos_gradient(selected, at)
         else:

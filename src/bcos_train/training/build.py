@@ -38,7 +38,7 @@ from bcos_train.runs.launcher import launched
 from bcos_train.runs.layout import EXPLANATIONS
 from bcos_train.task import Classification, Distillation, Task
 from bcos_train.training.callbacks.checkpoint import Checkpointer
-from bcos_train.training.callbacks.distillation import DISTILLATION_METRICS, DistillationCallback
+from bcos_train.training.callbacks.distillation import DistillationCallback, distillation_metrics
 from bcos_train.training.callbacks.ema import EmaCallback, ema_decay
 from bcos_train.training.callbacks.explanations import ExplanationCallback, GalleryCallback, metric_names
 from bcos_train.training.callbacks.metrics import TrainingLog
@@ -275,11 +275,13 @@ def build_task(settings: TrainConfig, model: nn.Module, data: DataModule) -> Tas
     """
     if settings.guidance is not None and settings.distillation is not None:
         raise UserError("distillation and guidance can't be combined: set one of them to none")
+    are_explanations_trained = settings.guidance or (settings.distillation and settings.distillation.explanation_weight)
+    if are_explanations_trained and str(settings.trainer.precision) == "16":
+        raise UserError("trainer.precision=16: the gradients of explanations would underflow; use bf16 or 32")
     if settings.guidance is not None:
         return build_guidance(settings, settings.guidance, model, data)
-    if settings.distillation is not None:
-        num_classes = choose_num_classes(settings, data)
-        return build_distillation(settings, settings.distillation, model, data.class_names, num_classes)
+    if (options := settings.distillation) is not None:
+        return build_distillation(settings, options, model, data.class_names, choose_num_classes(settings, data))
     return Classification(settings.loss)
 
 
@@ -334,8 +336,7 @@ def check_monitor(settings: TrainConfig) -> None:
     names = [f"{part}/{name}" for part in parts for name in score_names(*labels, part != "train")]
     names += ["train/loss_step", "lr", "gradient_norm", "images_per_second"]
     names += [] if settings.guidance is None else GUIDANCE_METRICS
-    if settings.distillation is not None:
-        names += DISTILLATION_METRICS[: None if settings.distillation.explanation_weight else -1]
+    names += [] if settings.distillation is None else distillation_metrics(settings.distillation)
     names += [] if settings.explanation is None else metric_names(settings.explanation)
     is_layer = monitor is not None and "explanation/alignment" in names and monitor.startswith("explanation/alignment/")
     if monitor is None or settings.checkpointing.keep_best == 0 or monitor in names or is_layer:

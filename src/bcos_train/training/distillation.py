@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from bcos_train.config import UserError, user_errors_at
+from bcos_train.config import user_errors_at
 from bcos_train.dataset.classes import check_same_classes
 from bcos_train.distillation import DistillationOptions, load_teacher
 from bcos_train.task import Distillation
@@ -23,10 +23,8 @@ def build_distillation(
         num_classes: K of the model.
 
     Raises:
-        UserError: The teacher can't be loaded or has other classes, or the precision is too low.
+        UserError: The teacher can't be loaded or has other classes.
     """
-    if options.explanation_weight and str(settings.trainer.precision) == "16":
-        raise UserError("trainer.precision=16: the gradients of explanations would underflow; use bf16 or 32")
     with user_errors_at("distillation"):
         teacher = load_teacher(options, num_classes)
         if teacher.class_names is not None:

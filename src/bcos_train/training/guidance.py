@@ -23,15 +23,9 @@ def build_guidance(settings: TrainConfig, options: GuidanceOptions, model: nn.Mo
     Raises:
         UserError: The data set has no boxes, the model can't be explained so, or settings contradict each other.
     """
-    trainer, augmentation = settings.trainer, settings.augmentation
+    trainer = settings.trainer
     if not data.has_boxes:
         raise UserError(f"guidance={options.loss}: {data.dataset.name} has no boxes; dataset=pasted has")
-    if augmentation.mixup_alpha or augmentation.cutmix_alpha:
-        raise UserError(
-            "guidance: mixed images have no boxes; use augmentation.mixup_alpha=0 augmentation.cutmix_alpha=0"
-        )
-    if str(trainer.precision) == "16":
-        raise UserError("trainer.precision=16: the gradients of explanations would underflow; use bf16 or 32")
     if options.start_epoch >= trainer.max_epochs:
         raise UserError(
             f"guidance.start_epoch={options.start_epoch}: the training has trainer.max_epochs={trainer.max_epochs}"

@@ -8,17 +8,21 @@ from torchmetrics import MeanMetric
 
 from bcos_train.dataset.batch import Batch
 from bcos_train.dataset.encoding import to_float
-from bcos_train.distillation import distillation_loss, explain_by, explanation_similarity
+from bcos_train.distillation import DistillationOptions, distillation_loss, explain_by, explanation_similarity
 from bcos_train.task.distillation import Distillation, agreement
 from bcos_train.training.module import Classifier
 from bcos_train.training.score import SUM_DTYPE
 
-__all__ = ["DISTILLATION_METRICS", "DistillationCallback"]
+__all__ = ["DistillationCallback", "distillation_metrics"]
 
-#: Names of the metrics, the last one only if explanations are distilled.
-DISTILLATION_METRICS = ("val/agreement", "val/kl", "val/teacher_acc1", "val/explanation_similarity")
+AGREEMENT, KL, TEACHER, SIMILARITY = "val/agreement", "val/kl", "val/teacher_acc1", "val/explanation_similarity"
 #: About the number of validation images whose explanations are compared, evenly spaced: each needs four passes.
 N_EXPLAINED = 500
+
+
+def distillation_metrics(options: DistillationOptions) -> list[str]:
+    """Return the names of the metrics that are logged in a validation."""
+    return [AGREEMENT, KL, TEACHER, *([SIMILARITY] if options.explanation_weight else [])]
 
 
 class DistillationCallback(pl.Callback):
@@ -31,8 +35,7 @@ class DistillationCallback(pl.Callback):
 
     def __init__(self, task: Distillation, console: Console) -> None:
         self.task, self.console = task, console
-        n_metrics = len(DISTILLATION_METRICS) - (task.options.explanation_weight == 0)
-        self.means = {name: MeanMetric().set_dtype(SUM_DTYPE) for name in DISTILLATION_METRICS[:n_metrics]}
+        self.means = {name: MeanMetric().set_dtype(SUM_DTYPE) for name in distillation_metrics(task.options)}
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for mean in self.means.values():
@@ -69,14 +72,13 @@ class DistillationCallback(pl.Callback):
         assert isinstance(outputs, dict)
         logits, rgb = outputs["logits"], to_float(batch.images)
         expected = self.task.teacher.predict(rgb)
-        values = [100 * agreement(logits, expected), distillation_loss(logits, expected)]
-        values += [100 * (expected.argmax(1) == batch.labels)]
-        for mean, value in zip(self.means.values(), values, strict=False):
-            mean.update(value, len(logits) if value.ndim == 0 else 1)
-        if len(self.means) == len(DISTILLATION_METRICS):
+        self.means[AGREEMENT].update(100 * agreement(logits, expected))
+        self.means[KL].update(distillation_loss(logits, expected), len(logits))
+        self.means[TEACHER].update(100 * (expected.argmax(1) == batch.labels))
+        if SIMILARITY in self.means:
             is_explained = batch.indices % max(1, pl_module.data.num_val // N_EXPLAINED) == 0
             if len(rgb := rgb[is_explained]):
-                self.means[DISTILLATION_METRICS[-1]].update(self._similarity(pl_module, rgb))
+                self.means[SIMILARITY].update(self._similarity(pl_module, rgb))
 
     def _similarity(self, module: Classifier, rgb: Tensor) -> Tensor:
         kind = self.task.explanation
