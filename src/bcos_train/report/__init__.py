@@ -3,6 +3,18 @@
 from bcos_train.report.box_plot import box_plot
 from bcos_train.report.gallery import gallery, save_gallery, short_class_name
 from bcos_train.report.maps import Panel, Row, map_table
+from bcos_train.report.pair_gallery import Explained, pair_gallery
 from bcos_train.report.pareto_plot import pareto_plot
 
-__all__ = ["Panel", "Row", "box_plot", "gallery", "map_table", "pareto_plot", "save_gallery", "short_class_name"]
+__all__ = [
+    "Explained",
+    "Panel",
+    "Row",
+    "box_plot",
+    "gallery",
+    "map_table",
+    "pair_gallery",
+    "pareto_plot",
+    "save_gallery",
+    "short_class_name",
+]

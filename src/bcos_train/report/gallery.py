@@ -45,16 +45,17 @@ SHARP = 96  # images up to this height in pixels are drawn without interpolation
 
 
 @dataclass(frozen=True)
-class _Layout:
+class Layout:
     """Layout of a page of N samples; lengths in inches from the top left corner."""
 
     columns: int
     rows: int
     picture: tuple[float, float]
+    note: float = 0.0  # the line below a sample
 
     @property
     def sample(self) -> tuple[float, float]:
-        return 3 * self.picture[0] + 2 * GAP, TITLE + self.picture[1]
+        return 3 * self.picture[0] + 2 * GAP, TITLE + self.picture[1] + self.note
 
     @property
     def page(self) -> tuple[float, float]:
@@ -122,15 +123,15 @@ def gallery(
         torch.nan_to_num(tensor[:n_samples].detach().cpu().float(), 0.0, 0.0, 0.0)
         for tensor in (explanation.weights, explanation.contribution_map)
     )
-    window = _window(smooth, height)
-    colors = _on_white(color_explanation(x, weights, window, alpha_percentile), maps, window)
+    window = smoothing_window(smooth, height)
+    colors = on_white(color_explanation(x, weights, window, alpha_percentile), maps, window)
     scale = float(torch.quantile(maps.abs().flatten(1), 0.995, dim=1).max()) or 1.0
 
-    layout = _choose_layout(n_samples, height, width)
+    layout = choose_layout(n_samples, height, width)
     figure = Figure(figsize=layout.page, facecolor="white")
-    _draw_header(figure, layout, title, epoch, accuracy)
+    draw_header(figure, layout, title, epoch, accuracy)
     for n in range(n_samples):
-        axes = _sample_axes(figure, layout, n)
+        axes = sample_axes(figure, layout, n)
         _draw_pictures(axes, x[n, :3], colors[n], maps[n], scale)
         shares = None if probabilities is None else probabilities[n].detach().cpu()
         prediction, label, target = (int(values[n]) for values in (explanation.prediction, labels, explanation.target))
@@ -179,23 +180,24 @@ def _check(
         raise ValueError(f"probabilities must be {(n_images, n_classes)}, got {tuple(probabilities.shape)}")
 
 
-def _choose_layout(n_samples: int, height: int, width: int) -> _Layout:
+def choose_layout(n_samples: int, height: int, width: int, note: float = 0.0) -> Layout:
     """Choose the number of columns for a page close to ASPECT with few empty places."""
-    picture = (PICTURE, PICTURE * height / width)
-    layouts = [_Layout(columns, math.ceil(n_samples / columns), picture) for columns in range(1, min(n_samples, 6) + 1)]
+    picture, numbers = (PICTURE, PICTURE * height / width), range(1, min(n_samples, 6) + 1)
+    layouts = [Layout(columns, math.ceil(n_samples / columns), picture, note) for columns in numbers]
 
-    def badness(layout: _Layout) -> float:
+    def badness(layout: Layout) -> float:
         empty = layout.columns * layout.rows - n_samples
         return abs(math.log(layout.page[0] / layout.page[1] / ASPECT)) + empty / n_samples
 
     return min(layouts, key=badness)
 
 
-def _sample_axes(figure: Figure, layout: _Layout, index: int) -> list[Axes]:
+def sample_axes(figure: Figure, layout: Layout, index: int, names: Sequence[str] = COLUMN_NAMES) -> list[Axes]:
+    """Add the axes of a sample's three pictures, with the names of the columns above the first row."""
     left, top = layout.corner(index)
     width, height = layout.picture
     axes = [layout.add_axes(figure, left + i * (width + GAP), top + TITLE, width, height) for i in range(3)]
-    for ax, name in zip(axes, COLUMN_NAMES, strict=True):
+    for ax, name in zip(axes, names, strict=True):
         ax.set(xticks=[], yticks=[])
         ax.spines[:].set(color=FRAME, linewidth=0.6)
         if index < layout.columns:
@@ -208,8 +210,13 @@ def _draw_pictures(axes: list[Axes], rgb: Tensor, color: Tensor, contributions: 
     axes[0].imshow(rgb.clamp(0, 1).permute(1, 2, 0).numpy())
     axes[1].imshow(color.numpy())
     plot_contribution_map(contributions, axes[2], vrange=scale, percentile=100)
+    set_interpolation(axes, len(contributions))
+
+
+def set_interpolation(axes: Sequence[Axes], height: int) -> None:
+    """Show the pixels of pictures with a small height in pixels, and interpolate others."""
     for ax in axes:
-        ax.images[0].set_interpolation("nearest" if len(contributions) <= SHARP else "antialiased")
+        ax.images[0].set_interpolation("nearest" if height <= SHARP else "antialiased")
 
 
 def _title_sample(
@@ -237,16 +244,20 @@ def _title_sample(
     axes[2].set_title(note, loc="right", color=MUTED, fontsize=8, pad=3.5)
 
 
-def _draw_header(figure: Figure, layout: _Layout, title: str, epoch: int | None, accuracy: float | None) -> None:
+def draw_header(
+    figure: Figure, layout: Layout, title: str, epoch: int | None, accuracy: float | None, note: str = ""
+) -> None:
+    """Draw the headline, and below it the epoch, the accuracy in [0, 1] and a note."""
     width, height = layout.page
     facts = [] if epoch is None else [f"epoch {epoch}"]
     facts += [] if accuracy is None else [f"accuracy {accuracy:.1%}"]
-    headline = figure_text(_shorten(title, int((width - 2 * MARGIN) / 0.115)))
+    facts += [note] if note else []
+    headline = figure_text(shorten(title, int((width - 2 * MARGIN) / 0.115)))
     figure.text(MARGIN / width, 1 - MARGIN / height, headline, fontsize=12, weight="bold", va="top")
     figure.text(MARGIN / width, 1 - (MARGIN + 0.24) / height, " · ".join(facts), fontsize=9, color=MUTED, va="top")
 
 
-def _draw_color_bar(figure: Figure, layout: _Layout, scale: float) -> None:
+def _draw_color_bar(figure: Figure, layout: Layout, scale: float) -> None:
     width, height = layout.page
     bar = layout.add_axes(figure, (width - 2.6) / 2, height - FOOTER + 0.08, 2.6, 0.09)
     mappable = ScalarMappable(Normalize(-scale, scale), cmap="bwr")
@@ -257,7 +268,7 @@ def _draw_color_bar(figure: Figure, layout: _Layout, scale: float) -> None:
     colorbar.set_label(LEGEND, fontsize=7.5, color=MUTED, labelpad=2)
 
 
-def _window(smooth: int | str, height: int) -> int:
+def smoothing_window(smooth: int | str, height: int) -> int:
     """Return the window in pixels; "auto": the odd number nearest to 15 at a height of 224."""
     if not isinstance(smooth, str):
         return smooth
@@ -266,7 +277,7 @@ def _window(smooth: int | str, height: int) -> int:
     return 2 * round((15 * height / 224 - 1) / 2) + 1
 
 
-def _on_white(rgba: Tensor, maps: Tensor, window: int) -> Tensor:
+def on_white(rgba: Tensor, maps: Tensor, window: int) -> Tensor:
     """Blend RGBA images (N, H, W, 4) with white: (N, H, W, 3).
 
     Windows in which every pixel is evidence against the class are not drawn: if nearly the whole image is, the official
@@ -282,7 +293,7 @@ def _on_white(rgba: Tensor, maps: Tensor, window: int) -> Tensor:
 
 def short_class_name(name: str) -> str:
     """Shorten a class name for a figure: up to the first comma, at most 18 characters."""
-    return _shorten(str(name).split(",")[0].replace("_", " ").strip(), NAME_LENGTH)
+    return shorten(str(name).split(",")[0].replace("_", " ").strip(), NAME_LENGTH)
 
 
 def figure_text(text: str) -> str:
@@ -290,7 +301,8 @@ def figure_text(text: str) -> str:
     return printable(text, keep="").replace("$", r"\$")
 
 
-def _shorten(text: str, length: int) -> str:
+def shorten(text: str, length: int) -> str:
+    """Shorten a text to ``length`` characters, the last of which is then an ellipsis."""
     return text if len(text) <= length else text[: length - 1].rstrip() + "…"
 
 

@@ -95,7 +95,7 @@ def map_table(columns: Sequence[str], rows: Sequence[Row], title: str) -> Figure
             _draw(ax, panel)
             if r == 0:
                 ax.set_title(figure_text(name), fontsize=9, pad=4)
-    _draw_scale(figure, page)
+    draw_scale(figure, page)
     return figure
 
 
@@ -127,7 +127,8 @@ def _wrapped(text: str, width: int = 24, lines: int = 6) -> str:
     return "\n".join(textwrap.wrap(text, width, max_lines=lines, placeholder=" …"))
 
 
-def _draw_scale(figure: Figure, page: tuple[float, float]) -> None:
+def draw_scale(figure: Figure, page: tuple[float, float], legend: str = LEGEND) -> None:
+    """Draw the color bar of signed maps without numbers at the foot of a page of (width, height) inches."""
     width = min(2.2, page[0] - 1)
     bounds = ((page[0] - width) / 2 / page[0], (FOOTER - 0.2) / page[1], width / page[0], 0.08 / page[1])
     bar = figure.colorbar(
@@ -135,4 +136,4 @@ def _draw_scale(figure: Figure, page: tuple[float, float]) -> None:
     )
     bar.set_ticks([])
     bar.outline.set(edgecolor=FRAME, linewidth=0.6)
-    bar.set_label(f"{LEGEND}; each map in its own scale", fontsize=7.5, color=MUTED, labelpad=3)
+    bar.set_label(f"{legend}; each map in its own scale", fontsize=7.5, color=MUTED, labelpad=3)

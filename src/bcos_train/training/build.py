@@ -386,13 +386,13 @@ def build_callbacks(
     if settings.ema is not None:
         every, epochs = settings.ema.every_n_steps, settings.trainer.max_epochs
         warmup_steps = round(settings.schedule.warmup(data.steps_per_epoch) * data.steps_per_epoch)
-        callbacks.append(
-            EmaCallback(ema_decay(settings.ema.decay, data.batch_size, every, epochs), every, warmup_steps)
-        )
-    if isinstance(task, Distillation):
-        callbacks.append(DistillationCallback(task, console))
+        decay = ema_decay(settings.ema.decay, data.batch_size, every, epochs)
+        callbacks.append(EmaCallback(decay, every, warmup_steps))
+    distillation = task if isinstance(task, Distillation) else None
+    if distillation is not None:
+        callbacks.append(DistillationCallback(distillation, console))
     if settings.explanation is not None:
-        explanations = ExplanationCallback(settings.explanation, folder.path / EXPLANATIONS, title)
+        explanations = ExplanationCallback(settings.explanation, folder.path / EXPLANATIONS, title, distillation)
         callbacks.append(explanations)
         after.append(GalleryCallback(explanations))
     if settings.trainer.progress:

@@ -7,16 +7,29 @@ from typing import Any
 
 import pytest
 import torch
+from evaluation.toys import make_options
+from matplotlib.figure import Figure
 
+from bcos_train.dataset import BcosEncoding
+from bcos_train.distillation import DistillationOptions, Teacher
 from bcos_train.evaluation import BOX_METRICS, Results
 from bcos_train.evaluation import METRICS as ALL_METRICS
+from bcos_train.explanation import explain
+from bcos_train.loss import BinaryCrossEntropy
+from bcos_train.report import Explained, pair_gallery
 from bcos_train.run import evaluate, train
 from bcos_train.runs.layout import read_metrics
-from bcos_train.training.callbacks.explanations import PredictionRecorder, logged_metrics
+from bcos_train.task import Distillation
+from bcos_train.training.callbacks.explanations import (
+    ExplanationCallback,
+    GalleryCallback,
+    PredictionRecorder,
+    logged_metrics,
+)
 from bcos_train.training.config import restore_dataset_settings
 
 from ..runs import TINY, assert_same_state, compose, final_state, run_folder
-from ..toys import fit, make_data
+from ..toys import TinyNet, fit, make_data, make_module
 
 #: Those that digits, which have no boxes, can be measured by.
 METRICS = [name for name in ALL_METRICS if name not in BOX_METRICS]
@@ -111,6 +124,58 @@ def test_recorder_has_the_predictions_of_the_validation(tmp_path: Path) -> None:
     assert torch.equal(found.labels, labels)
     assert torch.equal(found.predictions, probabilities.argmax(1))
     torch.testing.assert_close(found.confidences, probabilities.amax(1))
+
+
+# ---- distillation
+
+
+@pytest.mark.parametrize("kind", ["weights", "contributions"])
+def test_gallery_of_teacher_and_student(kind: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[dict[str, Any]] = []
+
+    def record(rgb: torch.Tensor, teacher: Explained, student: Explained, *args: Any, **options: Any) -> Figure:
+        calls.append({"rgb": rgb, "teacher": teacher, "student": student, "others": args, **options})
+        return pair_gallery(rgb, teacher, student, *args, **options)
+
+    monkeypatch.setattr("bcos_train.training.callbacks.distillation.pair_gallery", record)
+    data = make_data()
+    module = make_module(data)
+    torch.manual_seed(5)
+    teacher = Teacher(TinyNet(), "a teacher", BcosEncoding())
+    options = DistillationOptions(teacher="toy", explanation=kind)  # the explanations have no part in the loss
+    module.task = Distillation(BinaryCrossEntropy(), teacher, options, module.model)
+    folder = tmp_path / "explanations"
+    explanations = ExplanationCallback(make_options(metrics=[], gallery_images=3), folder, "a run", module.task)
+    fit(tmp_path, explanations, GalleryCallback(explanations), data=data, module=module, epochs=2)
+    assert sorted(path.name for path in folder.iterdir()) == ["epoch-0001.png", "epoch-0002.png"]
+    call, images = calls[-1], data.fixed_val_samples(3)
+    rgb = images[0] / 255
+    torch.testing.assert_close(call["rgb"], rgb)
+    x = torch.cat([rgb, 1 - rgb], 1)
+    explained = teacher.model(x).argmax(1)
+    for name, model in (("teacher", teacher.model), ("student", module.model.eval())):
+        expected = explain(model, x, explained)
+        values = expected.weights if kind == "weights" else expected.contribution_map
+        torch.testing.assert_close(call[name].explanation, values, msg=name)
+        assert torch.equal(call[name].prediction, expected.prediction), name
+    labels, names, similarity = call["others"]
+    assert torch.equal(labels, images[1])
+    assert list(names) == [f"class {k}" for k in range(4)]
+    pair = (call[name].explanation.flatten(1) for name in ("teacher", "student"))
+    torch.testing.assert_close(similarity, torch.nn.functional.cosine_similarity(*pair))
+    assert call["epoch"] == 2
+    assert call["title"] == "a run"
+
+
+def test_no_gallery_of_teacher_and_student_if_it_is_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bcos_train.training.callbacks.explanations.draw_pair_gallery", None)
+    data = make_data()
+    module = make_module(data)
+    teacher = Teacher(TinyNet(), "a teacher", BcosEncoding())
+    task = Distillation(BinaryCrossEntropy(), teacher, DistillationOptions(teacher="toy"), module.model)
+    explanations = ExplanationCallback(make_options(metrics=[], gallery_images=0), tmp_path / "explanations", "", task)
+    fit(tmp_path, explanations, GalleryCallback(explanations), data=data, module=module, epochs=1)
+    assert not list((tmp_path / "explanations").iterdir())
 
 
 # ---- evaluation

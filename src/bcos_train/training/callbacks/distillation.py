@@ -2,6 +2,7 @@
 
 import pytorch_lightning as pl
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 from torch import Tensor
 from torchmetrics import MeanMetric
@@ -9,11 +10,13 @@ from torchmetrics import MeanMetric
 from bcos_train.dataset.batch import Batch
 from bcos_train.dataset.encoding import to_float
 from bcos_train.distillation import DistillationOptions, distillation_loss, explain_by, explanation_similarity
+from bcos_train.loading import pad_class_names
+from bcos_train.report import Explained, pair_gallery
 from bcos_train.task.distillation import Distillation, agreement
 from bcos_train.training.module import Classifier
 from bcos_train.training.score import SUM_DTYPE
 
-__all__ = ["DistillationCallback", "distillation_metrics"]
+__all__ = ["DistillationCallback", "distillation_metrics", "draw_pair_gallery"]
 
 AGREEMENT, KL, TEACHER, SIMILARITY = "val/agreement", "val/kl", "val/teacher_acc1", "val/explanation_similarity"
 #: About the number of validation images whose explanations are compared, evenly spaced: each needs four passes.
@@ -23,6 +26,33 @@ N_EXPLAINED = 500
 def distillation_metrics(options: DistillationOptions) -> list[str]:
     """Return the names of the metrics that are logged in a validation."""
     return [AGREEMENT, KL, TEACHER, *([SIMILARITY] if options.explanation_weight else [])]
+
+
+def draw_pair_gallery(
+    task: Distillation,
+    module: Classifier,
+    samples: tuple[Tensor, Tensor],
+    *,
+    title: str,
+    epoch: int | None = None,
+    accuracy: float | None = None,
+) -> Figure:
+    """Draw the explanations that the task compares; see :func:`~bcos_train.report.pair_gallery`.
+
+    Args:
+        samples: uint8 images ``(N, 3, H, W)`` and labels ``(N,)``, or multi-hot ``(N, K)``.
+    """
+    images, labels = (tensor.to(module.device) for tensor in samples)
+    rgb = to_float(images)
+    expected, theirs = task.teacher.explain(rgb, task.explanation)
+    predicted = expected.argmax(1)
+    logits, ours = explain_by(task.explanation, module.model, module.encode_floats(rgb), predicted)
+    similarity = explanation_similarity(ours, theirs)
+    if theirs.ndim == 4 and theirs.shape[1] != 6:  # colors need the encoding [r, g, b, 1-r, 1-g, 1-b]
+        ours, theirs = (module.encode_floats(rgb) * ours).sum(1), (task.teacher.encode(rgb) * theirs).sum(1)
+    names = pad_class_names(module.data.class_names, logits.shape[1])
+    student, teacher = Explained(logits.argmax(1), ours), Explained(predicted, theirs)
+    return pair_gallery(rgb, teacher, student, labels, names, similarity, title=title, epoch=epoch, accuracy=accuracy)
 
 
 class DistillationCallback(pl.Callback):

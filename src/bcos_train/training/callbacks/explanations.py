@@ -26,6 +26,8 @@ from bcos_train.loading import LoadedClassifier, pad_class_names
 from bcos_train.metric import GridPointing
 from bcos_train.report import gallery, save_gallery
 from bcos_train.runs.layout import EVALUATION, METRICS, salvage_metrics
+from bcos_train.task import Distillation
+from bcos_train.training.callbacks.distillation import draw_pair_gallery
 from bcos_train.training.distributed import is_distributed
 from bcos_train.training.module import Classifier
 from bcos_train.training.side_matters import only_warn
@@ -195,11 +197,17 @@ class ExplanationCallback(PredictionRecorder):
     The images are the same in every run on a data set; those of the grids are the most confident correct predictions of
     the latest validation. Training is not affected: the model is in evaluation mode, and the state of the random
     generators is restored.
+
+    Args:
+        title: Headline of the gallery.
+        distillation: The gallery shows the explanations that this task compares, those of teacher and student.
     """
 
-    def __init__(self, options: ExplanationOptions, folder: Path, title: str) -> None:
+    def __init__(
+        self, options: ExplanationOptions, folder: Path, title: str, distillation: Distillation | None = None
+    ) -> None:
         super().__init__()
-        self.options, self.folder, self.title = options, folder, title
+        self.options, self.folder, self.title, self.distillation = options, folder, title, distillation
         self._samples: tuple[Tensor, Tensor] | None = None
         self._due_epoch: int | None = None
 
@@ -221,7 +229,8 @@ class ExplanationCallback(PredictionRecorder):
     def draw(self, trainer: pl.Trainer, module: Classifier) -> None:
         """Draw the gallery if one is due after this epoch."""
         epoch, self._due_epoch = self._due_epoch, None
-        if epoch is not None and self.options.gallery_images and is_explainable(module.model):
+        can_draw = self.distillation is not None or is_explainable(module.model)
+        if epoch is not None and self.options.gallery_images and can_draw:
             with only_warn("gallery"), evaluating(module.model), isolated_rng():
                 self._draw(trainer, module, epoch)
 
@@ -251,7 +260,12 @@ class ExplanationCallback(PredictionRecorder):
         if percent is None and (log := self.folder.parent / METRICS).exists():  # resumed after the validation
             percent = next((row["val/acc1"] for row in salvage_metrics(log)[1][::-1] if "val/acc1" in row), None)
         accuracy = None if percent is None else float(percent) / 100
-        figure = draw_gallery(module, module.data, self._samples, title=self.title, epoch=epoch, accuracy=accuracy)
+        if self.distillation is None:
+            figure = draw_gallery(module, module.data, self._samples, title=self.title, epoch=epoch, accuracy=accuracy)
+        else:
+            figure = draw_pair_gallery(
+                self.distillation, module, self._samples, title=self.title, epoch=epoch, accuracy=accuracy
+            )
         path = self._path(epoch)
         save_gallery(path, figure)
         for logger in trainer.loggers:
