@@ -1,6 +1,7 @@
 """Every YAML composes, fits the signatures that it is passed to, and builds."""
 
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -198,6 +199,53 @@ def test_a_users_recipe_comes_after_that_of_model_and_dataset(tmp_path: Path) ->
     assert own["augmentation"] == compose("augmentation=imagenet_ra")["augmentation"]
 
 
+BCOS_E2KD = {
+    "optimizer": {"_target_": "torch.optim.Adam", "lr": 1e-3, "weight_decay": 0.0},
+    "trainer": {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "agc"},
+    "loss": {"_target_": "bcos_train.loss.UniformOffLabelBinaryCrossEntropy"},
+    "distillation": {"teacher": "densenet169"},
+}
+WARM_UP = {"schedule": {"interval": "epoch", "warmup_epochs": 5, "warmup_steps": None, "warmup_decay": 0.01}}
+STANDARD_E2KD = WARM_UP | {
+    "optimizer": {"_target_": "torch.optim.AdamW", "lr": 1e-2, "weight_decay": 1e-4},
+    "trainer": {"gradient_clip_val": 1.0, "gradient_clip_algorithm": "norm"},
+    "loss": {"_target_": "bcos_train.loss.CrossEntropy"},
+    "distillation": {"teacher": "standard_resnet34", "explanation": "grad_cam"},
+}
+#: Published settings of e2KD (arXiv 2402.03119): epochs, batch, shots, interval of the explanations, and the rest.
+E2KD: dict[str, tuple[int, int, int | None, int, dict[str, dict[str, Any]]]] = {
+    "model=resnet18 recipe=e2kd": (200, 256, None, 16, BCOS_E2KD | WARM_UP),
+    "model=simple_vit_ti_patch16_224 recipe=e2kd_vit": (
+        *(150, 256, None, 4),
+        BCOS_E2KD | {"schedule": {"interval": "step", "warmup_epochs": None, "warmup_steps": 10_000}},
+    ),
+    "model=standard_resnet18 recipe=e2kd_standard": (200, 256, None, 16, STANDARD_E2KD),
+    "model=resnet18 recipe=[e2kd,shots50]": (250, 32, 50, 16, BCOS_E2KD | WARM_UP),
+    "model=resnet18 recipe=[e2kd,shots200]": (125, 64, 200, 16, BCOS_E2KD | WARM_UP),
+    "model=standard_resnet18 recipe=[e2kd_standard,shots50]": (250, 32, 50, 16, STANDARD_E2KD),
+    "model=standard_resnet18 recipe=[e2kd_standard,shots200]": (125, 64, 200, 16, STANDARD_E2KD),
+}
+
+
+@pytest.mark.parametrize("command", E2KD)
+def test_published_settings_of_e2kd(command: str) -> None:
+    epochs, batch, shots, interval, settings = E2KD[command]
+    config = compose("dataset=imagenet", *command.split())
+    assert config["schedule"]["_target_"] == "bcos_train.schedule.Cosine"
+    assert (config["trainer"]["max_epochs"], config["batch_size"]) == (epochs, batch)
+    assert (config["dataset"]["shots"], config["dataset"]["val_per_class"]) == (shots, 50)
+    assert (config["dataset"]["split_seed"], config["seed"], config["ema"]) == (42, 42, None)
+    distillation = {"temperature": 1, "explanation_weight": 1, "kd_weight": 1, "ground_truth_weight": 0}
+    distillation |= {"explanation_every_n_steps": interval, **settings["distillation"]}
+    for group, values in (settings | {"distillation": distillation}).items():
+        assert {key: config[group][key] for key in values} == values
+    policy = ("ra", 10) if "vit" in command else (None, 9)
+    train = config["augmentation"]["train"]
+    assert (train["policy"], train["ra_magnitude"]) == policy
+    assert (train["crop_size"], train["hflip_prob"], train["random_erase_prob"]) == (224, 0.5, 0.0)
+    assert config["augmentation"]["mixup_alpha"] == config["augmentation"]["cutmix_alpha"] == 0
+
+
 def header(path: str) -> dict[str, str]:
     """Key and text of each entry of a recipe's opening comment."""
     entries: dict[str, str] = {}
@@ -222,7 +270,7 @@ def test_recipe_header(path: str) -> None:
     assert re.fullmatch(r"not yet|\d.*", entries["reproduced"])
     for command in entries["command"].splitlines():
         assert command.startswith("python train.py ")
-        overrides = command.removeprefix("python train.py ").split()
+        overrides = shlex.split(command.removeprefix("python train.py "))
         config = compose(*overrides)
         build(config)
         text = (CONFIGS / "recipe" / path).read_text()

@@ -50,6 +50,7 @@ NOT_HASHED = (
     "checkpointing.keep_best=5",
     "name=other",
     "resume=false",
+    "dataset.split_seed=1",  # nothing is drawn
 )
 HASHED = (
     "optimizer.lr=0.01",
@@ -61,6 +62,8 @@ HASHED = (
     "augmentation.mixup_alpha=0.5",
     "augmentation.train.degrees=5.0",
     "batch_size=16",
+    "dataset.shots=5",
+    "dataset.val_per_class=5",
     "drop_last=true",
     "trainer.max_epochs=3",
     "trainer.precision=bf16",
@@ -84,6 +87,17 @@ def test_hash_ignores_what_changes_no_result(override: str, base_hash: str) -> N
 def test_hash_depends_on_what_changes_results(base_hash: str) -> None:
     hashes = {override: run_hash(compose(Path("runs"), *TINY, override)) for override in HASHED}
     assert len({*hashes.values(), base_hash}) == len(HASHED) + 1, hashes
+
+
+def test_keys_of_later_versions_do_not_change_the_hash(base_hash: str) -> None:
+    config = compose(Path("runs"), *TINY)
+    for key in ("shots", "val_per_class", "split_seed"):
+        del config["dataset"][key]
+    for key in ("drop_last", "distillation", "guidance"):
+        del config[key]
+    assert run_hash(config) == base_hash
+    drawn = [compose(Path("runs"), *TINY, "dataset.shots=5", f"dataset.split_seed={seed}") for seed in (1, 2)]
+    assert run_hash(drawn[0]) != run_hash(drawn[1])
 
 
 @pytest.mark.parametrize(("dataset", "counts"), [("imagefolder", True), ("cifar10", False), ("imagenet", False)])

@@ -10,6 +10,7 @@ from torchvision.datasets import CIFAR10
 
 from bcos_train.dataset.base import Cache, ClassMap, ImageDataset, require_root
 from bcos_train.dataset.folder import ImageFolder
+from bcos_train.dataset.split import Split
 
 __all__ = ["Cifar10"]
 
@@ -23,6 +24,7 @@ class Cifar10:
         download: Download the archive if it is missing.
         cache: Where the images are kept during a run, see :data:`~bcos_train.dataset.base.Cache`.
         class_map: Classes of a trained model, see :data:`~bcos_train.dataset.base.ClassMap`; ``None``: the same ones.
+        shots, val_per_class, split_seed: A few images of each class, see :class:`~bcos_train.dataset.split.Split`.
 
     Raises:
         ValueError: ``root`` is None; on use: the files are missing and can't be downloaded.
@@ -37,11 +39,15 @@ class Cifar10:
         download: bool = True,
         cache: Cache | None = None,
         class_map: ClassMap | None = None,
+        shots: int | None = None,
+        val_per_class: int | None = None,
+        split_seed: int = 42,
     ) -> None:
         self.root = require_root(root, "CIFAR-10", "set DATA_ROOT or dataset.root")
         self.download = download
         self.cache = cache
         self.class_map = class_map
+        self._split = Split(shots, val_per_class, split_seed)
 
     @property
     def class_names(self) -> list[str]:
@@ -66,10 +72,12 @@ class Cifar10:
             ) from error
 
     def train(self) -> ImageDataset:
-        return self._part(train=True)
+        return self._split.train(self._part(train=True), self.class_names)
 
     def val(self) -> ImageDataset:
-        return self._part(train=False)
+        if self._split.val_per_class is None:
+            return self._part(train=False)
+        return self._split.val(self._part(train=True), self.class_names)
 
     @cached_property
     def _as_files(self) -> ImageFolder | None:

@@ -8,6 +8,7 @@ from torch.utils.data import Dataset
 
 from bcos_train.dataset.base import Cache, ClassMap, ImageDataset
 from bcos_train.dataset.randomness import Stream, permutation
+from bcos_train.dataset.split import Split
 
 __all__ = ["Digits"]
 
@@ -27,6 +28,7 @@ class Digits:
         val_fraction: Fraction of every class in the validation part, in (0, 1).
         cache: Where the images are kept during a run, see :data:`~bcos_train.dataset.base.Cache`.
         class_map: Classes of a trained model, see :data:`~bcos_train.dataset.base.ClassMap`; ``None``: the same ones.
+        shots, val_per_class, split_seed: A few images of each class, see :class:`~bcos_train.dataset.split.Split`.
 
     Raises:
         ValueError: ``size`` or ``val_fraction`` out of range.
@@ -40,6 +42,9 @@ class Digits:
         val_fraction: float = 0.2,
         cache: Cache | None = None,
         class_map: ClassMap | None = None,
+        shots: int | None = None,
+        val_per_class: int | None = None,
+        split_seed: int = 42,
     ) -> None:
         if not 1 <= size <= MAX_SIZE:
             raise ValueError(f"size must lie between 1 and {MAX_SIZE:,} pixels, not {size:,}")
@@ -49,6 +54,7 @@ class Digits:
         self.val_fraction = val_fraction
         self.cache = cache
         self.class_map = class_map
+        self._split = Split(shots, val_per_class, split_seed)
 
     @property
     def class_names(self) -> list[str]:
@@ -62,10 +68,12 @@ class Digits:
         """Do nothing: the images are part of scikit-learn."""
 
     def train(self) -> ImageDataset:
-        return self._part(validation=False)
+        return self._split.train(self._part(validation=False), self.class_names)
 
     def val(self) -> ImageDataset:
-        return self._part(validation=True)
+        if self._split.val_per_class is None:
+            return self._part(validation=True)
+        return self._split.val(self._part(validation=False), self.class_names)
 
     def _part(self, validation: bool) -> ImageDataset:
         # Only this data set needs scikit-learn, whose import takes a second.
@@ -88,12 +96,12 @@ class _GrayImages(Dataset[tuple[Image.Image, int]]):
 
     def __init__(self, gray: np.ndarray, labels: np.ndarray, size: int) -> None:
         self._gray = gray
-        self._labels = labels
+        self.labels = labels
         self._size = size
 
     def __len__(self) -> int:
-        return len(self._labels)
+        return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         image = Image.fromarray(self._gray[index]).resize((self._size, self._size), Image.Resampling.BILINEAR)
-        return image.convert("RGB"), int(self._labels[index])
+        return image.convert("RGB"), int(self.labels[index])

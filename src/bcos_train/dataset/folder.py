@@ -4,6 +4,7 @@ from functools import cached_property
 from pathlib import Path
 
 from bcos_train.dataset.base import Cache, ClassMap, ImageDataset, require_root
+from bcos_train.dataset.split import Split
 from bcos_train.dataset.storage.folder import FolderImages, list_classes, shorten
 
 __all__ = ["ImageFolder"]
@@ -21,6 +22,7 @@ class ImageFolder:
         cache: Where the images are kept during a run, see :data:`~bcos_train.dataset.base.Cache`.
         exif_orientation: Rotate and flip images as their EXIF tag says, see :func:`~bcos_train.dataset.image.to_rgb`.
         class_map: Classes of a trained model, see :data:`~bcos_train.dataset.base.ClassMap`; ``None``: the same ones.
+        shots, val_per_class, split_seed: A few images of each class, see :class:`~bcos_train.dataset.split.Split`.
 
     Raises:
         ValueError: ``root`` is None; on use: folders are missing or empty, or the parts differ in their classes.
@@ -38,10 +40,14 @@ class ImageFolder:
         cache: Cache | None = None,
         exif_orientation: bool = False,
         class_map: ClassMap | None = None,
+        shots: int | None = None,
+        val_per_class: int | None = None,
+        split_seed: int = 42,
     ) -> None:
         self.root = require_root(root, "the image folder", _HINT)
         self.cache = cache
         self.class_map = class_map
+        self._split = Split(shots, val_per_class, split_seed)
         self.exif_orientation = exif_orientation
         self.train_folder = train
         self.val_folder = val
@@ -60,6 +66,14 @@ class ImageFolder:
         _ = self.class_names
 
     def train(self) -> ImageDataset:
+        return self._split.train(self._training_images(), self.class_names)
+
+    def val(self) -> ImageDataset:
+        if self._split.val_per_class is None:
+            return self._part(self.val_folder)
+        return self._split.val(self._training_images(), self.class_names)
+
+    def _training_images(self) -> FolderImages:
         classes = list_classes(self.root, self.train_folder, "dataset.train", _HINT)
         if classes != self.class_names:
             only_train = sorted(set(classes) - set(self.class_names))
@@ -70,9 +84,6 @@ class ImageFolder:
                 f"{_HINT}"
             )
         return self._part(self.train_folder)
-
-    def val(self) -> ImageDataset:
-        return self._part(self.val_folder)
 
     def _part(self, part: str) -> FolderImages:
         labels = {name: label for label, name in enumerate(self.class_names)}

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from bcos_train.dataset.base import ClassMap, ImageDataset, require_root
+from bcos_train.dataset.split import Split
 from bcos_train.dataset.storage.folder import FolderImages, list_classes
 from bcos_train.utils.terminal import printable
 
@@ -32,6 +33,7 @@ class ImageNet:
         val: Folder name of the validation part.
         exif_orientation: Rotate and flip images as their EXIF tag says, see :func:`~bcos_train.dataset.image.to_rgb`.
         class_map: Classes of a trained model, see :data:`~bcos_train.dataset.base.ClassMap`; ``None``: the same ones.
+        shots, val_per_class, split_seed: A few images of each class, see :class:`~bcos_train.dataset.split.Split`.
 
     Raises:
         ValueError: ``root`` is None; on use: folders are missing, empty, or more than 1000.
@@ -47,12 +49,16 @@ class ImageNet:
         val: str = "val",
         exif_orientation: bool = False,
         class_map: ClassMap | None = None,
+        shots: int | None = None,
+        val_per_class: int | None = None,
+        split_seed: int = 42,
     ) -> None:
         self.root = require_root(root, "ImageNet", _HINT)
         self.train_folder = train
         self.val_folder = val
         self.exif_orientation = exif_orientation
         self.class_map = class_map
+        self._split = Split(shots, val_per_class, split_seed)
 
     @property
     def num_classes(self) -> int:
@@ -75,10 +81,12 @@ class ImageNet:
         _ = self._labels
 
     def train(self) -> ImageDataset:
-        return self._part(self.train_folder, "dataset.train", _NUM_TRAIN)
+        return self._split.train(self._part(self.train_folder, "dataset.train", _NUM_TRAIN), self.class_names)
 
     def val(self) -> ImageDataset:
-        return self._part(self.val_folder, "dataset.val", _NUM_VAL)
+        if self._split.val_per_class is None:
+            return self._part(self.val_folder, "dataset.val", _NUM_VAL)
+        return self._split.val(self._part(self.train_folder, "dataset.train", _NUM_TRAIN), self.class_names)
 
     @cached_property
     def _folders(self) -> list[str]:

@@ -48,6 +48,7 @@ class Stream(IntEnum):
     SPLIT = 5
     COMPOSITION = 6
     ANNOTATED = 7
+    SHOTS = 8
 
 
 def derive_seed(seed: int, *stream: int) -> int:

@@ -51,8 +51,14 @@ def run_hash(config: Mapping[str, object]) -> str:
         if not hashed.get(key):
             hashed.pop(key, None)
     dataset = hashed.get("dataset")
-    if isinstance(dataset, dict) and (dataset.get("root") is None or dataset["_target_"] in LOCATION_INDEPENDENT):
-        dataset.pop("root", None)
+    if isinstance(dataset, dict):
+        if dataset.get("root") is None or dataset["_target_"] in LOCATION_INDEPENDENT:
+            dataset.pop("root", None)
+        for key in ("shots", "val_per_class"):
+            if dataset.get(key) is None:
+                dataset.pop(key, None)
+        if not {"shots", "val_per_class"} & dataset.keys():
+            dataset.pop("split_seed", None)  # nothing is drawn
     return hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()[:8]
 
 
