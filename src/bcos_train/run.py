@@ -171,6 +171,7 @@ def _train(settings: TrainConfig, config: Config, stop: StopFlag, resumed: Path 
         model=model,
         build_optimizer=settings.optimizer,
         data=data,
+        task=task,
         has_ema=settings.ema is not None,
         data_changed=settings.resume == "data_changed",
     )
@@ -200,8 +201,7 @@ def _train(settings: TrainConfig, config: Config, stop: StopFlag, resumed: Path 
 
 
 def _report_finished(console: Console, path: Path) -> int:
-    text = f"already finished: {path} (resume=false trains again in another folder)"
-    console.print(text, soft_wrap=True)
+    console.print(f"already finished: {path} (resume=false trains again in another folder)", soft_wrap=True)
     return 0
 
 

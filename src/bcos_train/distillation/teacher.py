@@ -3,7 +3,10 @@
 Axes: N images, C channels of the model's input, H, W pixels, K classes.
 """
 
+import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -19,9 +22,13 @@ from bcos_train.model.transform import InferenceTransform
 from bcos_train.nn import cached_weights
 from bcos_train.weights.model_options import TIMM, build_model
 
-__all__ = ["Teacher", "load_teacher"]
+__all__ = ["OtherTeacher", "Teacher", "check_same_teacher", "load_teacher"]
 
 RANDOM = "random"
+
+
+class OtherTeacher(ValueError):
+    """The teacher is not the one that a run was started with."""
 
 
 class _FloatEncoding(Protocol):
@@ -52,6 +59,20 @@ class Teacher:
     def __post_init__(self) -> None:
         self.model.eval().requires_grad_(False)
 
+    @cached_property
+    def sha256(self) -> str:
+        """SHA-256 of the state dict: names, types, shapes and values, whatever file they come from."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.model.state_dict().items()):
+            digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+            digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    @property
+    def record(self) -> dict[str, str]:
+        """What a checkpoint says about its teacher, for :func:`check_same_teacher`."""
+        return {"label": self.label, "sha256": self.sha256}
+
     def predict(self, rgb: Tensor) -> Tensor:
         """Return the logits (N, K) of RGB images (N, 3, H, W) in [0, 1]."""
         with torch.no_grad(), self._autocast(rgb), cached_weights(self.model):
@@ -73,6 +94,22 @@ class Teacher:
 
     def _autocast(self, rgb: Tensor) -> torch.autocast:
         return torch.autocast(rgb.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+
+def check_same_teacher(teacher: Teacher, recorded: Mapping[str, str]) -> None:
+    """Raise :class:`OtherTeacher` unless the weights are the recorded ones.
+
+    Args:
+        teacher: The current teacher.
+        recorded: :attr:`Teacher.record` of a checkpoint.
+    """
+    if teacher.sha256 == recorded["sha256"]:
+        return
+    before, now = (f"{record['label']} (SHA-256 {record['sha256'][:12]}…)" for record in (recorded, teacher.record))
+    raise OtherTeacher(
+        f"distillation.teacher: the teacher changed since the last checkpoint: {now} instead of {before}; restore it, "
+        "or use resume=false to train again in a new folder"
+    )
 
 
 def load_teacher(options: DistillationOptions, num_classes: int) -> Teacher:

@@ -9,8 +9,10 @@ from torch.optim import Optimizer
 from bcos_train.dataset.classes import OtherClasses, check_same_classes
 from bcos_train.dataset.data_module import DataModule
 from bcos_train.dataset.inventory import OtherImages, check_same_images
+from bcos_train.distillation import OtherTeacher, check_same_teacher
 from bcos_train.runs.checkpoint import Checkpoint, ForeignCheckpoint
 from bcos_train.runs.layout import check_checkpoint_name
+from bcos_train.task import Distillation, Task
 from bcos_train.weights.state_dict import check_weights
 
 __all__ = ["check_resumable", "move_to_position"]
@@ -26,6 +28,7 @@ def check_resumable(
     model: nn.Module,
     build_optimizer: BuildOptimizer,
     data: DataModule,
+    task: Task,
     *,
     has_ema: bool,
     data_changed: bool,
@@ -37,20 +40,24 @@ def check_resumable(
         model: The model that is to be trained.
         build_optimizer: ``parameters -> Optimizer``.
         data: Its data.
+        task: Its objective.
         has_ema: The run averages the weights.
         data_changed: The images may differ from those recorded in the checkpoint.
 
     Raises:
         OtherClasses: The data set has other classes.
         OtherImages: It has other images.
+        OtherTeacher: The teacher has other weights.
         ForeignCheckpoint: Anything else differs or is missing.
     """
     try:
-        if (names := checkpoint.get("class_names")) is not None:  # older checkpoints have neither names nor images
+        if (names := checkpoint.get("class_names")) is not None:  # older checkpoints have none of these records
             hint = "restore the class folders, or train another run with resume=false"
             check_same_classes(data.class_names, names, "this run", hint)
         if not data_changed and (images := checkpoint.get("images")) is not None:
             check_same_images(data.inventory, images)
+        if isinstance(task, Distillation) and (record := checkpoint.get("teacher")) is not None:
+            check_same_teacher(task.teacher, record)
         for key in (*_KEYS, *(["model_ema"] if has_ema else [])):
             if key not in checkpoint:
                 raise ForeignCheckpoint(f"it has no {key}")
@@ -61,7 +68,7 @@ def check_resumable(
         _check_position(checkpoint, None if data_changed else data.steps_per_epoch)
         shapes = [parameter.shape for parameter in model.parameters() if parameter.requires_grad]
         _check_optimizer(checkpoint, shapes, build_optimizer)
-    except (ForeignCheckpoint, OtherClasses, OtherImages):
+    except (ForeignCheckpoint, OtherClasses, OtherImages, OtherTeacher):
         raise
     except ValueError as error:
         raise ForeignCheckpoint(str(error)) from error

@@ -12,6 +12,7 @@ from bcos_train.dataset.encoding import to_float
 from bcos_train.distillation import DistillationOptions, distillation_loss, explain_by, explanation_similarity
 from bcos_train.loading import pad_class_names
 from bcos_train.report import Explained, pair_gallery
+from bcos_train.runs.checkpoint import Checkpoint
 from bcos_train.task.distillation import Distillation, agreement
 from bcos_train.training.module import Classifier
 from bcos_train.training.score import SUM_DTYPE
@@ -120,3 +121,6 @@ class DistillationCallback(pl.Callback):
         assert isinstance(pl_module, Classifier)
         with torch.no_grad():
             pl_module.log_now({name: float(mean.compute()) for name, mean in self.means.items()})
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Checkpoint) -> None:
+        checkpoint["teacher"] = self.task.teacher.record
