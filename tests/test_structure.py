@@ -57,6 +57,7 @@ ALLOWED_MODULES = {
     "model": ("bcos_train.augmentation", "bcos_train.dataset.encoding", "bcos_train.dataset.image"),
     "evaluation": ("bcos_train.loading", "bcos_train.runs.layout"),
     "distillation": ("bcos_train.dataset.encoding", "bcos_train.loading"),
+    "task": ("bcos_train.dataset.randomness",),
     "config": ("bcos_train.runs.launcher",),
 }
 #: Packages that never see Lightning, Hydra or OmegaConf.

@@ -12,6 +12,7 @@ from bcos_train.dataset.randomness import (
     derive_seed,
     epoch_length,
     epoch_order,
+    index_words,
     isolated_rng,
     permutation,
     sample_seeds,
@@ -47,6 +48,13 @@ def test_sample_seeds_equal_plain_integers() -> None:
     key = derive_seed(3, Stream.AUGMENTATION, 5)
     expected = [_splitmix64(key, index | (repetition << 40)) >> 1 for index, repetition in ((0, 0), (7, 0), (7, 2))]
     assert sample_seeds(3, 5, np.array([0, 7, 7]), np.array([0, 0, 2])).tolist() == expected
+
+
+def test_index_words_equal_plain_integers() -> None:
+    key = derive_seed(3, Stream.POSITIVE_CLASS, 5)
+    indices = [0, 1, 7, 10**6, 2**40]
+    expected = [_splitmix64(key, index) >> 1 for index in indices]
+    assert index_words(torch.tensor(indices), 3, Stream.POSITIVE_CLASS, 5).tolist() == expected
 
 
 def test_order_equals_plain_sorting() -> None:

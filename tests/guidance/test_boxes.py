@@ -41,14 +41,12 @@ def test_dilation_by_hand() -> None:
 
 
 def test_the_class_is_a_positive_one() -> None:
-    assert positive_classes(torch.tensor([3, 1])).tolist() == [3, 1]
+    words = torch.arange(1500) // 3
+    assert positive_classes(torch.tensor([3, 1]), words[:2]).tolist() == [3, 1]
     labels = torch.tensor([[0.0, 1.0, 0.0, 1.0, 1.0], [0.0, 0.0, 1.0, 0.0, 0.0], [0.0] * 5]).repeat(500, 1)
-    torch.manual_seed(0)
-    classes = positive_classes(labels)
-    counts = classes[::3].bincount(minlength=5)
-    assert counts[[0, 2]].tolist() == [0, 0]
-    assert counts[[1, 3, 4]].min() > 130
+    classes = positive_classes(labels, words)
+    assert classes[:12:3].tolist() == [1, 3, 4, 1]
+    assert classes[::3].bincount(minlength=5).tolist() == [0, 167, 0, 167, 166]
     assert (classes[1::3] == 2).all()
     assert (classes[2::3] == -1).all()
-    torch.manual_seed(0)
-    assert torch.equal(positive_classes(labels), classes)
+    assert positive_classes(labels[:1], torch.tensor([2**63 - 1])).tolist() == [3]  # 2^63 - 1 is 1 modulo 3

@@ -23,6 +23,7 @@ __all__ = [
     "derive_seed",
     "epoch_length",
     "epoch_order",
+    "index_words",
     "isolated_rng",
     "permutation",
     "random_words",
@@ -49,6 +50,7 @@ class Stream(IntEnum):
     COMPOSITION = 6
     ANNOTATED = 7
     SHOTS = 8
+    POSITIVE_CLASS = 9
 
 
 def derive_seed(seed: int, *stream: int) -> int:
@@ -86,6 +88,28 @@ def _splitmix64(key: int, counters: np.ndarray) -> np.ndarray:
 def random_words(n: int, seed: int, *stream: int) -> np.ndarray:
     """Return ``n`` random integers, uint64 ``(n,)``; the first ones don't depend on ``n``."""
     return _splitmix64(derive_seed(seed, *stream), np.arange(n))
+
+
+def index_words(indices: torch.Tensor, seed: int, *stream: int) -> torch.Tensor:
+    """Return a random integer in [0, 2^63) for each of ``indices`` (N,): int64 (N,), on their device.
+
+    These are the upper 63 bits of :func:`random_words` at the indices. Products of int64 wrap around as those of
+    uint64, and nothing waits for the device.
+    """
+    z = derive_seed(seed, *stream) + (indices + 1) * _signed(0x9E3779B97F4A7C15)
+    z = (z ^ _shifted(z, 30)) * _signed(0xBF58476D1CE4E5B9)
+    z = (z ^ _shifted(z, 27)) * _signed(0x94D049BB133111EB)
+    return _shifted(z ^ _shifted(z, 31), 1)
+
+
+def _signed(word: int) -> int:
+    """Return the int64 with the bits of a uint64."""
+    return word - (word >> 63 << 64)
+
+
+def _shifted(z: torch.Tensor, bits: int) -> torch.Tensor:
+    """Shift the bits of int64 to the right, filling up with zeros instead of the sign."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def permutation(n: int, seed: int, *stream: int) -> np.ndarray:

@@ -10,20 +10,22 @@ from torch import Tensor
 __all__ = ["class_masks", "positive_classes"]
 
 
-def positive_classes(labels: Tensor) -> Tensor:
+def positive_classes(labels: Tensor, words: Tensor) -> Tensor:
     """Draw one of each image's positive classes, all with the same probability.
 
     Args:
         labels: (N,) class indices, which are returned; or (N, K), positive where more than 0.
+        words: (N,) random integers in [0, 2^63).
 
     Returns:
         (N,) int64; -1 for an image without positive ones.
     """
     if labels.ndim == 1:
         return labels
-    draws = torch.where(labels > 0, torch.rand(labels.shape, device=labels.device), -1)
-    largest, classes = draws.max(1)
-    return torch.where(largest < 0, -1, classes)
+    is_positive = labels > 0
+    number = words % is_positive.sum(1).clamp(min=1)
+    is_drawn = is_positive & (is_positive.cumsum(1) == number[:, None] + 1)
+    return torch.where(is_drawn.any(1), is_drawn.to(torch.uint8).argmax(1), -1)
 
 
 def class_masks(boxes: Tensor, classes: Tensor, height: int, width: int, dilation: float = 0.0) -> Tensor:

@@ -37,9 +37,8 @@ def build_guidance(settings: TrainConfig, options: GuidanceOptions, model: nn.Mo
     with user_errors_at("guidance"), evaluating(model), isolated_rng():
         x = settings.encoding(data.train_samples([0])[0])
         attribution_maps(model, x, torch.zeros(1, dtype=torch.long), options.method, options.layer)
-    return Guidance(
-        settings.loss, options, choose_annotated(data.num_train, options), trainer.world_size * data.accumulate
-    )
+    annotated, n_parts = choose_annotated(data.num_train, options), trainer.world_size * data.accumulate
+    return Guidance(settings.loss, options, annotated, n_parts, settings.seed)
 
 
 def choose_annotated(n: int, options: GuidanceOptions) -> Tensor | None:
