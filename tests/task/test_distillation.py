@@ -5,9 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from rich.console import Console
 from torch import nn
+from torch.multiprocessing import spawn
+from torch.nn.parallel import DistributedDataParallel
 from training.runs import metric_rows
 from training.toys import TinyNet, fit, make_data, make_module
 
@@ -16,7 +19,7 @@ from bcos_train.dataset import BcosEncoding, Standardize
 from bcos_train.distillation import DistillationOptions, Teacher, distillation_loss
 from bcos_train.explanation import explain
 from bcos_train.loss import BinaryCrossEntropy
-from bcos_train.task import Distillation, Network
+from bcos_train.task import Distillation, Network, TrainingBatch
 from bcos_train.training.callbacks.distillation import DistillationCallback, distillation_metrics
 from task.test_classification import batch
 
@@ -151,3 +154,49 @@ def test_two_standard_networks_compare_grad_cam() -> None:
     assert student.conv1.weight.grad is not None
     with pytest.raises(ValueError, match="no layer 'final'"):
         task_of(TinyNet(), explanation="grad_cam")
+
+
+def images_of(rank: int, size: int) -> TrainingBatch:
+    rgb = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    indices = torch.arange(6)
+    parts = (torch.cat([rgb, 1 - rgb], 1), indices % 4, rgb, indices)
+    return TrainingBatch(*(part[rank::size] for part in parts))
+
+
+def loss_of(rank: int, size: int, kind: str) -> tuple[nn.Module, nn.Module]:
+    """Return the student, and the module that computes the loss: as Lightning does, DDP wraps what calls the task."""
+    torch.manual_seed(0)
+    student, teacher = TinyNet(norm="lnu-linear").double(), teacher_of(TinyNet().double())
+    weights = {"ground_truth_weight": 0.5} if kind == "kd" else {"explanation_weight": 1.0}
+    task = task_of(student, teacher, temperature=2, **weights)
+
+    class Loss(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.student, self.task = student, task
+
+        def forward(self) -> torch.Tensor:
+            return self.task(Network(self.student), images_of(rank, size)).loss
+
+    return student, Loss()
+
+
+@pytest.mark.parametrize("kind", ["kd", "e2kd"])
+def test_two_processes(kind: str, tmp_path: Path) -> None:
+    spawn(_differentiate_in_process, args=(2, str(tmp_path), kind), nprocs=2)
+    student, loss = loss_of(0, 1, kind)
+    loss().backward()
+    for rank in range(2):
+        gradients = torch.load(tmp_path / f"{rank}.pt")
+        for ours, theirs in zip(gradients, student.parameters(), strict=True):
+            torch.testing.assert_close(ours, theirs.grad)
+
+
+def _differentiate_in_process(rank: int, size: int, folder: str, kind: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
+    student, loss = loss_of(rank, size, kind)
+    wrapped = DistributedDataParallel(loss)  # kept until the backward pass, whose gradients it averages
+    wrapped().backward()
+    torch.save([parameter.grad for parameter in student.parameters()], f"{folder}/{rank}.pt")
+    dist.destroy_process_group()

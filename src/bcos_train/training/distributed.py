@@ -1,6 +1,6 @@
 """Communication between the processes of a run."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar, cast
 
 import pytorch_lightning as pl
@@ -61,6 +61,15 @@ def max_over_processes(value: int, device: torch.device) -> int:
     tensor = torch.tensor(value, device=device)
     dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return int(tensor.item())
+
+
+def means_over_processes(values: Mapping[str, Tensor], device: torch.device) -> dict[str, float]:
+    """Return the mean over the processes of each scalar; all processes have the same names, in the same order."""
+    if not values or not is_distributed():
+        return {name: float(value) for name, value in values.items()}
+    row = torch.stack([value.detach().to(device, torch.float32) for value in values.values()])
+    dist.all_reduce(row)
+    return dict(zip(values, (row / dist.get_world_size()).tolist(), strict=True))
 
 
 def mean_and_votes(value: Tensor, votes: Sequence[bool]) -> tuple[float, list[bool]]:

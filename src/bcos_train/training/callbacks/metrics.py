@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from bcos_train.dataset.batch import Batch
 from bcos_train.runs.checkpoint import Checkpoint
 from bcos_train.runs.layout import METRICS, salvage_metrics
+from bcos_train.training.distributed import means_over_processes
 from bcos_train.training.module import Classifier
 from bcos_train.utils.atomic import atomic_write, unused_path
 from bcos_train.utils.terminal import printable
@@ -164,7 +165,8 @@ class TrainingLog(pl.Callback):
         }
         if pl_module.gradient_norm is not None:
             metrics["gradient_norm"] = float(pl_module.gradient_norm)
-        metrics |= {f"train/{name}": float(value) for name, value in pl_module.task_logs.items()}
+        terms = means_over_processes(pl_module.task_logs, pl_module.device)
+        metrics |= {f"train/{name}": value for name, value in terms.items()}
         pl_module.log_now(metrics)
         self._images = 0
 
