@@ -115,3 +115,9 @@ def test_window_and_smaller_cells_exclude_each_other() -> None:
 def test_names_in_python(key: str, name: str) -> None:
     with pytest.raises(ValueError, match=rf"explanation.{key}: '{name}'; did you mean"):
         make_options(**{key: [name]})
+
+
+def test_metrics_of_no_method() -> None:
+    with pytest.raises(ValueError, match=r"explanation.metrics: grid_pointing of no method; set explanation.methods="):
+        make_options(methods=[], metrics=["alignment", "grid_pointing"])
+    assert make_options(methods=[], metrics=["alignment"]).make_methods() == {}

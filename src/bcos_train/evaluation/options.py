@@ -180,6 +180,9 @@ class ExplanationOptions:
                 if name not in allowed:
                     listed = join_words(allowed, "and", len(allowed))
                     raise ValueError(f"explanation.{kind}: {name!r}{suggest(name, allowed)}; there are {listed}")
+        of_methods = [name for name in self.metrics if name != "alignment"]
+        if of_methods and not self.methods:
+            raise ValueError(f"explanation.metrics: {of_methods[0]} of no method; set explanation.methods=[bcos], too")
         for name, options in self.method_options.items():
             try:
                 make_method(name, **options)
