@@ -7,12 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from bcos_train.distillation.explanation import explain_by
+from bcos_train.distillation.options import ExplanationKind
 from bcos_train.explanation import explanation_mode
 from bcos_train.task import distillation
 
 
 def explain_by_constants(
-    kind: str, model: nn.Module, x: Tensor, target: Tensor, create_graph: bool = False
+    kind: ExplanationKind, model: nn.Module, x: Tensor, target: Tensor, create_graph: bool = False
 ) -> tuple[Tensor, Tensor]:
     """As :func:`bcos_train.distillation.explanation.explain_by` for ``kind="weights"``, with the wrong gradient."""
     assert kind == "weights"

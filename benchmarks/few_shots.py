@@ -72,7 +72,8 @@ class Judge:
     """Compares students with the teacher on all test images, and explanations on the first of them."""
 
     def __init__(self, teacher: nn.Module, root: Path) -> None:
-        self.batches = []
+        #: Images, labels (N,), the teacher's logits (N, K) and W(x), of the first images only.
+        self.batches: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = []
         for batch in DataModule(Cifar10(root), plain(), plain(), batch_size=250).val_dataloader():
             x = BcosEncoding().encode(to_float(batch.images))
             if len(self.batches) * 250 < N_EXPLAINED:
