@@ -5,13 +5,13 @@ import sys
 try:
     from bcos_train import run
     from bcos_train.config.cli import entry_point, overridden_keys
-    from bcos_train.training.config import EvaluateConfig, TrainConfig
+    from bcos_train.training.config import EvaluateConfig, PrecomputeConfig, TrainConfig
 except ModuleNotFoundError as error:
     if (error.name or "").startswith("bcos_train"):
         raise
     sys.exit(f"{error.name} is not installed, which training requires: pip install 'bcos-train[train]'")
 
-__all__ = ["evaluate", "train"]
+__all__ = ["evaluate", "precompute_teacher", "train"]
 
 
 @entry_point(config_name="train", root=TrainConfig)
@@ -26,3 +26,9 @@ def train(config: dict[str, object]) -> int:
 def evaluate(config: dict[str, object]) -> int:
     """Evaluate a network: ``bcos-evaluate run=<run folder>`` or ``model=… dataset=… weights=official|<path>``."""
     return run.evaluate(config, overridden_keys())
+
+
+@entry_point(config_name="precompute_teacher", root=PrecomputeConfig)
+def precompute_teacher(config: dict[str, object]) -> int:
+    """Compute a teacher's maps: ``scripts/precompute_teacher.py dataset=… distillation.teacher=… out=<folder>``."""
+    return run.precompute_teacher(config)

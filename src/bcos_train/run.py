@@ -1,13 +1,11 @@
 """``train`` and ``evaluate``: from a validated config to a run folder or an evaluation."""
 
 import contextlib
-import logging
 import signal
 import sys
 import tempfile
 import time
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -18,12 +16,10 @@ from bcos_train.config import Problem, UserError, check, instantiate, load_plugi
 from bcos_train.config import load as load_config
 from bcos_train.config.composition import Override
 from bcos_train.config.containers import Config
-from bcos_train.config.errors import advice
 from bcos_train.config.overrides import plugins_in_overrides
-from bcos_train.dataset import ImageSizeMismatch, NotCacheable, UnreadableImage
-from bcos_train.dataset.classes import OtherClasses, with_model_classes
+from bcos_train.dataset.classes import with_model_classes
 from bcos_train.runs import launch
-from bcos_train.runs.checkpoint import Check, DamagedCheckpoint, set_aside
+from bcos_train.runs.checkpoint import Check, set_aside
 from bcos_train.runs.folder import Resume, RunFolder, find_checkpoint, is_finished, read_run_folder
 from bcos_train.runs.hash import run_hash, with_absolute_paths
 from bcos_train.runs.interrupt import Interrupted, StopFlag
@@ -44,13 +40,13 @@ from bcos_train.training.build import (
     keep_initial_classes,
     load_data,
 )
-from bcos_train.training.callbacks.checkpoint import UnknownMonitor
 from bcos_train.training.callbacks.explanations import ExplanationReport, Origin
 from bcos_train.training.callbacks.metrics import CsvLogger
 from bcos_train.training.compilation import should_compile
 from bcos_train.training.config import (
     CommonConfig,
     EvaluateConfig,
+    PrecomputeConfig,
     TrainConfig,
     find_moved_dataset,
     restore_dataset_settings,
@@ -60,9 +56,11 @@ from bcos_train.training.environment import check_launcher
 from bcos_train.training.finish import finish, report_evaluation
 from bcos_train.training.image_size import check_image_size, check_smallest_batch
 from bcos_train.training.label_checks import check_labels
+from bcos_train.training.messages import as_user_errors, silence_lightning
 from bcos_train.training.module import Classifier, NonFiniteLoss
 from bcos_train.training.options import split_batch
 from bcos_train.training.peers import PeerFailed, joined
+from bcos_train.training.precompute import precompute
 from bcos_train.training.resuming import check_resumable
 from bcos_train.training.side_matters import protect
 from bcos_train.utils.atomic import remove_leftovers, unused_path
@@ -87,7 +85,7 @@ def train(config: Config, folder: Path | None = None) -> int:
     Raises:
         UserError: The config or the data is invalid.
     """
-    _silence_lightning()
+    silence_lightning()
     config = with_absolute_paths(config)  # the run can then be resumed from any folder
     settings = TrainConfig(**instantiate(config))
     options = settings.trainer
@@ -104,7 +102,7 @@ def train(config: Config, folder: Path | None = None) -> int:
     stop = StopFlag()
     with stop.handling_signals():
         try:
-            with joined(place, stop), _as_user_errors():
+            with joined(place, stop), as_user_errors():
                 return launch.report_exit_code(_train(settings, config, stop, folder))
         except (Interrupted, PeerFailed) as end:
             return launch.report_exit_code(end.exit_code)
@@ -116,24 +114,6 @@ def train(config: Config, folder: Path | None = None) -> int:
             if not error.is_elsewhere:
                 make_console(stderr=True).print(f"stopped: {error}", style="red", soft_wrap=True)
             return launch.report_exit_code(error.exit_code)
-
-
-@contextlib.contextmanager
-def _as_user_errors() -> Iterator[None]:
-    """Convert exceptions that are raised while reading data or writing results to :class:`UserError`."""
-    try:
-        yield
-    except (ImageSizeMismatch, UnreadableImage) as error:
-        # An error in a worker process contains its traceback; the message is in the last line.
-        raise UserError(str(error).strip().splitlines()[-1].rpartition(f"{type(error).__name__}: ")[2]) from error
-    except NotCacheable as error:
-        raise UserError(f"dataset: {error}") from error
-    except (DamagedCheckpoint, OtherClasses, UnknownMonitor) as error:
-        raise UserError(str(error)) from error
-    except OSError as error:
-        if (hint := advice(error)) is None:
-            raise
-        raise UserError(f"{error}: {hint} and run the same command again; the checkpoints are unchanged") from error
 
 
 def _restart(config: Config, folder: Path | None, plugins: Sequence[str], processes: int) -> int:
@@ -230,7 +210,7 @@ def evaluate(config: Config, overridden: Sequence[str] = ()) -> int:
     Raises:
         UserError: There is nothing to evaluate, or the config or the data is invalid.
     """
-    _silence_lightning()
+    silence_lightning()
     folder = None if config["run"] is None else Path(config["run"])
     if folder is None and config["weights"] is None:
         raise UserError("nothing to evaluate: give run=<run folder>, or model=… dataset=… weights=official|<path>")
@@ -248,7 +228,7 @@ def evaluate(config: Config, overridden: Sequence[str] = ()) -> int:
         if launched() is None:
             settings = replace(settings, trainer=replace(settings.trainer, devices=1, num_nodes=1))
     try:
-        with joined(check_launcher(settings.trainer)), _as_user_errors():
+        with joined(check_launcher(settings.trainer)), as_user_errors():
             _evaluate(settings, config, folder, model_config)
     except PeerFailed as end:
         return end.exit_code
@@ -290,6 +270,21 @@ def _evaluate(settings: CommonConfig, config: Config, folder: Path | None, model
         remove_leftovers(output)  # of an evaluation that was killed
         report_evaluation(module, data, origin, output, time.monotonic() - started)
         explanations.write(module, data, settings.explanation, origin, config, output)
+
+
+def precompute_teacher(config: Config) -> int:
+    """Compute a teacher's logits and maps with a validated config and return the exit code.
+
+    Args:
+        config: All keys of ``configs/precompute_teacher.yaml``.
+
+    Raises:
+        UserError: The config or the data is invalid.
+    """
+    silence_lightning()
+    with as_user_errors():
+        precompute(PrecomputeConfig(**instantiate(with_absolute_paths(config))), make_console())
+    return 0
 
 
 def check_beside_run(overrides: Sequence[Override]) -> list[Problem]:
@@ -348,23 +343,6 @@ def rebase_on_run(config: Config, overridden: Sequence[str] = ()) -> Config:
     if not {"dataset", "dataset.root"} & set(overridden):
         rebased["dataset"] = find_moved_dataset(rebased["dataset"])
     return rebased
-
-
-def _silence_lightning() -> None:
-    """Suppress messages of Lightning that the banner replaces or that don't apply."""
-    for package in ("pytorch_lightning", "lightning_fabric", "lightning.fabric"):
-        logging.getLogger(package).setLevel(logging.ERROR)
-    if rank() > 0:  # one line about the data set, not one from each process
-        logging.getLogger("bcos_train").setLevel(logging.ERROR)
-    for message in (
-        ".*sync_dist=True.*",  # metrics logged on rank 0 are already reduced over the processes
-        ".*does not have many workers.*",
-        ".*smaller than the logging interval.*",
-        ".*LeafSpec.*",
-        ".*your dataloader is not resumable.*",
-        ".*`srun` command is available.*",  # what a launcher has to start is checked before
-    ):
-        warnings.filterwarnings("ignore", message=message)
 
 
 def main() -> int:

@@ -27,7 +27,10 @@ CHOICES = [
     (group, choice) for group in GROUPS if group not in ("model", "recipe") for choice in COMPOSER.choices(group)
 ]
 #: Values of keys that a choice leaves to the user.
-NEEDED = {f"distillation={kind}": ("distillation.teacher=resnet20",) for kind in ("kd", "e2kd")}
+NEEDED = {
+    **{f"distillation={kind}": ("distillation.teacher=resnet20",) for kind in ("kd", "e2kd")},
+    "distillation=e2kd_frozen": ("distillation.frozen=/maps",),
+}
 #: Of the models here; model=timm, which takes a name, is tested in tests/model/test_timm_model.py.
 MODELS = [choice for choice in COMPOSER.choices("model") if choice != "timm"]
 RECIPES = sorted(str(path.relative_to(CONFIGS / "recipe")) for path in CONFIGS.glob("recipe/**/[!_]*.yaml"))

@@ -14,7 +14,7 @@ from bcos_train.config.model_choices import model_choices
 from bcos_train.config.signature import keyword_parameters
 from bcos_train.config.targets import resolve
 from bcos_train.model.registry import model_signature
-from bcos_train.training.config import EvaluateConfig, TrainConfig
+from bcos_train.training.config import EvaluateConfig, PrecomputeConfig, TrainConfig
 
 GROUPS = [group for group in COMPOSER.groups if not group.startswith(("hydra", "recipe", "model"))]
 CHOICES = [(group, choice) for group in GROUPS for choice in COMPOSER.choices(group)]
@@ -22,6 +22,7 @@ CHOICES = [(group, choice) for group in GROUPS for choice in COMPOSER.choices(gr
 #: What these choices are for.
 DELIBERATE = {
     "distillation=e2kd": {"distillation.explanation_weight"},
+    "distillation=e2kd_frozen": {"distillation.explanation_weight", "distillation.frozen"},
     "augmentation=imagenet_ra": {
         "augmentation.mixup_alpha",
         "augmentation.train.policy",
@@ -90,11 +91,13 @@ def test_a_competing_default_is_found() -> None:
     assert differing({**config, "model": model}) == {"model.b"}
 
 
-@pytest.mark.parametrize(("name", "root"), [("train", TrainConfig), ("evaluate", EvaluateConfig)])
+@pytest.mark.parametrize(
+    ("name", "root"), [("train", TrainConfig), ("evaluate", EvaluateConfig), ("precompute_teacher", PrecomputeConfig)]
+)
 def test_top_level_keys(name: str, root: type) -> None:
     config = compose(name=name)
     # These are groups: the choice in the defaults list is no value of the parameter.
-    groups = {"explanation", "logger"}
+    groups = {"explanation", "logger", "distillation"}
     defaults = {key: p.default for key, p in keyword_parameters(root, {}).items() if p.default is not p.empty}
     assert {key for key in defaults.keys() - groups if not is_same(config[key], defaults[key])} == set()
 

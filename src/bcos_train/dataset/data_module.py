@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Sequence
 from functools import cached_property, partial
+from typing import Literal
 
 import pytorch_lightning as pl
 import torch
@@ -21,7 +22,7 @@ from bcos_train.dataset.device_transform import DeviceTransform
 from bcos_train.dataset.inventory import Inventory, take_inventory
 from bcos_train.dataset.randomness import Stream, epoch_length, permutation
 from bcos_train.dataset.sampler import EvalBatchSampler, SampleKey, TrainBatchSampler
-from bcos_train.dataset.seeded import Sample, SeededDataset, Transform, collate, join_batches
+from bcos_train.dataset.seeded import Lookup, Sample, SeededDataset, Transform, collate, join_batches
 
 __all__ = ["DataModule"]
 
@@ -103,6 +104,8 @@ class DataModule(pl.LightningDataModule):
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
         self.limit_train = limit_train
         self.limit_val = limit_val
+        #: Further extras of the training samples, see :class:`~bcos_train.dataset.seeded.SeededDataset`.
+        self.train_lookup: Lookup | None = None
         self._is_cached = cache == "device"
         self._train_cache: DeviceCache | None = None
         self._val_cache: DeviceCache | None = None
@@ -210,7 +213,9 @@ class DataModule(pl.LightningDataModule):
                 samples = SeededDataset(self._train_dataset(), transform.deterministic)
                 self._train_cache = self._cache(samples, "train", transform.border)
             return DeviceLoader(self._train_cache, sampler, transform)
-        return self._loader(SeededDataset(self._train_dataset(), self.train_transform), "train", sampler)
+        return self._loader(
+            SeededDataset(self._train_dataset(), self.train_transform, self.train_lookup), "train", sampler
+        )
 
     def val_dataloader(self) -> Loader:
         world_size, rank = self._world_size_and_rank()
@@ -262,6 +267,16 @@ class DataModule(pl.LightningDataModule):
         samples = SeededDataset(self._val_dataset(), self.eval_transform)
         return collate(samples.__getitems__(list(indices)), "augmentation.eval")
 
+    def images(self, part: Literal["train", "val"]) -> ImageDataset:
+        """Return the images of a part as they are used, without a transform."""
+        return self._train_dataset() if part == "train" else self._val_dataset()
+
+    def view_loader(
+        self, part: Literal["train", "val"], transform: Transform, batches: Sequence[list[int]]
+    ) -> DataLoader[Sample]:
+        """Return a loader of these batches of indices, with a deterministic transform."""
+        return self._loader(SeededDataset(self.images(part), transform), "eval", batches, persistent_workers=False)
+
     def _train_dataset(self) -> ImageDataset:
         if self._train is None:
             self._train = _fixed_subset(self.dataset.train(), self.limit_train)
@@ -288,7 +303,7 @@ class DataModule(pl.LightningDataModule):
         self,
         dataset: SeededDataset,
         part: str,
-        batch_sampler: Sampler[list[SampleKey]] | Sampler[list[int]],
+        batch_sampler: Sampler[list[SampleKey]] | Sampler[list[int]] | Sequence[list[int]],
         persistent_workers: bool = True,
     ) -> DataLoader[Sample]:
         return DataLoader(

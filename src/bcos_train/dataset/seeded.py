@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -15,17 +15,21 @@ from bcos_train.dataset.batch import Batch
 from bcos_train.dataset.boxes import pad_boxes, transform_with_boxes
 from bcos_train.dataset.randomness import isolated_rng, seed_generators
 from bcos_train.dataset.sampler import SampleKey
+from bcos_train.dataset.window import draw_window
 
-__all__ = ["ImageSizeMismatch", "Sample", "SeededDataset", "Transform", "collate", "join_batches"]
+__all__ = ["ImageSizeMismatch", "Lookup", "Sample", "SeededDataset", "Transform", "collate", "join_batches"]
 
 Transform = Callable[[Image.Image], Tensor]
 """PIL image -> uint8 (3, H, W)."""
 
 Extras = dict[str, Tensor]
-"""Annotations of a sample by their name in ``Batch.extras``: ``"boxes"`` int64 (M, 5) and ``"groups"`` int64 ()."""
+"""Further data of a sample by its name in ``Batch.extras``, see :class:`~bcos_train.dataset.batch.Batch`."""
+
+Lookup = Callable[[int], Mapping[str, Tensor]]
+"""Index in the data set -> extras of the unchanged image, of one shape for all images."""
 
 Sample = tuple[Tensor, Label, int] | tuple[Tensor, Label, int, Extras]
-"""Image uint8 (3, H, W), label, index in the data set, and extras if the data set has annotations."""
+"""Image uint8 (3, H, W), label, index in the data set, and extras if there are some."""
 
 
 class SeededDataset(Dataset[Sample]):
@@ -33,11 +37,16 @@ class SeededDataset(Dataset[Sample]):
 
     The seed of a key ``(index, seed)`` is set before its sample is transformed: the result is the same in any process.
     A plain index is for deterministic transforms. The state of the random generators stays unchanged.
+
+    Args:
+        lookup: Returns further extras, such as a teacher's maps; ``"window"`` then tells which part of the image the
+            sample shows. The transform passes :func:`~bcos_train.dataset.window.check_has_window`.
     """
 
-    def __init__(self, dataset: ImageDataset, transform: Transform) -> None:
+    def __init__(self, dataset: ImageDataset, transform: Transform, lookup: Lookup | None = None) -> None:
         self.dataset = dataset
         self.transform = transform
+        self.lookup = lookup
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]  # map-style data sets have a length
@@ -75,6 +84,10 @@ class SeededDataset(Dataset[Sample]):
             raise ValueError(
                 f"a transform must return a uint8 tensor (3, H, W), not {image.dtype} {tuple(image.shape)}"
             )
+        if self.lookup is not None:
+            if isinstance(key, tuple):  # the same random numbers again
+                seed_generators(seed)
+            extras = {**(extras or {}), **self.lookup(index), "window": draw_window(self.transform, *source.size)}
         return (image, label, index) if extras is None else (image, label, index, extras)
 
     def _transform_annotated(self, image: Image.Image, annotations: Annotations) -> tuple[Tensor, Extras]:

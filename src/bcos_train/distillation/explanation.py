@@ -10,7 +10,7 @@ from bcos_train.distillation.options import ExplanationKind
 from bcos_train.explanation import attribution_maps, dynamic_linear_weights, is_explainable
 from bcos_train.explanation.trainable import find_layer
 
-__all__ = ["choose_explanation", "explain_by"]
+__all__ = ["check_stored_explanation", "choose_explanation", "choose_stored_explanation", "explain_by"]
 
 #: Layer that Grad-CAM explains.
 _STAGE = "final"
@@ -65,6 +65,37 @@ def choose_explanation(kind: ExplanationKind | None, student: nn.Module, teacher
     if has_weights:
         return "weights"
     return "grad_cam" if not any(are_bcos) and all(map(_has_stages, networks)) else "contributions"
+
+
+def choose_stored_explanation(kind: ExplanationKind | None, teacher: nn.Module) -> ExplanationKind:
+    """Return the kind of explanations to store of a teacher, for students that are B-cos networks.
+
+    All kinds are maps, of which a crop can be taken.
+
+    Args:
+        kind: ``None``: W(x) of a B-cos network, contributions of others.
+
+    Raises:
+        ValueError: The teacher can't be explained in this way.
+    """
+    if kind is None:
+        return "weights" if is_explainable(teacher) else "contributions"
+    return choose_explanation(kind, teacher, teacher)
+
+
+def check_stored_explanation(kind: ExplanationKind, channels: int, student: nn.Module) -> None:
+    """Raise a ValueError if a student can't be compared by stored explanations.
+
+    Args:
+        channels: Number of channels of the stored maps.
+    """
+    if kind == "weights" and not (is_explainable(student) and getattr(student, "in_chans", channels) == channels):
+        raise ValueError(
+            f"the stored maps are W(x) with {channels} channels, of a B-cos network; for this student compute maps "
+            "with distillation.explanation=contributions"
+        )
+    if kind == "grad_cam":
+        find_layer(student, _STAGE)
 
 
 def _has_stages(network: nn.Module) -> bool:

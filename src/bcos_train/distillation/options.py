@@ -16,6 +16,7 @@ class DistillationOptions:
 
     Args:
         teacher: A model's name (``timm:<name>`` for one of timm's), a run folder, an exported folder or a weights file.
+            ``None``: the one of ``frozen``.
         teacher_weights: For a name: ``"official"``, the path of a weights file, or ``"random"`` for trials; ``None``:
             official.
         teacher_precision: ``"bf16"`` computes the teacher in bfloat16; ``None``: in float32.
@@ -28,12 +29,13 @@ class DistillationOptions:
             (resized to the image); ``None``: W(x) for two B-cos networks with the same encoding, Grad-CAM for two
             standard ResNets, else contributions.
         explanation_every_n_steps: Compare explanations in every n-th step only, with the same λ.
+        frozen: Folder with the teacher's logits and maps of all images, which replace the teacher; ``None``: none.
 
     Raises:
-        ValueError: A value is out of range.
+        ValueError: A value is out of range, or there is neither a teacher nor a folder.
     """
 
-    teacher: str
+    teacher: str | None
     teacher_weights: str | None = None
     teacher_precision: Literal["bf16"] | None = None
     temperature: float = 1.0
@@ -42,8 +44,16 @@ class DistillationOptions:
     explanation_weight: float = 0.0
     explanation: ExplanationKind | None = None
     explanation_every_n_steps: int = 1
+    frozen: str | None = None
 
     def __post_init__(self) -> None:
+        if self.teacher is None and self.frozen is None:
+            raise ValueError("teacher=null: give a teacher, or a folder with its maps (distillation=e2kd_frozen)")
+        for name in ("teacher_weights", "teacher_precision"):
+            if self.teacher is None and (choice := getattr(self, name)) is not None:
+                raise ValueError(
+                    f"{name}={choice} has no effect without teacher=…: {self.frozen} holds the teacher's maps"
+                )
         if not 0 < self.temperature < float("inf"):
             raise ValueError(f"temperature={self.temperature}: a number above 0")
         for name in ("ground_truth_weight", "kd_weight", "explanation_weight"):

@@ -122,6 +122,7 @@ def load_teacher(options: DistillationOptions, num_classes: int) -> Teacher:
         ValueError: The teacher doesn't exist, has no weights, or has another number of classes.
     """
     name, weights = options.teacher, options.teacher_weights
+    assert name is not None, "the options have no teacher"
     if weights == RANDOM:
         classifier = LoadedClassifier(build_model(name, {"num_classes": num_classes}), name)
         label = f"{name} with random weights, for trials"

@@ -32,7 +32,7 @@ NOT_HASHED = (
 )
 
 #: Config keys whose value is the path of an input. ``runs`` is not one of them: it is used once, to find the run folder.
-PATHS = ("dataset.root", "model.weights", "distillation.teacher", "distillation.teacher_weights")
+PATHS = ("dataset.root", "model.weights", "distillation.teacher", "distillation.teacher_weights", "distillation.frozen")
 #: Values of these keys that are names.
 _NOT_PATHS = ("official", "random")
 #: Data sets with the same content wherever they are stored; all others are identified by their folder.

@@ -6,7 +6,7 @@ from torch import nn
 from bcos_train.dataset.data_module import DataModule
 from bcos_train.nn import RunningNorm2d
 from bcos_train.runs.folder import RunFolder
-from bcos_train.task import Distillation, Task
+from bcos_train.task import DistillationTask, Task
 from bcos_train.training.config import TrainConfig
 from bcos_train.training.options import BatchSplit, TrainerOptions
 
@@ -49,8 +49,8 @@ def print_banner(
     }
     if compilation is None:
         del lines["compile"]
-    if isinstance(task, Distillation):
-        lines |= {"teacher": task.teacher.label}
+    if isinstance(task, DistillationTask):
+        lines |= {"teacher": task.label}
     for key, text in lines.items():
         console.print(f"{key:>10}  {text}", soft_wrap=True)
 

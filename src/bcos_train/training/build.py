@@ -36,7 +36,7 @@ from bcos_train.runs.folder import RunFolder
 from bcos_train.runs.interrupt import StopFlag
 from bcos_train.runs.launcher import launched
 from bcos_train.runs.layout import EXPLANATIONS
-from bcos_train.task import Classification, Distillation, Task
+from bcos_train.task import Classification, DistillationTask, Task
 from bcos_train.training.callbacks.checkpoint import Checkpointer
 from bcos_train.training.callbacks.distillation import DistillationCallback, distillation_metrics
 from bcos_train.training.callbacks.ema import EmaCallback, ema_decay
@@ -281,7 +281,7 @@ def build_task(settings: TrainConfig, model: nn.Module, data: DataModule) -> Tas
     if settings.guidance is not None:
         return build_guidance(settings, settings.guidance, model, data)
     if (options := settings.distillation) is not None:
-        return build_distillation(settings, options, model, data.class_names, choose_num_classes(settings, data))
+        return build_distillation(settings, options, model, data, choose_num_classes(settings, data))
     return Classification(settings.loss)
 
 
@@ -388,7 +388,7 @@ def build_callbacks(
         warmup_steps = round(settings.schedule.warmup(data.steps_per_epoch) * data.steps_per_epoch)
         decay = ema_decay(settings.ema.decay, data.batch_size, every, epochs)
         callbacks.append(EmaCallback(decay, every, warmup_steps))
-    distillation = task if isinstance(task, Distillation) else None
+    distillation = task if isinstance(task, DistillationTask) else None
     if distillation is not None:
         callbacks.append(DistillationCallback(distillation, console))
     if settings.explanation is not None:

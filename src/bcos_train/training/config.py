@@ -16,6 +16,7 @@ from bcos_train.config.errors import UserError
 from bcos_train.config.targets import resolve
 from bcos_train.dataset import BcosEncoding, ImageSource, Standardize
 from bcos_train.distillation import DistillationOptions
+from bcos_train.distillation.store import MapDtype
 from bcos_train.evaluation import ExplanationOptions
 from bcos_train.guidance import GuidanceOptions
 from bcos_train.runs.folder import Resume
@@ -24,7 +25,14 @@ from bcos_train.training.callbacks.checkpoint import Checkpointing
 from bcos_train.training.callbacks.ema import Ema
 from bcos_train.training.options import TrainerOptions
 
-__all__ = ["CommonConfig", "EvaluateConfig", "TrainConfig", "find_moved_dataset", "restore_dataset_settings"]
+__all__ = [
+    "CommonConfig",
+    "EvaluateConfig",
+    "PrecomputeConfig",
+    "TrainConfig",
+    "find_moved_dataset",
+    "restore_dataset_settings",
+]
 
 #: Settings in the config group ``explanation`` that depend on the data set, as they depend on the size of its images.
 DATASET_SETTINGS = (("grid_pointing", "n"), ("grid_pointing", "smooth"), ("perturbation", "block"))
@@ -141,6 +149,33 @@ class EvaluateConfig(TrainConfig):
     weights: str | None = None
     use_ema: bool | None = None
     output: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecomputeConfig(TrainConfig):
+    """The keys of ``configs/precompute_teacher.yaml``. Model, loss, optimizer and logger of the training aren't used.
+
+    Args:
+        out: Folder for the teacher's logits and maps.
+        size: Side of the maps in pixels, at most that of the images.
+        dtype: Type in which maps are stored.
+        verify: Read the shards that are there again, and compute those that are damaged.
+
+    Raises:
+        UserError: ``size`` or ``dtype`` is wrong.
+    """
+
+    out: str
+    size: int = 56
+    dtype: MapDtype = "float16"
+    verify: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.size < 1:
+            raise UserError(f"size={self.size}: at least 1 pixel")
+        if self.dtype not in ("float16", "float32"):
+            raise UserError(f"dtype={self.dtype}: float16 or float32")
 
 
 def restore_dataset_settings(config: Config, run_config: Config, overridden: Sequence[str]) -> Config:

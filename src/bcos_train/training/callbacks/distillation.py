@@ -13,7 +13,7 @@ from bcos_train.distillation import DistillationOptions, distillation_loss, expl
 from bcos_train.loading import pad_class_names
 from bcos_train.report import Explained, pair_gallery
 from bcos_train.runs.checkpoint import Checkpoint
-from bcos_train.task.distillation import Distillation, agreement
+from bcos_train.task.distillation import Distillation, DistillationTask, agreement
 from bcos_train.training.module import Classifier
 from bcos_train.training.score import SUM_DTYPE
 
@@ -30,7 +30,7 @@ def distillation_metrics(options: DistillationOptions) -> list[str]:
 
 
 def draw_pair_gallery(
-    task: Distillation,
+    task: DistillationTask,
     module: Classifier,
     samples: tuple[Tensor, Tensor],
     *,
@@ -41,16 +41,18 @@ def draw_pair_gallery(
     """Draw the explanations that the task compares; see :func:`~bcos_train.report.pair_gallery`.
 
     Args:
-        samples: uint8 images ``(N, 3, H, W)`` and labels ``(N,)``, or multi-hot ``(N, K)``.
+        samples: Those of ``module.data.fixed_val_samples``: uint8 images ``(N, 3, H, W)`` and labels ``(N,)``.
     """
     images, labels = (tensor.to(module.device) for tensor in samples)
     rgb = to_float(images)
-    expected, theirs = task.teacher.explain(rgb, task.explanation)
+    indices = torch.tensor(module.data.fixed_val_indices(len(rgb)), device=module.device)
+    expected, theirs = task.expect_explanations_in_validation(rgb, indices)
     predicted = expected.argmax(1)
     logits, ours = explain_by(task.explanation, module.model, module.encode_floats(rgb), predicted)
     similarity = explanation_similarity(ours, theirs)
     if theirs.ndim == 4 and theirs.shape[1] != 6:  # colors need the encoding [r, g, b, 1-r, 1-g, 1-b]
-        ours, theirs = (module.encode_floats(rgb) * ours).sum(1), (task.teacher.encode(rgb) * theirs).sum(1)
+        encode = task.teacher.encode if isinstance(task, Distillation) else module.encode_floats
+        ours, theirs = (module.encode_floats(rgb) * ours).sum(1), (encode(rgb) * theirs).sum(1)
     names = pad_class_names(module.data.class_names, logits.shape[1])
     student, teacher = Explained(logits.argmax(1), ours), Explained(predicted, theirs)
     return pair_gallery(rgb, teacher, student, labels, names, similarity, title=title, epoch=epoch, accuracy=accuracy)
@@ -64,7 +66,7 @@ class DistillationCallback(pl.Callback):
     the explanations of the teacher's predictions, of about 500 images.
     """
 
-    def __init__(self, task: Distillation, console: Console) -> None:
+    def __init__(self, task: DistillationTask, console: Console) -> None:
         self.task, self.console = task, console
         self.means = {name: MeanMetric().set_dtype(SUM_DTYPE) for name in distillation_metrics(task.options)}
 
@@ -74,14 +76,14 @@ class DistillationCallback(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, Classifier)
-        teacher, data = self.task.teacher, pl_module.data
-        accuracy = teacher.accuracy if teacher.dataset == data.dataset.name else None
-        source = "recorded with its weights"
+        data = pl_module.data
+        accuracy = self.task.recorded_accuracy(data.dataset.name)
+        source = "recorded with its weights or maps"
         if accuracy is None:
             source, mean = "measured", MeanMetric().to(pl_module.device)
             for batch in data.val_dataloader():
-                images, labels = (part.to(pl_module.device) for part in (batch.images, batch.labels))
-                mean.update(teacher.predict(to_float(images)).argmax(1) == labels)
+                images, labels, indices = (part.to(pl_module.device) for part in batch[:3])
+                mean.update(self.task.expect_in_validation(to_float(images), indices).argmax(1) == labels)
             accuracy = 100 * float(mean.compute())
         if trainer.is_global_zero:
             self.console.print(f"   teacher  {accuracy:.2f}% of the validation images, {source}", soft_wrap=True)
@@ -102,18 +104,18 @@ class DistillationCallback(pl.Callback):
         assert isinstance(pl_module, Classifier)
         assert isinstance(outputs, dict)
         logits, rgb = outputs["logits"], to_float(batch.images)
-        expected = self.task.teacher.predict(rgb)
+        expected = self.task.expect_in_validation(rgb, batch.indices)
         self.means[AGREEMENT].update(100 * agreement(logits, expected))
         self.means[KL].update(distillation_loss(logits, expected), len(logits))
         self.means[TEACHER].update(100 * (expected.argmax(1) == batch.labels))
         if SIMILARITY in self.means:
             is_explained = batch.indices % max(1, pl_module.data.num_val // N_EXPLAINED) == 0
             if len(rgb := rgb[is_explained]):
-                self.means[SIMILARITY].update(self._similarity(pl_module, rgb))
+                self.means[SIMILARITY].update(self._similarity(pl_module, rgb, batch.indices[is_explained]))
 
-    def _similarity(self, module: Classifier, rgb: Tensor) -> Tensor:
+    def _similarity(self, module: Classifier, rgb: Tensor, indices: Tensor) -> Tensor:
         kind = self.task.explanation
-        expected, theirs = self.task.teacher.explain(rgb, kind)
+        expected, theirs = self.task.expect_explanations_in_validation(rgb, indices)
         _, ours = explain_by(kind, module.model, module.encode_floats(rgb), expected.argmax(1))
         return explanation_similarity(ours, theirs)
 

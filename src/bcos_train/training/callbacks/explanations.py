@@ -26,7 +26,7 @@ from bcos_train.loading import LoadedClassifier, pad_class_names
 from bcos_train.metric import GridPointing
 from bcos_train.report import gallery, save_gallery
 from bcos_train.runs.layout import EVALUATION, METRICS, salvage_metrics
-from bcos_train.task import Distillation
+from bcos_train.task import DistillationTask
 from bcos_train.training.callbacks.distillation import draw_pair_gallery
 from bcos_train.training.distributed import is_distributed
 from bcos_train.training.module import Classifier
@@ -204,7 +204,7 @@ class ExplanationCallback(PredictionRecorder):
     """
 
     def __init__(
-        self, options: ExplanationOptions, folder: Path, title: str, distillation: Distillation | None = None
+        self, options: ExplanationOptions, folder: Path, title: str, distillation: DistillationTask | None = None
     ) -> None:
         super().__init__()
         self.options, self.folder, self.title, self.distillation = options, folder, title, distillation
