@@ -222,6 +222,14 @@ E2KD: dict[str, tuple[int, int, int | None, int, dict[str, dict[str, Any]]]] = {
         *(150, 256, None, 4),
         BCOS_E2KD | {"schedule": {"interval": "step", "warmup_epochs": None, "warmup_steps": 10_000}},
     ),
+    "model=simple_vit_ti_patch16_224 recipe=e2kd_vit_frozen distillation.frozen=maps": (
+        *(150, 256, None, 16),
+        BCOS_E2KD
+        | {
+            "schedule": {"interval": "step", "warmup_epochs": None, "warmup_steps": 10_000},
+            "distillation": {"teacher": None, "frozen": "maps"},
+        },
+    ),
     "model=standard_resnet18 recipe=e2kd_standard": (200, 256, None, 16, STANDARD_E2KD),
     "model=resnet18 recipe=[e2kd,shots50]": (250, 32, 50, 16, BCOS_E2KD | WARM_UP),
     "model=resnet18 recipe=[e2kd,shots200]": (125, 64, 200, 16, BCOS_E2KD | WARM_UP),
@@ -242,7 +250,7 @@ def test_published_settings_of_e2kd(command: str) -> None:
     distillation |= {"explanation_every_n_steps": interval, **settings["distillation"]}
     for group, values in (settings | {"distillation": distillation}).items():
         assert {key: config[group][key] for key in values} == values
-    policy = ("ra", 10) if "vit" in command else (None, 9)
+    policy = ("ra", 10) if command.endswith("recipe=e2kd_vit") else (None, 9)
     train = config["augmentation"]["train"]
     assert (train["policy"], train["ra_magnitude"]) == policy
     assert (train["crop_size"], train["hflip_prob"], train["random_erase_prob"]) == (224, 0.5, 0.0)

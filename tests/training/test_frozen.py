@@ -143,6 +143,25 @@ def test_subsets_find_their_maps(maps: Path, weights: Path, tmp_path: Path) -> N
         train(frozen(tmp_path / "runs", maps, "limit_train=32"))
 
 
+def test_few_shots_find_their_maps(weights: Path, tmp_path: Path) -> None:
+    every = ("limit_train=null", "dataset.val_per_class=1", "limit_val=null")
+    compute(weights, tmp_path / "maps", *every, "dataset.shots=2")
+    whole = Store.open(tmp_path / "maps")
+    assert whole.manifest.parts["train"].inventory["count"] == 1438
+    assert (len(whole.indices["train"]), len(whole.indices["val"])) == (20, 10)
+    assert train(frozen(tmp_path / "runs", tmp_path / "maps", *every, "dataset.shots=1", "trainer.max_epochs=1")) == 0
+    with pytest.raises(UserError, match=r"maps of 20 training images, without 10 of the 30"):
+        train(frozen(tmp_path / "runs", tmp_path / "maps", *every, "dataset.shots=3"))
+    with pytest.raises(UserError, match=r"maps of a data set with 1,438 validation images; there are 359"):
+        train(frozen(tmp_path / "runs", tmp_path / "maps", *every, "dataset.val_per_class=null"))
+
+
+def test_the_gallery_shows_the_maps(maps: Path, tmp_path: Path) -> None:
+    config = frozen(tmp_path, maps, "explanation=default", "explanation.metrics=[]", "trainer.max_epochs=1")
+    assert train(config) == 0
+    assert [path.name for path in (run_folder(tmp_path) / "explanations").glob("epoch*")] == ["epoch-0001.png"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
