@@ -1,11 +1,13 @@
 """Windows of random crops against the pixels that the transforms show."""
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torchvision.transforms import v2
 
 from bcos_train.augmentation import crop_flip, digits_train, imagenet_eval, imagenet_train, plain
+from bcos_train.dataset import Annotations, SeededDataset
 from bcos_train.dataset.window import check_has_window, draw_window, whole_image_view
 
 #: Width and height of an image whose colors are its coordinates.
@@ -95,3 +97,27 @@ def test_views_of_the_whole_image() -> None:
         assert repr(whole_image_view(unchanged)) == repr(unchanged)
     with pytest.raises(ValueError, match=r"^augmentation.eval: RandomHorizontalFlip has no view"):
         whole_image_view(crop_flip())
+
+
+class OneBox(torch.utils.data.Dataset[tuple[Image.Image, int, Annotations]]):
+    """An image with a box on its left half."""
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int, Annotations]:
+        return coordinates(), 3, Annotations(np.array([[3, 0, 0, WIDTH // 2, HEIGHT]]))
+
+
+def test_samples_with_boxes() -> None:
+    transform = imagenet_train(60, min_scale=0.6)
+    alone = SeededDataset(OneBox(), transform)
+    samples = SeededDataset(OneBox(), transform, lookup=lambda index: {"number": torch.tensor(index)})
+    for seed in range(8):
+        image, label, index, extras = samples[7, seed]  # type: ignore[misc]
+        expected = alone[7, seed]
+        assert (label, index) == (3, 7)
+        assert torch.equal(image, expected[0])
+        assert torch.equal(extras["boxes"], expected[3]["boxes"])  # type: ignore[misc]
+        assert extras["number"] == 7
+        torch.testing.assert_close(extras["window"], shown(image), atol=5e-3, rtol=0)
+        (_, x0, _, x1, _), (left, _, right, _) = extras["boxes"][0].tolist(), extras["window"].tolist()
+        middle = x0 if left > right else x1
+        assert middle == pytest.approx(60 * (0.5 - left) / (right - left), abs=0.51)

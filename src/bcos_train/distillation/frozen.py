@@ -117,5 +117,4 @@ class FrozenTeacher:
 
 
 def _tensor(values: np.ndarray) -> Tensor:
-    """Copy values out of a memory map."""
-    return torch.from_numpy(np.array(values))
+    return torch.from_numpy(np.array(values))  # a copy: values are read-only

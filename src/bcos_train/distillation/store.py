@@ -6,9 +6,9 @@ A store is a folder:
 * ``<part>-indices.npy``: int64 (M,), index of each image in the whole data set.
 * ``<part>-00000.npy`` …: shards, arrays of records with label, logits (K,) in float32 and map (C, h, w).
 
-Parts are ``train`` and ``val``. All files are plain arrays, which are memory-mapped: any number of processes can read
-any record. Maps are divided by a power of two, so that the largest value lies in [0.5, 1) and float16 neither overflows
-nor loses small maps. A cosine doesn't depend on the factor.
+Parts are ``train`` and ``val``. All files are plain arrays: any number of processes can read any record. Maps are
+divided by a power of two, so that the largest value lies in [0.5, 1) and float16 neither overflows nor loses small maps.
+A cosine doesn't depend on the factor.
 """
 
 import hashlib
@@ -256,11 +256,23 @@ class Store:
         return records
 
     def read(self, part: Part, position: int) -> np.void:
-        """Return the record at a position of a part."""
-        # The file is opened for each record: a process that kept all shards open could run out of file descriptors.
-        number, row = divmod(position, self.manifest.parts[part].shard_images)
-        record: np.void = self.shard(part, number)[row]
-        return record
+        """Return the record at a position of a part.
+
+        Raises:
+            ValueError: The file is missing or damaged.
+        """
+        # Opened for each record, since all shards at once could be more than a process may open; and without np.load,
+        # whose parsing of the header takes longer than reading the record.
+        info, record = self.manifest.parts[part], self._records[part]
+        number, row = divmod(position, info.shard_images)
+        name, rows = shard_name(part, number), min(info.shard_images, info.count - number * info.shard_images)
+        try:
+            with (self.folder / name).open("rb") as file:
+                file.seek(self.manifest.shards[name].bytes - (rows - row) * record.itemsize)
+                values: np.void = np.frombuffer(file.read(record.itemsize), record)[0]
+        except (OSError, ValueError, IndexError) as error:
+            raise ValueError(f"can't read {self.folder / name}: {' '.join(str(error).split())}") from error
+        return values
 
     @cached_property
     def indices(self) -> dict[str, np.ndarray]:
