@@ -114,6 +114,23 @@ def test_stop_and_resume(batch: int, workers: int, maps: Path, tmp_path: Path, m
     assert metric_rows(whole) == metric_rows(stopped)
 
 
+def test_other_maps_between_stop_and_resume(
+    weights: Path, maps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(maps, copy := tmp_path / "maps")
+    config = frozen(tmp_path / "runs", copy, *CROPS)
+    with monkeypatch.context() as patch:
+        signal_at(patch, 1)
+        assert train(config) == 128 + signal.SIGTERM
+    shutil.rmtree(copy)
+    compute(weights, copy, "size=8")
+    with pytest.raises(
+        UserError, match=r"^distillation.teacher: the teacher changed since the last checkpoint"
+    ) as caught:
+        train(config)
+    assert "\n" not in str(caught.value)
+
+
 def test_no_teacher_is_loaded(maps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("frozen", "distillation"):
         monkeypatch.setattr(f"bcos_train.training.{module}.load_teacher", lambda *_: 1 / 0)

@@ -97,6 +97,11 @@ class FrozenTeacher:
         self.explanation: ExplanationKind = manifest.explanation
         self.dataset, self.accuracy = manifest.dataset, manifest.accuracy
 
+    @property
+    def record(self) -> dict[str, str]:
+        """What a checkpoint says about its teacher: with other maps, too, it is another one."""
+        return {"label": self.label, "sha256": self.store.manifest.sha256}
+
     def train_lookup(self, with_maps: bool) -> TrainLookup:
         """Return a function that reads logits, and maps if asked to, of training images."""
         return TrainLookup(self.store, self.positions["train"], with_maps)

@@ -7,8 +7,8 @@ A store is a folder:
 * ``<part>-00000.npy`` …: shards, arrays of records with label, logits (K,) in float32 and map (C, h, w).
 
 Parts are ``train`` and ``val``. All files are plain arrays: any number of processes can read any record. Maps are
-divided by a power of two, so that the largest value lies in [0.5, 1) and float16 neither overflows nor loses small maps.
-A cosine doesn't depend on the factor.
+divided by a power of two, so that the largest value lies in [0.5, 1): float16 neither overflows nor loses small maps. A
+cosine doesn't depend on the factor.
 """
 
 import hashlib
@@ -21,13 +21,13 @@ from typing import Literal, get_args
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bcos_train.distillation.options import ExplanationKind
 from bcos_train.utils.atomic import atomic_write
 from bcos_train.weights.files import file_sha256
 
-__all__ = ["MANIFEST", "PARTS", "Manifest", "MapDtype", "Part", "PartInfo", "Store", "scale_maps", "state_sha256"]
+__all__ = ["MANIFEST", "PARTS", "Manifest", "MapDtype", "Part", "PartInfo", "Store", "scale_maps"]
 
 MANIFEST = "manifest.json"
 FORMAT, VERSION = "bcos-train teacher maps", 1
@@ -84,7 +84,7 @@ class Manifest:
 
     Args:
         teacher: Name and origin of the weights.
-        teacher_sha256: Of the teacher's state dict, see :func:`state_sha256`.
+        teacher_sha256: Of the teacher's state dict.
         teacher_precision: ``"bf16"`` or ``None``.
         explanation: Kind of maps, of the teacher's predicted class.
         dataset, class_names: Name and classes of the data set.
@@ -110,6 +110,12 @@ class Manifest:
     def identity(self) -> dict[str, object]:
         """Return what has to be equal to continue a computation."""
         return {key: value for key, value in asdict(self).items() if key not in ("shards", "accuracy")}
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of everything that is stored."""
+        content = {**self.identity(), "shards": {name: shard.sha256 for name, shard in sorted(self.shards.items())}}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def record(self, part: str) -> np.dtype:
         """Return the type of a part's records."""
@@ -295,12 +301,3 @@ def scale_maps(maps: Tensor) -> Tensor:
     for part in (half, exponent - half):
         maps = torch.ldexp(maps, -part.view(-1, *[1] * (maps.dim() - 1)))
     return maps
-
-
-def state_sha256(model: nn.Module) -> str:
-    """Return the SHA-256 of a model's state dict: names, types, shapes and values."""
-    digest = hashlib.sha256()
-    for key, value in sorted(model.state_dict().items()):
-        digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()

@@ -96,16 +96,16 @@ class Teacher:
         return torch.autocast(rgb.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
 
-def check_same_teacher(teacher: Teacher, recorded: Mapping[str, str]) -> None:
-    """Raise :class:`OtherTeacher` unless the weights are the recorded ones.
+def check_same_teacher(current: Mapping[str, str], recorded: Mapping[str, str]) -> None:
+    """Raise :class:`OtherTeacher` unless the weights, or the stored maps, are the recorded ones.
 
     Args:
-        teacher: The current teacher.
-        recorded: :attr:`Teacher.record` of a checkpoint.
+        current: :attr:`Teacher.record` of the current teacher.
+        recorded: That of a checkpoint.
     """
-    if teacher.sha256 == recorded["sha256"]:
+    if current["sha256"] == recorded["sha256"]:
         return
-    before, now = (f"{record['label']} (SHA-256 {record['sha256'][:12]}…)" for record in (recorded, teacher.record))
+    before, now = (f"{record['label']} (SHA-256 {record['sha256'][:12]}…)" for record in (recorded, current))
     raise OtherTeacher(
         f"distillation.teacher: the teacher changed since the last checkpoint: {now} instead of {before}; restore it, "
         "or use resume=false to train again in a new folder"

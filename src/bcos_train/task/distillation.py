@@ -33,10 +33,10 @@ class DistillationTask(Task):
         explanation: What is compared.
 
     Attributes:
-        label: Name of the teacher and origin of its weights.
+        teacher: Outside the module tree: it is neither trained, saved nor synchronized.
     """
 
-    label: str
+    teacher: Teacher | FrozenTeacher
 
     def __init__(self, loss: nn.Module, options: DistillationOptions, explanation: ExplanationKind) -> None:
         super().__init__()
@@ -58,9 +58,9 @@ class DistillationTask(Task):
     def expect_explanations_in_validation(self, rgb: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Return the teacher's logits (N, K) of validation images, and explanations (N, *)."""
 
-    @abstractmethod
     def recorded_accuracy(self, dataset: str) -> float | None:
         """Return the teacher's recorded top-1 accuracy in percent on a data set's validation images, or None."""
+        return self.teacher.accuracy if self.teacher.dataset == dataset else None
 
     def forward(self, network: Network, batch: TrainingBatch) -> TaskOutput:
         options = self.options
@@ -109,7 +109,7 @@ class Distillation(DistillationTask):
 
     def __init__(self, loss: nn.Module, teacher: Teacher, options: DistillationOptions, student: nn.Module) -> None:
         super().__init__(loss, options, choose_explanation(options.explanation, student, teacher.model))
-        self.teacher, self.label = teacher, teacher.label
+        self.teacher: Teacher = teacher
 
     def expect(self, batch: TrainingBatch) -> Tensor:
         return self.teacher.predict(batch.rgb)
@@ -122,9 +122,6 @@ class Distillation(DistillationTask):
 
     def expect_explanations_in_validation(self, rgb: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
         return self.teacher.explain(rgb, self.explanation)
-
-    def recorded_accuracy(self, dataset: str) -> float | None:
-        return self.teacher.accuracy if self.teacher.dataset == dataset else None
 
 
 class FrozenDistillation(DistillationTask):
@@ -149,7 +146,7 @@ class FrozenDistillation(DistillationTask):
         if options.explanation not in (None, teacher.explanation):
             raise ValueError(f"explanation={options.explanation}: the stored maps are {teacher.explanation}")
         check_stored_explanation(teacher.explanation, teacher.store.manifest.parts["train"].map_shape[0], student)
-        self.teacher, self.label = teacher, teacher.label
+        self.teacher: FrozenTeacher = teacher
 
     def expect(self, batch: TrainingBatch) -> Tensor:
         return _extra(batch, "teacher_logits")
@@ -167,9 +164,6 @@ class FrozenDistillation(DistillationTask):
     def _unstacked(self, maps: Tensor) -> Tensor:
         """Return W(x) (N, C, H, W), or maps (N, H, W) in place of (N, 1, H, W)."""
         return maps if self.explanation == "weights" else maps[:, 0]
-
-    def recorded_accuracy(self, dataset: str) -> float | None:
-        return self.teacher.accuracy if self.teacher.dataset == dataset else None
 
 
 def agreement(student: Tensor, teacher: Tensor) -> Tensor:

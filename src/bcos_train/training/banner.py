@@ -50,7 +50,7 @@ def print_banner(
     if compilation is None:
         del lines["compile"]
     if isinstance(task, DistillationTask):
-        lines |= {"teacher": task.label}
+        lines |= {"teacher": task.teacher.label}
     for key, text in lines.items():
         console.print(f"{key:>10}  {text}", soft_wrap=True)
 

@@ -16,7 +16,7 @@ from bcos_train.dataset.inventory import Inventory, take_inventory
 from bcos_train.dataset.seeded import Transform
 from bcos_train.dataset.window import check_has_window, whole_image_view
 from bcos_train.distillation import DistillationOptions, FrozenTeacher, load_teacher
-from bcos_train.distillation.store import PARTS, Manifest, Part, PartInfo, Store, state_sha256
+from bcos_train.distillation.store import PARTS, Manifest, Part, PartInfo, Store
 from bcos_train.task import FrozenDistillation
 from bcos_train.training.config import TrainConfig
 
@@ -162,7 +162,7 @@ def _positions(store: Store, part: Part, data: DataModule) -> np.ndarray:
 
 def _check_teacher(manifest: Manifest, options: DistillationOptions, num_classes: int) -> None:
     teacher = load_teacher(options, num_classes)
-    is_same = (state_sha256(teacher.model), teacher.precision) == (manifest.teacher_sha256, manifest.teacher_precision)
+    is_same = (teacher.sha256, teacher.precision) == (manifest.teacher_sha256, manifest.teacher_precision)
     if not is_same:
         raise ValueError(
             f"teacher={options.teacher}: the maps in {options.frozen} are those of {manifest.teacher}, with other "

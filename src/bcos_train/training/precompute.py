@@ -33,7 +33,6 @@ from bcos_train.distillation.store import (
     record_type,
     scale_maps,
     shard_images,
-    state_sha256,
 )
 from bcos_train.explanation.precision import without_tf32
 from bcos_train.runs.lock import locked
@@ -127,7 +126,7 @@ class _Job:
         parts = {part: self._describe_part(part, self.views[part]) for part in PARTS}
         return Manifest(
             teacher=self.teacher.label,
-            teacher_sha256=state_sha256(self.teacher.model),
+            teacher_sha256=self.teacher.sha256,
             teacher_precision=self.teacher.precision,
             explanation=self.kind,
             dataset=self.data.dataset.name,

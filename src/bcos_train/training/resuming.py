@@ -12,7 +12,7 @@ from bcos_train.dataset.inventory import OtherImages, check_same_images
 from bcos_train.distillation import OtherTeacher, check_same_teacher
 from bcos_train.runs.checkpoint import Checkpoint, ForeignCheckpoint
 from bcos_train.runs.layout import check_checkpoint_name
-from bcos_train.task import Distillation, Task
+from bcos_train.task import DistillationTask, Task
 from bcos_train.weights.state_dict import check_weights
 
 __all__ = ["check_resumable", "move_to_position"]
@@ -56,8 +56,8 @@ def check_resumable(
             check_same_classes(data.class_names, names, "this run", hint)
         if not data_changed and (images := checkpoint.get("images")) is not None:
             check_same_images(data.inventory, images)
-        if isinstance(task, Distillation) and (record := checkpoint.get("teacher")) is not None:
-            check_same_teacher(task.teacher, record)
+        if isinstance(task, DistillationTask) and (record := checkpoint.get("teacher")) is not None:
+            check_same_teacher(task.teacher.record, record)
         for key in (*_KEYS, *(["model_ema"] if has_ema else [])):
             if key not in checkpoint:
                 raise ForeignCheckpoint(f"it has no {key}")
