@@ -11,6 +11,7 @@ from torchvision.datasets import CIFAR10
 from bcos_train.dataset.base import Cache, ClassMap, ImageDataset, require_root
 from bcos_train.dataset.folder import ImageFolder
 from bcos_train.dataset.split import Split
+from bcos_train.dataset.storage.shards import Storage, choose_shards
 
 __all__ = ["Cifar10"]
 
@@ -24,6 +25,7 @@ class Cifar10:
         download: Download the archive if it is missing.
         cache: Where the images are kept during a run, see :data:`~bcos_train.dataset.base.Cache`.
         class_map: Classes of a trained model, see :data:`~bcos_train.dataset.base.ClassMap`; ``None``: the same ones.
+        storage, shards: Image files in ``root``, or shards, see :class:`~bcos_train.dataset.storage.shards.Shards`.
         shots, val_per_class, split_seed: A few images of each class, see :class:`~bcos_train.dataset.split.Split`.
 
     Raises:
@@ -39,11 +41,15 @@ class Cifar10:
         download: bool = True,
         cache: Cache | None = None,
         class_map: ClassMap | None = None,
+        storage: Storage = "folder",
+        shards: str | dict[str, str] | None = None,
         shots: int | None = None,
         val_per_class: int | None = None,
         split_seed: int = 42,
     ) -> None:
-        self.root = require_root(root, "CIFAR-10", "set DATA_ROOT or dataset.root")
+        self._shards = choose_shards(storage, shards)
+        if self._shards is None:
+            self.root = require_root(root, "CIFAR-10", "set DATA_ROOT or dataset.root")
         self.download = download
         self.cache = cache
         self.class_map = class_map
@@ -59,7 +65,7 @@ class Cifar10:
 
     def prepare(self) -> None:
         """Download and unpack the archive (170 MB) if it is missing; MD5 sums are always checked."""
-        if not self.download or self._as_files is not None:
+        if self._shards is not None or not self.download or self._as_files is not None:
             self._part(train=True)
             return
         try:
@@ -90,6 +96,9 @@ class Cifar10:
         return folder
 
     def _part(self, train: bool) -> ImageDataset:
+        if self._shards is not None:
+            names = {name: label for label, name in enumerate(self.class_names)}
+            return self._shards.images("train" if train else "val", lambda: names, self.num_classes)
         if self._as_files is not None:
             return self._as_files.train() if train else self._as_files.val()
         try:

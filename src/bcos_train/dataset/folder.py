@@ -6,6 +6,7 @@ from pathlib import Path
 from bcos_train.dataset.base import Cache, ClassMap, ImageDataset, require_root
 from bcos_train.dataset.split import Split
 from bcos_train.dataset.storage.folder import FolderImages, list_classes, shorten
+from bcos_train.dataset.storage.shards import Storage, choose_shards
 
 __all__ = ["ImageFolder"]
 
@@ -22,6 +23,7 @@ class ImageFolder:
         cache: Where the images are kept during a run, see :data:`~bcos_train.dataset.base.Cache`.
         exif_orientation: Rotate and flip images as their EXIF tag says, see :func:`~bcos_train.dataset.image.to_rgb`.
         class_map: Classes of a trained model, see :data:`~bcos_train.dataset.base.ClassMap`; ``None``: the same ones.
+        storage, shards: Image files in ``root``, or shards, see :class:`~bcos_train.dataset.storage.shards.Shards`.
         shots, val_per_class, split_seed: A few images of each class, see :class:`~bcos_train.dataset.split.Split`.
 
     Raises:
@@ -40,11 +42,15 @@ class ImageFolder:
         cache: Cache | None = None,
         exif_orientation: bool = False,
         class_map: ClassMap | None = None,
+        storage: Storage = "folder",
+        shards: str | dict[str, str] | None = None,
         shots: int | None = None,
         val_per_class: int | None = None,
         split_seed: int = 42,
     ) -> None:
-        self.root = require_root(root, "the image folder", _HINT)
+        self._shards = choose_shards(storage, shards)
+        if self._shards is None:
+            self.root = require_root(root, "the image folder", _HINT)
         self.cache = cache
         self.class_map = class_map
         self._split = Split(shots, val_per_class, split_seed)
@@ -55,6 +61,8 @@ class ImageFolder:
     @cached_property
     def class_names(self) -> list[str]:
         """Names of the class folders of the validation part, sorted; a class's label is its index in the list."""
+        if self._shards is not None:
+            return self._shards.class_names("val")
         return list_classes(self.root, self.val_folder, "dataset.val", _HINT)
 
     @property
@@ -70,10 +78,12 @@ class ImageFolder:
 
     def val(self) -> ImageDataset:
         if self._split.val_per_class is None:
-            return self._part(self.val_folder)
+            return self._part(self.val_folder) if self._shards is None else self._shard_images("val")
         return self._split.val(self._training_images(), self.class_names)
 
-    def _training_images(self) -> FolderImages:
+    def _training_images(self) -> ImageDataset:
+        if self._shards is not None:
+            return self._shard_images("train")
         classes = list_classes(self.root, self.train_folder, "dataset.train", _HINT)
         if classes != self.class_names:
             only_train = sorted(set(classes) - set(self.class_names))
@@ -84,6 +94,11 @@ class ImageFolder:
                 f"{_HINT}"
             )
         return self._part(self.train_folder)
+
+    def _shard_images(self, part: str) -> ImageDataset:
+        assert self._shards is not None
+        names = {name: label for label, name in enumerate(self.class_names)}
+        return self._shards.images(part, lambda: names, self.num_classes, self.exif_orientation)
 
     def _part(self, part: str) -> FolderImages:
         labels = {name: label for label, name in enumerate(self.class_names)}

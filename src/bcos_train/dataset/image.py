@@ -13,13 +13,14 @@ What becomes of each mode:
 from __future__ import annotations
 
 import os
+from io import BytesIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from bcos_train.utils.substitutes import substitute_reason
 
-__all__ = ["UnreadableImage", "image_size", "read_image", "to_rgb"]
+__all__ = ["UnreadableImage", "decode_image", "image_size", "read_image", "to_rgb"]
 
 _TIFF_BITS_PER_SAMPLE, _TIFF_PHOTOMETRIC, _TIFF_SAMPLE_FORMAT = 258, 262, 339
 _TIFF_WHITE_IS_ZERO, _TIFF_SIGNED = 0, 2
@@ -46,6 +47,25 @@ def read_image(path: str | os.PathLike[str], exif_orientation: bool = False) -> 
     # For a damaged file Pillow raises nearly anything, depending on the format.
     except Exception as error:
         raise UnreadableImage(f"cannot read the image {os.fspath(path)}: {_reason(error, path)}") from error
+
+
+def decode_image(content: bytes, name: str, formats: tuple[str, ...], exif_orientation: bool = False) -> Image.Image:
+    """Decode an image as 8-bit RGB.
+
+    Args:
+        content: That of an image file.
+        name: What the message of an error calls it.
+        formats: Pillow's names of the formats that may be decoded.
+        exif_orientation: As for :func:`to_rgb`.
+
+    Raises:
+        UnreadableImage: As for :func:`read_image`.
+    """
+    try:
+        with Image.open(BytesIO(content), formats=formats) as image:
+            return to_rgb(image, exif_orientation)
+    except Exception as error:
+        raise UnreadableImage(f"cannot read the image {name}: {_reason(error, content)}") from error
 
 
 def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
@@ -104,12 +124,12 @@ def _refusal(image: Image.Image, kind: str) -> str:
     return f"mode {image.mode} ({kind}) has no defined black and white: save it as unsigned 8- or 16-bit integers"
 
 
-def _reason(error: Exception, path: str | os.PathLike[str]) -> str:
+def _reason(error: Exception, source: str | os.PathLike[str] | bytes) -> str:
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
         pixels = (Image.MAX_IMAGE_PIXELS or 0) * (2 if isinstance(error, Image.DecompressionBombError) else 1)
         return f"more than {pixels:,} pixels, the limit of Pillow: scale it down"
     if isinstance(error, UnidentifiedImageError):
-        substitute = substitute_reason(path)
+        substitute = substitute_reason(source)
         return f"it {substitute}" if substitute else "not an image, or in a format that Pillow can't read"
     if isinstance(error, MemoryError):
         return "out of memory"

@@ -10,6 +10,7 @@ from pathlib import Path
 from bcos_train.dataset.base import ClassMap, ImageDataset, require_root
 from bcos_train.dataset.split import Split
 from bcos_train.dataset.storage.folder import FolderImages, list_classes
+from bcos_train.dataset.storage.shards import ShardImages, Storage, choose_shards
 from bcos_train.utils.terminal import printable
 
 __all__ = ["ImageNet"]
@@ -33,6 +34,7 @@ class ImageNet:
         val: Folder name of the validation part.
         exif_orientation: Rotate and flip images as their EXIF tag says, see :func:`~bcos_train.dataset.image.to_rgb`.
         class_map: Classes of a trained model, see :data:`~bcos_train.dataset.base.ClassMap`; ``None``: the same ones.
+        storage, shards: Image files in ``root``, or shards, see :class:`~bcos_train.dataset.storage.shards.Shards`.
         shots, val_per_class, split_seed: A few images of each class, see :class:`~bcos_train.dataset.split.Split`.
 
     Raises:
@@ -49,11 +51,15 @@ class ImageNet:
         val: str = "val",
         exif_orientation: bool = False,
         class_map: ClassMap | None = None,
+        storage: Storage = "folder",
+        shards: str | dict[str, str] | None = None,
         shots: int | None = None,
         val_per_class: int | None = None,
         split_seed: int = 42,
     ) -> None:
-        self.root = require_root(root, "ImageNet", _HINT)
+        self._shards = choose_shards(storage, shards)
+        if self._shards is None:
+            self.root = require_root(root, "ImageNet", _HINT)
         self.train_folder = train
         self.val_folder = val
         self.exif_orientation = exif_orientation
@@ -67,7 +73,7 @@ class ImageNet:
     @cached_property
     def class_names(self) -> list[str]:
         """1000 names by label: readable ones if the labels are the official ones, otherwise those of the folders."""
-        if self._has_official_labels:
+        if self._shards is not None or self._has_official_labels:
             from torchvision.models._meta import _IMAGENET_CATEGORIES
 
             return list(_IMAGENET_CATEGORIES)
@@ -77,16 +83,20 @@ class ImageNet:
         return names
 
     def prepare(self) -> None:
-        """Check that the folders exist."""
-        _ = self._labels
+        """Check that the folders exist, or read the index of the shards."""
+        if self._shards is not None:
+            for part in ("train", "val"):
+                self._shards.index(part)
+        else:
+            _ = self._labels
 
     def train(self) -> ImageDataset:
-        return self._split.train(self._part(self.train_folder, "dataset.train", _NUM_TRAIN), self.class_names)
+        return self._split.train(self._part(train=True), self.class_names)
 
     def val(self) -> ImageDataset:
         if self._split.val_per_class is None:
-            return self._part(self.val_folder, "dataset.val", _NUM_VAL)
-        return self._split.val(self._part(self.train_folder, "dataset.train", _NUM_TRAIN), self.class_names)
+            return self._part(train=False)
+        return self._split.val(self._part(train=True), self.class_names)
 
     @cached_property
     def _folders(self) -> list[str]:
@@ -110,7 +120,7 @@ class ImageNet:
                 f"{_HINT}, or use dataset=imagefolder"
             )
         if self._has_official_labels and len(folders) < _NUM_CLASSES:
-            labels = {wnid: label for label, wnid in enumerate(_wnids())}
+            labels = _label_of_wnid()
             return {name: labels[name] for name in folders}
         if not self._has_official_labels:
             _logger.warning(
@@ -121,7 +131,26 @@ class ImageNet:
             )
         return {name: label for label, name in enumerate(folders)}
 
-    def _part(self, part: str, key: str, expected: int) -> FolderImages:
+    def _part(self, train: bool) -> FolderImages | ShardImages:
+        images: FolderImages | ShardImages
+        if self._shards is not None:
+            where, images = "the shards", self._shard_images("train" if train else "val")
+        elif train:
+            where, images = str(self.root / self.train_folder), self._folder_images(self.train_folder, "dataset.train")
+        else:
+            where, images = str(self.root / self.val_folder), self._folder_images(self.val_folder, "dataset.val")
+        expected = _NUM_TRAIN if train else _NUM_VAL
+        if len(images) != expected:
+            _logger.warning(
+                "%s contains %s images, the complete ImageNet %s", printable(where), f"{len(images):,}", f"{expected:,}"
+            )
+        return images
+
+    def _shard_images(self, part: str) -> ShardImages:
+        assert self._shards is not None
+        return self._shards.images(part, _label_of_wnid, _NUM_CLASSES, self.exif_orientation)
+
+    def _folder_images(self, part: str, key: str) -> FolderImages:
         folders = list_classes(self.root, part, key, _HINT)
         unknown = sorted(set(folders) - set(self._labels))
         if unknown:
@@ -129,15 +158,11 @@ class ImageNet:
                 f"{self.root / part} has class folders that {self.val_folder}/ lacks, such as {unknown[0]}: {_HINT}"
             )
         labels = {name: self._labels[name] for name in folders}
-        images = FolderImages(self.root / part, labels, _HINT, self.exif_orientation)
-        if len(images) != expected:
-            _logger.warning(
-                "%s contains %s images, the complete ImageNet %s",
-                printable(str(self.root / part)),
-                f"{len(images):,}",
-                f"{expected:,}",
-            )
-        return images
+        return FolderImages(self.root / part, labels, _HINT, self.exif_orientation)
+
+
+def _label_of_wnid() -> dict[str, int]:
+    return {wnid: label for label, wnid in enumerate(_wnids())}
 
 
 def _wnids() -> list[str]:

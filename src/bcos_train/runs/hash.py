@@ -32,7 +32,14 @@ NOT_HASHED = (
 )
 
 #: Config keys whose value is the path of an input. ``runs`` is not one of them: it is used once, to find the run folder.
-PATHS = ("dataset.root", "model.weights", "distillation.teacher", "distillation.teacher_weights", "distillation.frozen")
+PATHS = (
+    "dataset.root",
+    "dataset.shards",
+    "model.weights",
+    "distillation.teacher",
+    "distillation.teacher_weights",
+    "distillation.frozen",
+)
 #: Values of these keys that are names.
 _NOT_PATHS = ("official", "random")
 #: Data sets with the same content wherever they are stored; all others are identified by their folder.
@@ -54,8 +61,8 @@ def run_hash(config: Mapping[str, object]) -> str:
     if isinstance(dataset, dict):
         if dataset.get("root") is None or dataset["_target_"] in LOCATION_INDEPENDENT:
             dataset.pop("root", None)
-        for key in ("shots", "val_per_class"):
-            if dataset.get(key) is None:
+        for key, unset in (("shots", None), ("val_per_class", None), ("shards", None), ("storage", "folder")):
+            if dataset.get(key) == unset:
                 dataset.pop(key, None)
         if not {"shots", "val_per_class"} & dataset.keys():
             dataset.pop("split_seed", None)  # nothing is drawn
@@ -67,12 +74,20 @@ def with_absolute_paths(config: Mapping[str, object]) -> dict[str, object]:
     result = dict(config)
     for group, key in (path.split(".") for path in PATHS):
         node = result.get(group)
-        if not isinstance(node, Mapping) or not isinstance(path := node.get(key), str) or path in _NOT_PATHS:
+        if not isinstance(node, Mapping):
+            continue
+        if isinstance(parts := node.get(key), Mapping):  # the shards of each part
+            result[group] = {**node, key: {part: _absolute(path) for part, path in parts.items()}}
+        if not isinstance(path := node.get(key), str) or path in _NOT_PATHS:
             continue
         path = os.path.expanduser(path)
         if key != "teacher" or os.path.isfile(path) or (os.sep in path and os.path.isdir(path)):  # else a model's name
             result[group] = {**node, key: os.path.abspath(path)}
     return result
+
+
+def _absolute(path: object) -> object:
+    return os.path.abspath(os.path.expanduser(path)) if isinstance(path, str) else path
 
 
 def _hashed_part(value: object, path: str) -> object:

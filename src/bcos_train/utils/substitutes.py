@@ -8,14 +8,20 @@ _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _HTML = (b"<!doctype html", b"<html")
 
 
-def substitute_reason(path: str | os.PathLike[str]) -> str | None:
+def substitute_reason(source: str | os.PathLike[str] | bytes) -> str | None:
     """Return why a binary file doesn't hold its data: a Git LFS pointer, a web page or empty; ``None``: it may.
+
+    Args:
+        source: Path, or content.
 
     Raises:
         OSError: The file can't be read.
     """
-    with open(path, "rb") as file:
-        start = file.read(64)
+    if isinstance(source, bytes):
+        start = source[:64]
+    else:
+        with open(source, "rb") as file:
+            start = file.read(64)
     if not start:
         return "is empty"
     if start.startswith(_LFS_POINTER):
