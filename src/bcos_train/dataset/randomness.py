@@ -50,6 +50,7 @@ class Stream(IntEnum):
     COMPOSITION = 6
     ANNOTATED = 7
     SHOTS = 8
+    SHARDS = 9
     POSITIVE_CLASS = 9
 
 

@@ -11,7 +11,7 @@ from torch.utils.data import Subset
 from bcos_train.dataset.base import ImageDataset
 from bcos_train.dataset.randomness import Stream, permutation
 
-__all__ = ["Split"]
+__all__ = ["Split", "labels_of"]
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,7 @@ class Split:
 
     def _shuffled_classes(self, images: ImageDataset, class_names: Sequence[str]) -> list[np.ndarray]:
         """Return the shuffled indices of the images of each class."""
-        # torchvision calls them targets.
-        labels = np.asarray(images.labels if hasattr(images, "labels") else images.targets)  # type: ignore[attr-defined]
+        labels = labels_of(images)
         present, counts = np.unique(labels, return_counts=True)
         held_out = self.val_per_class or 0
         smallest = int(counts.argmin())
@@ -82,6 +81,14 @@ class Split:
             indices[permutation(len(indices), self.seed, Stream.SHOTS, int(label))]
             for label, indices in zip(present, by_class, strict=True)
         ]
+
+
+def labels_of(images: ImageDataset) -> np.ndarray:
+    """Return the labels of all images without reading them: int64 ``(N,)``, or multi-hot ``(N, K)``."""
+    if isinstance(images, Subset):
+        return labels_of(images.dataset)[images.indices]
+    # torchvision calls them targets.
+    return np.asarray(images.labels if hasattr(images, "labels") else images.targets)  # type: ignore[attr-defined]
 
 
 class _Part(Subset):

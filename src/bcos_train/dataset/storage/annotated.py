@@ -59,8 +59,11 @@ class AnnotatedFiles(Dataset[tuple[Image.Image, Label, Annotations]]):
             content.update(b"" if array is None else array.tobytes())
         return content.hexdigest()
 
+    def path(self, index: int) -> str:
+        return os.path.join(self._folder, os.fsdecode(bytes(self._names[index])))
+
     def __getitem__(self, index: int) -> tuple[Image.Image, Label, Annotations]:
-        image = read_image(os.path.join(self._folder, os.fsdecode(bytes(self._names[index]))))
+        image = read_image(self.path(index))
         label: Label = self.labels[index].astype(np.float32) if self.labels.ndim == 2 else int(self.labels[index])
         boxes = None
         if self._boxes is not None and self._ends is not None:

@@ -17,6 +17,7 @@ from functools import cached_property
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal, get_args
+from zipfile import BadZipFile
 
 import numpy as np
 from braceexpand import braceexpand
@@ -39,7 +40,7 @@ Storage = Literal["folder", "shards"]
 
 #: Written beside the shards by ``scripts/make_shards.py``.
 MANIFEST = "manifest.json"
-_FORMATS = ("JPEG", "PNG", "WEBP")
+FORMATS = ("JPEG", "PNG", "WEBP")
 #: Smallest number of shards that are indexed by several processes, which take seconds to start.
 _MIN_SHARDS_FOR_PROCESSES = 64
 #: Files that a process keeps open.
@@ -79,9 +80,9 @@ class ShardIndex:
         """
         cache = _cache_folder() / f"{_fingerprint(paths)}.npz"
         try:
-            with np.load(cache) as arrays:
+            with cache.open("rb") as file, np.load(file) as arrays:
                 return cls(**arrays)
-        except (OSError, ValueError, TypeError):  # none yet, or of another version
+        except (OSError, ValueError, TypeError, BadZipFile):  # none yet, damaged, or of another version
             index = cls._build(paths)
         try:
             cache.parent.mkdir(parents=True, exist_ok=True)
@@ -162,7 +163,7 @@ class ShardImages(Dataset[tuple[Image.Image, int]]):
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         content = self.encoded(index)
-        return decode_image(content, self.path(index), _FORMATS, self._exif_orientation), int(self.labels[index])
+        return decode_image(content, self.path(index), FORMATS, self._exif_orientation), int(self.labels[index])
 
     def encoded(self, index: int) -> bytes:
         """Return the content of an image file.
