@@ -3,7 +3,7 @@
 import sys
 
 try:
-    from bcos_train import run
+    from bcos_train import run, sharding
     from bcos_train.config.cli import entry_point, overridden_keys
     from bcos_train.training.config import EvaluateConfig, PrecomputeConfig, TrainConfig
 except ModuleNotFoundError as error:
@@ -11,7 +11,7 @@ except ModuleNotFoundError as error:
         raise
     sys.exit(f"{error.name} is not installed, which training requires: pip install 'bcos-train[train]'")
 
-__all__ = ["evaluate", "precompute_teacher", "train"]
+__all__ = ["evaluate", "make_shards", "precompute_teacher", "train"]
 
 
 @entry_point(config_name="train", root=TrainConfig)
@@ -32,3 +32,9 @@ def evaluate(config: dict[str, object]) -> int:
 def precompute_teacher(config: dict[str, object]) -> int:
     """Compute a teacher's maps: ``scripts/precompute_teacher.py dataset=… distillation.teacher=… out=<folder>``."""
     return run.precompute_teacher(config)
+
+
+@entry_point(config_name="make_shards", root=sharding.ShardsConfig)
+def make_shards(config: dict[str, object]) -> int:
+    """Write a data set as shards: ``scripts/make_shards.py dataset=… [dataset.root=…] out=<folder>``."""
+    return sharding.run(config)

@@ -50,8 +50,8 @@ class Stream(IntEnum):
     COMPOSITION = 6
     ANNOTATED = 7
     SHOTS = 8
-    SHARDS = 9
     POSITIVE_CLASS = 9
+    SHARDS = 10
 
 
 def derive_seed(seed: int, *stream: int) -> int:

@@ -86,8 +86,8 @@ class ShardIndex:
             index = cls._build(paths)
         try:
             cache.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(cache) as temporary, temporary.open("wb") as file:
-                np.savez(file, **vars(index))
+            with atomic_write(cache) as temporary, temporary.open("wb") as output:
+                np.savez(output, **vars(index))
         except OSError as error:
             _logger.warning("the index of the shards could not be kept in %s: %s", cache.parent, error.strerror)
         return index
