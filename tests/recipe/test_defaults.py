@@ -40,8 +40,8 @@ DELIBERATE = {
     "dataset=imagenet": {"schedule.warmup_epochs", "trainer.gradient_clip_val"},
     "dataset=imagefolder": {"schedule.warmup_epochs", "trainer.gradient_clip_val"},
     "augmentation=resize": {"augmentation.eval.size", "augmentation.train.size"},
-    "dataset=coco": {"augmentation.eval.size", "augmentation.train.size", "checkpointing.monitor"},
-    "dataset=voc2007": {"augmentation.eval.size", "augmentation.train.size", "checkpointing.monitor"},
+    "dataset=coco": {"augmentation.eval.size", "augmentation.train.size"},
+    "dataset=voc2007": {"augmentation.eval.size", "augmentation.train.size"},
     "dataset=waterbirds": {"augmentation.train.min_scale", "checkpointing.monitor"},
     "dataset=pasted": {"augmentation.train.padding", "augmentation.train.size"},
 }

@@ -32,7 +32,7 @@ SMALL = (
     "num_workers=0",
     "explanation=none",
 )
-SEVERAL = (*SMALL, "dataset.max_objects=3", "checkpointing.monitor=val/f1")
+SEVERAL = (*SMALL, "dataset.max_objects=3")
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +62,8 @@ def test_several_labels(root: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         *(f"{part}/{score}" for part in ("val", "val_ema") for score in ("loss", "f1", "map")),
     }
     assert "validation F1" in capsys.readouterr().out
+    (best,) = json.loads((run_folder(tmp_path) / "summary.json").read_text())["best"]
+    assert best["file"].startswith("epoch-0001-val_f1-")
     result = _evaluate(root, tmp_path, *SEVERAL, "use_ema=false")
     for key in ("loss", "f1", "map"):
         assert result[key] == pytest.approx(logged[f"val/{key}"], rel=1e-5)

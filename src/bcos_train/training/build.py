@@ -330,8 +330,8 @@ def check_monitor(settings: TrainConfig) -> None:
     Raises:
         UserError: No metric has this name.
     """
-    monitor = settings.checkpointing.monitor
     labels = getattr(settings.dataset, "is_multi_label", False), getattr(settings.dataset, "group_names", None)
+    monitor = settings.checkpointing.resolve_monitor(labels[0]).monitor
     parts = ["val", "train", *(["val_ema"] if settings.ema is not None else [])]
     names = [f"{part}/{name}" for part in parts for name in score_names(*labels, part != "train")]
     names += ["train/loss_step", "lr", "gradient_norm", "images_per_second"]

@@ -3,7 +3,7 @@
 import glob
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
@@ -25,7 +25,8 @@ class Checkpointing:
     """When checkpoints are saved and which are kept.
 
     Args:
-        monitor: Metric that selects the best checkpoints; ``None`` keeps none.
+        monitor: Metric that selects the best checkpoints; ``"auto"``: ``val/f1`` with several labels per image, else
+            ``val/acc1``; ``None`` keeps none.
         mode: ``"max"`` if larger values of the metric are better, ``"min"`` if smaller ones are.
         keep_best: Number of best checkpoints to keep.
         every_n_epochs: Epochs between saves of ``last.ckpt``.
@@ -36,7 +37,7 @@ class Checkpointing:
         ValueError: A number below its minimum.
     """
 
-    monitor: str | None = "val/acc1"
+    monitor: str | None = "auto"
     mode: Literal["max", "min"] = "max"
     keep_best: int = 1
     every_n_epochs: int = 1
@@ -51,6 +52,10 @@ class Checkpointing:
                 raise ValueError(f"checkpointing.{key}={value}: at least 1")
         if self.every_n_minutes is not None and self.every_n_minutes <= 0:
             raise ValueError(f"checkpointing.every_n_minutes={self.every_n_minutes}: more than 0, or null")
+
+    def resolve_monitor(self, is_multi_label: bool) -> "Checkpointing":
+        """Replace ``monitor="auto"`` by the metric for the labels of the data set."""
+        return replace(self, monitor="val/f1" if is_multi_label else "val/acc1") if self.monitor == "auto" else self
 
 
 class UnknownMonitor(ValueError):
@@ -77,6 +82,10 @@ class Checkpointer(Checkpoint):
         self.best: list[BestCheckpoint] = []
         self._has_score = False
         self._saved_at = time.monotonic()
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        assert isinstance(pl_module, Classifier)
+        self.options = self.options.resolve_monitor(pl_module.is_multi_label)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.stop.install_handlers()
