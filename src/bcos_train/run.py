@@ -141,8 +141,8 @@ def _train(settings: TrainConfig, config: Config, stop: StopFlag, resumed: Path 
         return _report_finished(console, base)
     data = load_data(settings, split, trainer, keep_initial_classes(settings))
     model = build_model(settings, data)
+    check_image_size(model, data, settings.encoding, config)  # before tasks use the model
     task = build_task(settings, model, data)
-    check_image_size(model, data, settings.encoding, config)
     check_smallest_batch(model, data, settings.encoding, settings.trainer.world_size)
     with user_errors_at(""):
         compiled_batch_size = split.per_device if should_compile(settings.trainer, model) else None

@@ -43,8 +43,10 @@ def overrides(root: Path, *others: str) -> tuple[str, ...]:
     )
 
 
-def test_train_without_then_with(root: Path, tmp_path: Path) -> None:
+def test_train_without_then_with(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train(compose(tmp_path / "guided", *overrides(root, "guidance.start_epoch=1"))) == 0
+    line = "guidance  energy, weight 0.001 per image, bcos at input, boxes of all training images, from epoch 2\n"
+    assert line in capsys.readouterr().out
     assert train(compose(tmp_path / "without", *overrides(root, "guidance=none"))) == 0
     guided, without = (metric_rows(run_folder(tmp_path / name)) for name in ("guided", "without"))
     steps = [row for row in guided if row["train/loss_step"]]
@@ -69,7 +71,10 @@ def test_accumulated_batches_are_one(root: Path, tmp_path: Path) -> None:
         assert value.allclose(two[key], rtol=1e-4, atol=1e-5), key
 
 
-def test_metrics_of_boxes_in_training_and_evaluation(root: Path, tmp_path: Path) -> None:
+def test_metrics_of_boxes_in_training_and_evaluation(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DATA_ROOT", raising=False)  # of the evaluation's data, if set
     settings = [text for text in overrides(root, "dataset.max_objects=2") if not text.startswith("explanation")]
     metrics = ("explanation.metrics=[energy_pointing,iou]", "explanation.gallery_images=0", "trainer.max_epochs=1")
     monitor = ("checkpointing.monitor=explanation/energy_pointing",)
@@ -137,6 +142,12 @@ def test_a_standard_network_has_no_contributions(root: Path, tmp_path: Path) -> 
     encoding = "encoding={_target_: bcos_train.dataset.Standardize}"
     with pytest.raises(UserError, match=r"guidance\.method=bcos: standard_resnet18 is no B-cos network; use ixg"):
         train(compose(tmp_path, *settings, "model=standard_resnet18", encoding))
+
+
+def test_images_of_a_wrong_size_are_no_mistake_in_the_guidance(root: Path, tmp_path: Path) -> None:
+    settings = [text for text in overrides(root) if not text.startswith("model.")]
+    with pytest.raises(UserError, match=r"size=40: the training images have 40x40 pixels, which simple_vit_ti_patch16"):
+        train(compose(tmp_path, *settings, "model=simple_vit_ti_patch16_224", "dataset.size=40", "optimizer=adam"))
 
 
 def test_annotated_images_are_the_same_in_every_run() -> None:

@@ -6,7 +6,7 @@ from torch import nn
 from bcos_train.dataset.data_module import DataModule
 from bcos_train.nn import RunningNorm2d
 from bcos_train.runs.folder import RunFolder
-from bcos_train.task import DistillationTask, Task
+from bcos_train.task import DistillationTask, Guidance, Task
 from bcos_train.training.config import TrainConfig
 from bcos_train.training.options import BatchSplit, TrainerOptions
 
@@ -51,8 +51,17 @@ def print_banner(
         del lines["compile"]
     if isinstance(task, DistillationTask):
         lines |= {"teacher": task.teacher.label}
+    if isinstance(task, Guidance):
+        lines |= {"guidance": _guidance(task)}
     for key, text in lines.items():
         console.print(f"{key:>10}  {text}", soft_wrap=True)
+
+
+def _guidance(task: Guidance) -> str:
+    options, n_boxes = task.options, "all" if task.annotated is None else f"{int(task.annotated.sum()):,}"
+    start = f", from epoch {options.start_epoch + 1}" if options.start_epoch else ""
+    where = f"{options.method} at {options.layer}, boxes of {n_boxes} training images"
+    return f"{options.loss}, weight {options.weight:g} per image, {where}{start}"
 
 
 def _statistics(model: nn.Module, split: BatchSplit, options: TrainerOptions) -> str:
