@@ -87,14 +87,13 @@ def run(arguments: argparse.Namespace) -> int:
         numbers = " | ".join(f"{value:.3f}" for value in (*point.scores, point.uniform))
         print(f"| {point.run.name} | {point.epoch} | {numbers} | {point.checkpoint or '–'} |")
     columns = list(zip(*(point.scores for point in points), strict=True))
-    several = len(arguments.runs) > 1
-    labels = [f"{point.run.name} {point.epoch}" if several else f"epoch {point.epoch}" for point in points]
     figure = pareto_plot(
         columns[0],
         {"energy pointing game": columns[1], "IoU": columns[2]},
-        labels,
+        [str(point.epoch) for point in points],
         front,
-        title=f"{len(front)} of {len(points)} checkpoints on the Pareto front; dashed: a uniform map",
+        runs=[point.run.name for point in points],
+        title=f"{len(front)} of {len(points)} epochs are on the Pareto front, with numbers; dashed: a uniform map",
         axis=name,
         uniform=sum(point.uniform for point in points) / len(points),
     )
