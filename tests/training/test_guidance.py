@@ -72,15 +72,16 @@ def test_accumulated_batches_are_one(root: Path, tmp_path: Path) -> None:
 
 
 def test_metrics_of_boxes_in_training_and_evaluation(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("DATA_ROOT", raising=False)  # of the evaluation's data, if set
     settings = [text for text in overrides(root, "dataset.max_objects=2") if not text.startswith("explanation")]
     metrics = ("explanation.metrics=[energy_pointing,iou]", "explanation.gallery_images=0", "trainer.max_epochs=1")
     monitor = ("checkpointing.monitor=explanation/energy_pointing",)
-    assert train(compose(tmp_path, *settings, *metrics, *monitor)) == 0
+    assert train(compose(tmp_path, *settings, *metrics, *monitor, "trainer.progress=true")) == 0
     run = run_folder(tmp_path)
     row = metric_rows(run)[-1]
+    assert f"energy pointing {float(row['explanation/energy_pointing']):6.4g}" in capsys.readouterr().out
     uniform = float(row["explanation/energy_pointing/uniform"])
     assert 0.05 < uniform < 0.4
     assert float(row["explanation/iou/uniform"]) == uniform

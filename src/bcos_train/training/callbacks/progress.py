@@ -71,6 +71,7 @@ class ProgressDisplay(pl.Callback):
             "val acc1": "val/acc1",
             "val f1": "val/f1",
             "worst group": "val/worst_group_acc1",
+            "energy pointing": "explanation/energy_pointing",
             "ema acc1": "val_ema/acc1",
             "ema f1": "val_ema/f1",
         }
