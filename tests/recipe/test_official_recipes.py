@@ -198,3 +198,67 @@ def test_standard_vits_keep_loss_and_optimizer_on_any_data(dataset: str) -> None
     assert ours["trainer"] == {**usual["trainer"], **clipping}
     for key in ("augmentation", "schedule", "batch_size"):
         assert ours[key] == usual[key]
+
+
+#: The authors' code (github.com/sukrutrao/Model-Guidance at 9711d4c): the commands of its README and its fixed values.
+GUIDANCE_ON_VOC = {
+    "seed": 0,
+    "batch_size": 64,
+    "drop_last": False,
+    "optimizer._target_": "torch.optim.Adam",
+    "optimizer.lr": 1e-4,
+    "optimizer.betas": [0.9, 0.999],
+    "optimizer.eps": 1e-8,
+    "optimizer.weight_decay": 0,
+    "schedule._target_": "bcos_train.schedule.Constant",
+    "schedule.warmup_epochs": None,
+    "schedule.warmup_steps": None,
+    "loss._target_": "bcos_train.loss.BinaryCrossEntropy",
+    "loss.smoothing": 0,
+    "loss.target_threshold": None,
+    "augmentation.train": {"_target_": "bcos_train.augmentation.plain", "size": 224},
+    "augmentation.eval": {"_target_": "bcos_train.augmentation.plain", "size": 224},
+    "augmentation.mixup_alpha": 0,
+    "augmentation.cutmix_alpha": 0,
+    "dataset.train": "train",
+    "dataset.val": "val",
+    "model.logit_bias": -6.9068,
+    "trainer.gradient_clip_val": None,
+    "trainer.precision": 32,
+    "ema": None,
+}
+ENERGY_AT_THE_INPUT = {
+    "loss": "energy",
+    "weight": 1e-3,
+    "method": "bcos",
+    "layer": "input",
+    "start_epoch": 0,
+    "annotated_fraction": 1,
+    "box_dilation": 0,
+}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "epochs", "guidance"),
+    [
+        (["guidance=none", "trainer.max_epochs=300", "++model.pretrained=true"], 300, None),
+        (["++model.weights=RUN"], 50, ENERGY_AT_THE_INPUT),
+    ],
+)
+def test_guidance_on_voc(overrides: list[str], epochs: int, guidance: Config | None) -> None:
+    ours = compose("model=resnet50", "dataset=voc2007", "recipe=guidance_voc", *overrides)
+    for path, value in GUIDANCE_ON_VOC.items():
+        node: Any = ours
+        for key in path.split("."):
+            node = node[key]
+        assert node == value, path
+    assert ours["trainer"]["max_epochs"] == epochs
+    if guidance is None:
+        assert ours["guidance"] is None
+    else:
+        assert {key: ours["guidance"][key] for key in guidance} == guidance
+
+
+def test_guidance_on_voc_is_for_that_data_set() -> None:
+    with pytest.raises(UserError, match=r"^recipe=guidance_voc: not for dataset=pasted; it is for B-cos ConvNets"):
+        compose("model=resnet50", "dataset=pasted", "recipe=guidance_voc")
