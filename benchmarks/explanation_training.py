@@ -24,16 +24,22 @@ from bcos_train.loss import UniformOffLabelBinaryCrossEntropy
 from bcos_train.task import Classification, Distillation, Guidance, Network, Task, TrainingBatch
 
 
-def tasks_of(student: nn.Module, teacher: str) -> dict[str, Task]:
-    """Return the tasks to compare, the plain one first."""
+#: Kinds of steps, the plain one first.
+STEPS = ("plain", "energy", "kd", "e2kd")
+
+
+def task_of(kind: str, student: nn.Module, teacher: str) -> Task:
     loss = UniformOffLabelBinaryCrossEntropy()
 
     def distillation(weight: float) -> Task:
         options = DistillationOptions(teacher=teacher, teacher_weights="random", explanation_weight=weight)
         return Distillation(loss, load_teacher(options, 1000), options, student)
 
-    guidance = Guidance(loss, GuidanceOptions(loss="energy"))
-    return {"plain": Classification(loss), "energy": guidance, "kd": distillation(0.0), "e2kd": distillation(1.0)}
+    if kind == "plain":
+        return Classification(loss)
+    if kind == "energy":
+        return Guidance(loss, GuidanceOptions(loss="energy"))
+    return distillation(1.0 if kind == "e2kd" else 0.0)
 
 
 def step_of(task: Task, network: Network, batch: TrainingBatch) -> Callable[[], None]:
@@ -60,8 +66,8 @@ def steps_of(name: str, arguments: argparse.Namespace) -> dict[str, Callable[[],
     torch.manual_seed(0)
     network = Network(create_model(name).to(arguments.device).to(memory_format=torch.channels_last))
     batch = random_batch(arguments.batch, arguments.size, arguments.device)
-    tasks = tasks_of(network.model, arguments.teacher)
-    return {kind: step_of(task, network, batch) for kind, task in tasks.items()}
+    kinds = [kind for kind in STEPS if kind == "plain" or kind in arguments.steps]
+    return {kind: step_of(task_of(kind, network.model, arguments.teacher), network, batch) for kind in kinds}
 
 
 def measure_seconds(steps: dict[str, Callable[[], None]], repeats: int, device: str) -> dict[str, list[float]]:
@@ -79,13 +85,14 @@ def measure_seconds(steps: dict[str, Callable[[], None]], repeats: int, device: 
 
 def peak_memory_in_subprocess(name: str, kind: str, options: list[str]) -> float:
     """Return the growth of resident memory in MiB during a step on the CPU, in a process of its own."""
-    command = [sys.executable, __file__, *options, "--models", name, "--peak-memory-of", kind]
+    command = [sys.executable, __file__, *options, "--models", name, "--steps", kind, "--peak-memory-of", kind]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def main() -> None:
     parser = parser_for("explanation-training", "time and memory of a step with a loss on explanations", repeats=7)
     parser.add_argument("--models", nargs="+", default=["resnet18", "simple_vit_ti_patch16_224"])
+    parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS), help="plain ones are always measured")
     parser.add_argument("--teacher", default="resnet34")
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--batch", type=int, default=16)
