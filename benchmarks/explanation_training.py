@@ -23,7 +23,6 @@ from bcos_train.guidance import GuidanceOptions
 from bcos_train.loss import UniformOffLabelBinaryCrossEntropy
 from bcos_train.task import Classification, Distillation, Guidance, Network, Task, TrainingBatch
 
-
 #: Kinds of steps, the plain one first.
 STEPS = ("plain", "energy", "kd", "e2kd")
 

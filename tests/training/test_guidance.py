@@ -99,7 +99,7 @@ def test_metrics_of_boxes_in_training_and_evaluation(
 def test_two_processes(max_objects: int, root: Path, tmp_path: Path) -> None:
     """Also with several labels, one of which is drawn."""
     weights = ("guidance.weight=0.01", "guidance.annotated_fraction=0.5")
-    settings = overrides(root, *weights, f"dataset.max_objects={max_objects}", "checkpointing.keep_best=0")
+    settings = overrides(root, *weights, f"dataset.max_objects={max_objects}")
     assert train(compose(tmp_path / "one", *settings)) == 0
     result = start(SELF_START, *settings, f"runs={tmp_path / 'two'}")
     assert result.returncode == 0, result.stderr[-3000:]
