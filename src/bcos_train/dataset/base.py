@@ -11,7 +11,17 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-__all__ = ["Annotations", "Cache", "ClassMap", "ImageDataset", "ImageSource", "Label", "require_root"]
+__all__ = [
+    "MAX_SKIPPED",
+    "Annotations",
+    "Cache",
+    "ClassMap",
+    "ImageDataset",
+    "ImageSource",
+    "Label",
+    "check_max_skipped",
+    "require_root",
+]
 
 
 @dataclass(frozen=True)
@@ -45,6 +55,9 @@ processes (see :class:`~bcos_train.dataset.device_cache.DeviceCache`). Results a
 into memory and have the same size, and the only random transforms are ``RandomCrop`` and ``RandomHorizontalFlip``.
 """
 
+#: Default of ``dataset.max_skipped``.
+MAX_SKIPPED = 0.001
+
 ClassMap = Mapping[str, str | int]
 """Class name of a data set -> class of a trained model, by name or index; a number that is also a name is the name.
 
@@ -62,6 +75,7 @@ class ImageSource(Protocol):
 
     * ``cache: Cache | None`` and ``class_map: ClassMap | None``
     * ``is_multi_label: bool``: labels are multi-hot
+    * ``max_skipped: float``: see :func:`check_max_skipped`; 0 without it
     * ``has_boxes: bool``: images have :class:`Annotations` with boxes
     * ``group_names: list[str] | None``: images have :class:`Annotations` with a group, an index in this list
     """
@@ -79,6 +93,20 @@ class ImageSource(Protocol):
     def train(self) -> ImageDataset: ...
 
     def val(self) -> ImageDataset: ...
+
+
+def check_max_skipped(value: float) -> float:
+    """Return ``dataset.max_skipped``, the share of a part's images that may be unreadable; at least one may be.
+
+    They are named in the log and counted: in training another image takes the place, in validation they are left out.
+    With 0, the first one is an error.
+
+    Raises:
+        ValueError: It isn't in [0, 1).
+    """
+    if not 0 <= value < 1:
+        raise ValueError(f"max_skipped={value}: a share of the images, from 0 to below 1")
+    return value
 
 
 def require_root(root: str | Path | None, name: str, hint: str) -> Path:

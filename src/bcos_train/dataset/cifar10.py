@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torchvision.datasets import CIFAR10
 
-from bcos_train.dataset.base import Cache, ClassMap, ImageDataset, require_root
+from bcos_train.dataset.base import MAX_SKIPPED, Cache, ClassMap, ImageDataset, check_max_skipped, require_root
 from bcos_train.dataset.folder import ImageFolder
 from bcos_train.dataset.split import Split
 from bcos_train.dataset.storage.shards import Storage, choose_shards
@@ -25,6 +25,7 @@ class Cifar10:
         download: Download the archive if it is missing.
         cache: Where the images are kept during a run, see :data:`~bcos_train.dataset.base.Cache`.
         class_map: Classes of a trained model, see :data:`~bcos_train.dataset.base.ClassMap`; ``None``: the same ones.
+        max_skipped: Share of images that may be unreadable, see :func:`~bcos_train.dataset.base.check_max_skipped`.
         storage, shards: Image files in ``root``, or shards, see :class:`~bcos_train.dataset.storage.shards.Shards`.
         shots, val_per_class, split_seed: A few images of each class, see :class:`~bcos_train.dataset.split.Split`.
 
@@ -41,6 +42,7 @@ class Cifar10:
         download: bool = True,
         cache: Cache | None = None,
         class_map: ClassMap | None = None,
+        max_skipped: float = MAX_SKIPPED,
         storage: Storage = "folder",
         shards: str | dict[str, str] | None = None,
         shots: int | None = None,
@@ -53,6 +55,7 @@ class Cifar10:
         self.download = download
         self.cache = cache
         self.class_map = class_map
+        self.max_skipped = check_max_skipped(max_skipped)
         self._split = Split(shots, val_per_class, split_seed)
 
     @property

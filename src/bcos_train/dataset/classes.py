@@ -127,6 +127,7 @@ class _MappedSource:
         self.name = source.name
         self.cache: Cache | None = getattr(source, "cache", None)
         self.class_map: ClassMap | None = None  # it has been applied
+        self.max_skipped: float = getattr(source, "max_skipped", 0.0)
         self.is_multi_label = bool(getattr(source, "is_multi_label", False))
         self.has_boxes = bool(getattr(source, "has_boxes", False))
         self.group_names: list[str] | None = getattr(source, "group_names", None)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from bcos_train.dataset.base import ClassMap, ImageDataset, require_root
+from bcos_train.dataset.base import MAX_SKIPPED, ClassMap, ImageDataset, check_max_skipped, require_root
 from bcos_train.dataset.boxes import check_boxes
 from bcos_train.dataset.randomness import Stream, permutation
 from bcos_train.dataset.storage.annotated import AnnotatedFiles, multi_hot
@@ -40,6 +40,7 @@ class Coco:
         val: Part for validation: ``val`` or ``test``.
         val_fraction: Fraction of the images of ``train2014`` that are for validation, in (0, 1).
         class_map: Classes of a trained model, see :data:`~bcos_train.dataset.base.ClassMap`; ``None``: the same ones.
+        max_skipped: Share of images that may be unreadable, see :func:`~bcos_train.dataset.base.check_max_skipped`.
 
     Raises:
         ValueError: ``root`` is None, or ``val_fraction`` out of range. On use: files are missing or unreadable, or a
@@ -57,6 +58,7 @@ class Coco:
         val: Literal["val", "test"] = "val",
         val_fraction: float = 0.1,
         class_map: ClassMap | None = None,
+        max_skipped: float = MAX_SKIPPED,
     ) -> None:
         if not 0 < val_fraction < 1:
             raise ValueError(f"val_fraction must lie between 0 and 1, not {val_fraction}")
@@ -64,6 +66,7 @@ class Coco:
         self.val_part = val
         self.val_fraction = val_fraction
         self.class_map = class_map
+        self.max_skipped = check_max_skipped(max_skipped)
 
     @cached_property
     def class_names(self) -> list[str]:

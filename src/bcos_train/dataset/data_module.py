@@ -6,13 +6,13 @@ import os
 import signal
 import threading
 from collections.abc import Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Literal
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler, Subset
+from torch.utils.data import DataLoader, Subset
 
 from bcos_train.dataset.base import ImageDataset, ImageSource
 from bcos_train.dataset.batch import Batch
@@ -22,14 +22,23 @@ from bcos_train.dataset.device_transform import DeviceTransform
 from bcos_train.dataset.inventory import Inventory, take_inventory
 from bcos_train.dataset.randomness import Stream, epoch_length, permutation
 from bcos_train.dataset.sampler import EvalBatchSampler, SampleKey, TrainBatchSampler
-from bcos_train.dataset.seeded import Lookup, Sample, SeededDataset, Transform, collate, join_batches
+from bcos_train.dataset.seeded import (
+    Lookup,
+    Sample,
+    SeededDataset,
+    Transform,
+    join_batches,
+    loader_collation,
+    read_batch,
+)
+from bcos_train.dataset.unreadable import SkippingLoader, UnreadableSamples, accepted
 
 __all__ = ["DataModule"]
 
 #: Smallest number of samples to load with worker processes, which may have to be started first.
 _MIN_SAMPLES_FOR_WORKERS = 16
 
-Loader = DataLoader[Sample] | DeviceLoader
+Loader = DataLoader[Sample] | DeviceLoader | SkippingLoader
 """Yields :class:`~bcos_train.dataset.batch.Batch`."""
 
 
@@ -106,10 +115,13 @@ class DataModule(pl.LightningDataModule):
         self.limit_val = limit_val
         #: Further extras of the training samples, see :class:`~bcos_train.dataset.seeded.SeededDataset`.
         self.train_lookup: Lookup | None = None
+        #: Share of samples that may be unreadable; 0: they raise an error.
+        self.max_skipped: float = 0.0 if cache is not None else getattr(dataset, "max_skipped", 0.0)
+        self._unreadable: dict[str, UnreadableSamples] = {}
         self._is_cached = cache == "device"
         self._train_cache: DeviceCache | None = None
         self._val_cache: DeviceCache | None = None
-        self._val_loader: DataLoader[Sample] | None = None
+        self._val_loader: DataLoader[Sample] | SkippingLoader | None = None
         self._train: ImageDataset | None = None
         self._val: ImageDataset | None = None
         self._train_sampler: TrainBatchSampler | None = None
@@ -213,21 +225,23 @@ class DataModule(pl.LightningDataModule):
                 samples = SeededDataset(self._train_dataset(), transform.deterministic)
                 self._train_cache = self._cache(samples, "train", transform.border)
             return DeviceLoader(self._train_cache, sampler, transform)
-        return self._loader(
-            SeededDataset(self._train_dataset(), self.train_transform, self.train_lookup), "train", sampler
-        )
+        return self._skipping_loader(self._train_samples(self.train_lookup), "train", sampler)
 
     def val_dataloader(self) -> Loader:
         world_size, rank = self._world_size_and_rank()
         self.check_num_val(world_size)
         sampler = EvalBatchSampler(self.num_val, max(1, self.batch_size // world_size), world_size, rank)
-        samples = SeededDataset(self._val_dataset(), self.eval_transform)
+        samples = self._val_samples()
         if self._is_cached:
             if self._val_cache is None:
                 self._val_cache = self._cache(samples, "eval")
             return DeviceLoader(self._val_cache, sampler)
-        self._val_loader = self._loader(samples, "eval", sampler)
+        self._val_loader = self._skipping_loader(samples, "eval", sampler)
         return self._val_loader
+
+    def count_skipped(self, part: Literal["train", "eval"]) -> int:
+        """Return how often this process has left out unreadable samples in the latest training epoch or validation."""
+        return self._unreadable[part].count if part in self._unreadable else 0
 
     def fixed_val_indices(self, n: int) -> list[int]:
         """Return the indices of at most ``n`` validation samples, the same in every run."""
@@ -239,8 +253,7 @@ class DataModule(pl.LightningDataModule):
 
     def train_samples(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Return training samples, augmented by the seed ``index``: uint8 ``(n, 3, H, W)`` and their labels."""
-        samples = SeededDataset(self._train_dataset(), self.train_transform)
-        batch = collate(samples.__getitems__([(index, index) for index in indices]), "augmentation.train")
+        batch = read_batch(self._train_samples(), [(index, index) for index in indices], "augmentation.train")
         return batch.images, batch.labels
 
     def val_samples(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -258,14 +271,17 @@ class DataModule(pl.LightningDataModule):
             index = torch.tensor(indices, device=self._val_cache.labels.device)
             images = self._val_cache.images[index].permute(0, 3, 1, 2).contiguous()
             return Batch(images, self._val_cache.labels[index], index)
+        # With a seed, which a deterministic transform ignores, others take the place of unreadable samples.
+        keys: list[int | SampleKey] = [(index, index) for index in indices] if self.max_skipped else list(indices)
         if self._val_loader is not None and self.num_workers and len(indices) >= _MIN_SAMPLES_FOR_WORKERS:
-            sampler = self._val_loader.batch_sampler
+            loader = self._val_loader
+            sampler = loader.batch_sampler
             assert isinstance(sampler, EvalBatchSampler)
             share = -(-len(indices) // self.num_workers)
-            with sampler.use_batches([list(indices[i : i + share]) for i in range(0, len(indices), share)]):
-                return join_batches(list(self._val_loader), "augmentation.eval")
-        samples = SeededDataset(self._val_dataset(), self.eval_transform)
-        return collate(samples.__getitems__(list(indices)), "augmentation.eval")
+            with sampler.use_batches([keys[i : i + share] for i in range(0, len(keys), share)]):
+                batches = [batch for batch, _ in loader.loader] if isinstance(loader, SkippingLoader) else list(loader)
+                return join_batches(batches, "augmentation.eval")
+        return read_batch(self._val_samples(), keys, "augmentation.eval")
 
     def images(self, part: Literal["train", "val"]) -> ImageDataset:
         """Return the images of a part as they are used, without a transform."""
@@ -276,6 +292,12 @@ class DataModule(pl.LightningDataModule):
     ) -> DataLoader[Sample]:
         """Return a loader of these batches of indices, with a deterministic transform."""
         return self._loader(SeededDataset(self.images(part), transform), "eval", batches, persistent_workers=False)
+
+    def _train_samples(self, lookup: Lookup | None = None) -> SeededDataset:
+        return SeededDataset(self._train_dataset(), self.train_transform, lookup, skips=self.max_skipped > 0)
+
+    def _val_samples(self) -> SeededDataset:
+        return SeededDataset(self._val_dataset(), self.eval_transform, skips=self.max_skipped > 0)
 
     def _train_dataset(self) -> ImageDataset:
         if self._train is None:
@@ -299,18 +321,31 @@ class DataModule(pl.LightningDataModule):
         name = f"{self.dataset.name} ({'training' if part == 'train' else 'validation'})"
         return DeviceCache.fill(loader, len(samples), device, name, border)
 
+    def _skipping_loader(
+        self, samples: SeededDataset, part: str, batch_sampler: TrainBatchSampler | EvalBatchSampler
+    ) -> DataLoader[Sample] | SkippingLoader:
+        """Return a loader that leaves out unreadable samples, if they are accepted."""
+        loader = self._loader(samples, part, batch_sampler)
+        if not samples.skips:
+            return loader
+        limit, name = accepted(len(samples), self.max_skipped), "training" if part == "train" else "validation"
+        unreadable = self._unreadable.setdefault(
+            part, UnreadableSamples(limit, f"{name} images of {self.dataset.name}")
+        )
+        return SkippingLoader(loader, unreadable)
+
     def _loader(
         self,
         dataset: SeededDataset,
         part: str,
-        batch_sampler: Sampler[list[SampleKey]] | Sampler[list[int]] | Sequence[list[int]],
+        batch_sampler: TrainBatchSampler | EvalBatchSampler | Sequence[list[int]],
         persistent_workers: bool = True,
     ) -> DataLoader[Sample]:
         return DataLoader(
             dataset,
             batch_sampler=batch_sampler,
             num_workers=self.num_workers,
-            collate_fn=partial(collate, transform_key=f"augmentation.{part}"),
+            collate_fn=loader_collation(dataset, f"augmentation.{part}"),
             pin_memory=self.pin_memory,
             persistent_workers=persistent_workers and self.num_workers > 0,
             prefetch_factor=_prefetch_factor(self.num_workers),

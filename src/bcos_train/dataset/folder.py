@@ -3,7 +3,7 @@
 from functools import cached_property
 from pathlib import Path
 
-from bcos_train.dataset.base import Cache, ClassMap, ImageDataset, require_root
+from bcos_train.dataset.base import MAX_SKIPPED, Cache, ClassMap, ImageDataset, check_max_skipped, require_root
 from bcos_train.dataset.split import Split
 from bcos_train.dataset.storage.folder import FolderImages, list_classes, shorten
 from bcos_train.dataset.storage.shards import Storage, choose_shards
@@ -23,6 +23,7 @@ class ImageFolder:
         cache: Where the images are kept during a run, see :data:`~bcos_train.dataset.base.Cache`.
         exif_orientation: Rotate and flip images as their EXIF tag says, see :func:`~bcos_train.dataset.image.to_rgb`.
         class_map: Classes of a trained model, see :data:`~bcos_train.dataset.base.ClassMap`; ``None``: the same ones.
+        max_skipped: Share of images that may be unreadable, see :func:`~bcos_train.dataset.base.check_max_skipped`.
         storage, shards: Image files in ``root``, or shards, see :class:`~bcos_train.dataset.storage.shards.Shards`.
         shots, val_per_class, split_seed: A few images of each class, see :class:`~bcos_train.dataset.split.Split`.
 
@@ -42,6 +43,7 @@ class ImageFolder:
         cache: Cache | None = None,
         exif_orientation: bool = False,
         class_map: ClassMap | None = None,
+        max_skipped: float = MAX_SKIPPED,
         storage: Storage = "folder",
         shards: str | dict[str, str] | None = None,
         shots: int | None = None,
@@ -53,6 +55,7 @@ class ImageFolder:
             self.root = require_root(root, "the image folder", _HINT)
         self.cache = cache
         self.class_map = class_map
+        self.max_skipped = check_max_skipped(max_skipped)
         self._split = Split(shots, val_per_class, split_seed)
         self.exif_orientation = exif_orientation
         self.train_folder = train

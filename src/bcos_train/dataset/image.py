@@ -12,6 +12,7 @@ What becomes of each mode:
 
 from __future__ import annotations
 
+import errno
 import os
 from io import BytesIO
 
@@ -20,7 +21,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from bcos_train.utils.substitutes import substitute_reason
 
-__all__ = ["UnreadableImage", "decode_image", "image_size", "read_image", "to_rgb"]
+__all__ = ["UnreadableImage", "decode_image", "image_size", "is_skippable", "read_image", "to_rgb"]
 
 _TIFF_BITS_PER_SAMPLE, _TIFF_PHOTOMETRIC, _TIFF_SAMPLE_FORMAT = 258, 262, 339
 _TIFF_WHITE_IS_ZERO, _TIFF_SIGNED = 0, 2
@@ -79,6 +80,12 @@ def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
             return image.size
     except Exception as error:
         raise UnreadableImage(f"cannot read the image {os.fspath(path)}: {_reason(error, path)}") from error
+
+
+def is_skippable(error: UnreadableImage) -> bool:
+    """True if the image itself is the cause; False if memory, network or permissions are, which may be better later."""
+    cause = error.__cause__
+    return not isinstance(cause, MemoryError) and getattr(cause, "errno", None) in (None, errno.ENOENT)
 
 
 def to_rgb(image: Image.Image, exif_orientation: bool = False) -> Image.Image:

@@ -7,7 +7,7 @@ import re
 from functools import cached_property
 from pathlib import Path
 
-from bcos_train.dataset.base import ClassMap, ImageDataset, require_root
+from bcos_train.dataset.base import MAX_SKIPPED, ClassMap, ImageDataset, check_max_skipped, require_root
 from bcos_train.dataset.split import Split
 from bcos_train.dataset.storage.folder import FolderImages, list_classes
 from bcos_train.dataset.storage.shards import ShardImages, Storage, choose_shards
@@ -34,6 +34,7 @@ class ImageNet:
         val: Folder name of the validation part.
         exif_orientation: Rotate and flip images as their EXIF tag says, see :func:`~bcos_train.dataset.image.to_rgb`.
         class_map: Classes of a trained model, see :data:`~bcos_train.dataset.base.ClassMap`; ``None``: the same ones.
+        max_skipped: Share of images that may be unreadable, see :func:`~bcos_train.dataset.base.check_max_skipped`.
         storage, shards: Image files in ``root``, or shards, see :class:`~bcos_train.dataset.storage.shards.Shards`.
         shots, val_per_class, split_seed: A few images of each class, see :class:`~bcos_train.dataset.split.Split`.
 
@@ -51,6 +52,7 @@ class ImageNet:
         val: str = "val",
         exif_orientation: bool = False,
         class_map: ClassMap | None = None,
+        max_skipped: float = MAX_SKIPPED,
         storage: Storage = "folder",
         shards: str | dict[str, str] | None = None,
         shots: int | None = None,
@@ -64,6 +66,7 @@ class ImageNet:
         self.val_folder = val
         self.exif_orientation = exif_orientation
         self.class_map = class_map
+        self.max_skipped = check_max_skipped(max_skipped)
         self._split = Split(shots, val_per_class, split_seed)
 
     @property

@@ -52,6 +52,7 @@ class Stream(IntEnum):
     SHOTS = 8
     POSITIVE_CLASS = 9
     SHARDS = 10
+    REPLACEMENT = 11
 
 
 def derive_seed(seed: int, *stream: int) -> int:

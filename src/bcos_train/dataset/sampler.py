@@ -146,7 +146,7 @@ class TrainBatchSampler(Sampler[list[SampleKey]]):
         return indices, sample_seeds(self.seed, epoch, indices, cycle * self.repetitions + position % self.repetitions)
 
 
-class EvalBatchSampler(Sampler[list[int]]):
+class EvalBatchSampler(Sampler[list[int | SampleKey]]):
     """Every sample exactly once over all processes: process r takes r, r + world_size, …, without padding.
 
     The processes' numbers of batches can differ by one.
@@ -169,12 +169,12 @@ class EvalBatchSampler(Sampler[list[int]]):
         _check_rank(rank, world_size)
         self.batch_size = batch_size
         self._indices = range(rank, n, world_size)
-        self._batches: Sequence[list[int]] | None = None
+        self._batches: Sequence[list[int | SampleKey]] | None = None
 
     def __len__(self) -> int:
         return -(-len(self._indices) // self.batch_size)
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[int | SampleKey]]:
         if self._batches is not None:
             yield from self._batches
             return
@@ -182,7 +182,7 @@ class EvalBatchSampler(Sampler[list[int]]):
             yield list(self._indices[begin : begin + self.batch_size])
 
     @contextmanager
-    def use_batches(self, batches: Sequence[list[int]]) -> Iterator[None]:
+    def use_batches(self, batches: Sequence[list[int | SampleKey]]) -> Iterator[None]:
         """Yield ``batches`` instead within the block, to load arbitrary samples with a loader's worker processes."""
         self._batches = batches
         try:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,11 +14,28 @@ from torch.utils.data import Dataset
 from bcos_train.dataset.base import Annotations, ImageDataset, Label
 from bcos_train.dataset.batch import Batch
 from bcos_train.dataset.boxes import pad_boxes, transform_with_boxes
-from bcos_train.dataset.randomness import isolated_rng, seed_generators
+from bcos_train.dataset.image import UnreadableImage, is_skippable
+from bcos_train.dataset.randomness import Stream, isolated_rng, random_words, seed_generators
 from bcos_train.dataset.sampler import SampleKey
+from bcos_train.dataset.unreadable import Unreadable
 from bcos_train.dataset.window import draw_window
 
-__all__ = ["ImageSizeMismatch", "Lookup", "Sample", "SeededDataset", "Transform", "collate", "join_batches"]
+__all__ = [
+    "ImageSizeMismatch",
+    "Lookup",
+    "Sample",
+    "SeededDataset",
+    "Transform",
+    "collate",
+    "collate_readable",
+    "join_batches",
+    "loader_collation",
+    "read_batch",
+]
+
+#: Samples that are tried in place of an unreadable one.
+_MAX_REPLACEMENTS = 100
+
 
 Transform = Callable[[Image.Image], Tensor]
 """PIL image -> uint8 (3, H, W)."""
@@ -41,20 +59,27 @@ class SeededDataset(Dataset[Sample]):
     Args:
         lookup: Returns further extras, such as a teacher's maps; ``"window"`` then tells which part of the image the
             sample shows. The transform passes :func:`~bcos_train.dataset.window.check_has_window`.
+        skips: Leave out unreadable samples and return :class:`~bcos_train.dataset.unreadable.Unreadable` for each; with
+            a seed, another sample takes the place, as a function of the seed. False: they raise an error.
     """
 
-    def __init__(self, dataset: ImageDataset, transform: Transform, lookup: Lookup | None = None) -> None:
+    def __init__(
+        self, dataset: ImageDataset, transform: Transform, lookup: Lookup | None = None, skips: bool = False
+    ) -> None:
         self.dataset = dataset
         self.transform = transform
         self.lookup = lookup
+        self.skips = skips
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]  # map-style data sets have a length
 
     def __getitem__(self, key: int | SampleKey) -> Sample:
-        return self.__getitems__([key])[0]
+        """Return a sample; one that can't be read raises an error."""
+        with isolated_rng():
+            return self._sample(key)
 
-    def __getitems__(self, keys: Sequence[int | SampleKey]) -> list[Sample]:
+    def __getitems__(self, keys: Sequence[int | SampleKey]) -> list[Sample | Unreadable]:
         """Return the samples of a batch; used by DataLoader.
 
         Saving and restoring the generators takes longer than a small transform, and is done once per batch.
@@ -63,7 +88,23 @@ class SeededDataset(Dataset[Sample]):
             ValueError: The transform doesn't return a uint8 tensor (3, H, W).
         """
         with isolated_rng():
-            return [self._sample(key) for key in keys]
+            if not self.skips:
+                return [self._sample(key) for key in keys]
+            return [sample for key in keys for sample in self._readable(key)]
+
+    def _readable(self, key: int | SampleKey) -> Iterator[Sample | Unreadable]:
+        """Yield the sample of a key; if it can't be read, what is wrong, and with a seed the sample in its place."""
+        index, seed = key if isinstance(key, tuple) else (key, None)
+        others = () if seed is None else random_words(_MAX_REPLACEMENTS, seed, Stream.REPLACEMENT) % len(self)
+        for candidate in (index, *map(int, others)):
+            try:
+                yield self._sample(candidate if seed is None else (candidate, seed))
+            except UnreadableImage as error:
+                if not is_skippable(error):
+                    raise
+                yield Unreadable(candidate, str(error))
+            else:
+                return
 
     def _sample(self, key: int | SampleKey) -> Sample:
         if isinstance(key, tuple):
@@ -103,6 +144,39 @@ class SeededDataset(Dataset[Sample]):
 
 class ImageSizeMismatch(ValueError):
     """The images of a batch differ in size."""
+
+
+def collate_readable(
+    samples: Sequence[Sample | Unreadable], transform_key: str
+) -> tuple[Batch | None, tuple[Unreadable, ...]]:
+    """Collate the readable samples into a batch, None if there are none; the others are returned beside it.
+
+    Args:
+        transform_key: Config key of the transform, for the error message.
+
+    Raises:
+        ImageSizeMismatch: The images differ in size.
+    """
+    readable = [sample for sample in samples if not isinstance(sample, Unreadable)]
+    unreadable = tuple(sample for sample in samples if isinstance(sample, Unreadable))
+    return collate(readable, transform_key) if readable else None, unreadable
+
+
+def loader_collation(samples: SeededDataset, transform_key: str) -> Callable[..., object]:
+    """Return the collation for a loader: :func:`collate_readable` if unreadable samples are left out."""
+    return partial(collate_readable if samples.skips else collate, transform_key=transform_key)
+
+
+def read_batch(samples: SeededDataset, keys: Sequence[int | SampleKey], transform_key: str) -> Batch:
+    """Return samples as a batch; see :func:`collate`.
+
+    Raises:
+        UnreadableImage: None of them can be read.
+    """
+    batch, unreadable = collate_readable(samples.__getitems__(keys), transform_key)
+    if batch is None:
+        raise UnreadableImage(unreadable[0].message)
+    return batch
 
 
 def collate(samples: Sequence[Sample], transform_key: str) -> Batch:

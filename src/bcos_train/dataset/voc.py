@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import numpy as np
 from torchvision.datasets import VOCDetection
 
-from bcos_train.dataset.base import ClassMap, ImageDataset, require_root
+from bcos_train.dataset.base import MAX_SKIPPED, ClassMap, ImageDataset, check_max_skipped, require_root
 from bcos_train.dataset.boxes import check_boxes
 from bcos_train.dataset.image import image_size
 from bcos_train.dataset.storage.annotated import AnnotatedFiles, multi_hot
@@ -32,6 +32,7 @@ class Voc2007:
         train, val: Part for training and part for validation: ``train``, ``val``, ``trainval`` or ``test``.
         download: Download parts that are missing.
         class_map: Classes of a trained model, see :data:`~bcos_train.dataset.base.ClassMap`; ``None``: the same ones.
+        max_skipped: Share of images that may be unreadable, see :func:`~bcos_train.dataset.base.check_max_skipped`.
 
     Raises:
         ValueError: ``root`` is None. On use: files are missing and can't be downloaded; an annotation is unreadable,
@@ -50,10 +51,12 @@ class Voc2007:
         val: VocPart = "val",
         download: bool = True,
         class_map: ClassMap | None = None,
+        max_skipped: float = MAX_SKIPPED,
     ) -> None:
         self.root = require_root(root, "VOC 2007", "set DATA_ROOT or dataset.root")
         self.download = download
         self.class_map = class_map
+        self.max_skipped = check_max_skipped(max_skipped)
         self.train_part = train
         self.val_part = val
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from bcos_train.dataset.base import ClassMap, ImageDataset, require_root
+from bcos_train.dataset.base import MAX_SKIPPED, ClassMap, ImageDataset, check_max_skipped, require_root
 from bcos_train.dataset.boxes import check_boxes
 from bcos_train.dataset.image import image_size
 from bcos_train.dataset.storage.annotated import AnnotatedFiles
@@ -34,6 +34,7 @@ class Waterbirds:
         boxes: ``bounding_boxes.txt`` of CUB-200-2011, which the birds are from (needs the column ``img_id``): a line
             "id x y width height" per image; a relative path starts at ``root``. ``None``: no boxes.
         class_map: Classes of a trained model, see :data:`~bcos_train.dataset.base.ClassMap`; ``None``: the same ones.
+        max_skipped: Share of images that may be unreadable, see :func:`~bcos_train.dataset.base.check_max_skipped`.
 
     Raises:
         ValueError: ``root`` is None. On use: files or columns are missing, a value is unknown, or a box is missing,
@@ -49,11 +50,13 @@ class Waterbirds:
         val: Literal["val", "test"] = "val",
         boxes: str | None = None,
         class_map: ClassMap | None = None,
+        max_skipped: float = MAX_SKIPPED,
     ) -> None:
         self.root = require_root(root, "Waterbirds", "set DATA_ROOT or dataset.root")
         self.val_part = val
         self.boxes = None if boxes is None else self.root / Path(boxes).expanduser()
         self.class_map = class_map
+        self.max_skipped = check_max_skipped(max_skipped)
 
     @property
     def class_names(self) -> list[str]:

@@ -19,6 +19,7 @@ NOT_HASHED = (
     "num_workers",
     "dataset.download",
     "dataset.cache",
+    "dataset.max_skipped",
     "model.backend",
     "model.grad_checkpointing",
     "trainer.accelerator",

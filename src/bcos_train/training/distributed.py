@@ -63,6 +63,15 @@ def max_over_processes(value: int, device: torch.device) -> int:
     return int(tensor.item())
 
 
+def sum_over_processes(value: int, device: torch.device) -> int:
+    """Return the sum of the values of all processes."""
+    if not is_distributed():
+        return value
+    tensor = torch.tensor(value, device=device)
+    dist.all_reduce(tensor)
+    return int(tensor.item())
+
+
 def means_over_processes(values: Mapping[str, Tensor], device: torch.device) -> dict[str, float]:
     """Return the mean over the processes of each scalar; all processes have the same names, in the same order."""
     if not values or not is_distributed():

@@ -128,5 +128,7 @@ def report_evaluation(module: Classifier, data: DataModule, origin: Origin, outp
     table.add_row(*cells.values())
     console = make_console()
     console.print(table)
+    if skipped := result.get("skipped"):
+        console.print(f"{int(skipped):,} images can't be read, the scores are those of the others", style="yellow")
     console.print(f"weights: {origin['weights']}{' (averaged)' if origin['ema'] else ''}", soft_wrap=True)
     console.print(f"results: {output}", soft_wrap=True)

@@ -23,7 +23,13 @@ from bcos_train.runs.checkpoint import Checkpoint
 from bcos_train.schedule import Schedule
 from bcos_train.task import Network, Task, TrainingBatch
 from bcos_train.training.compilation import CompiledNetwork
-from bcos_train.training.distributed import broadcast_buffers, is_distributed, max_over_processes, mean_and_votes
+from bcos_train.training.distributed import (
+    broadcast_buffers,
+    is_distributed,
+    max_over_processes,
+    mean_and_votes,
+    sum_over_processes,
+)
 from bcos_train.training.resuming import move_to_position
 from bcos_train.training.score import ClassificationScore, MultiLabelScore
 
@@ -265,9 +271,11 @@ class Classifier(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         self.end_evaluation()
         score = self.val_score.compute()
+        num_val, skipped = self.data.num_val, sum_over_processes(self.data.count_skipped("eval"), self.device)
+        assert score["count"] + skipped == num_val, f"{score['count']} of {num_val} validation samples were counted"
+        if skipped:  # the scores are those of the others
+            score["skipped"] = skipped
         self.val_result = score
-        num_val = self.data.num_val
-        assert score["count"] == num_val, f"{score['count']} of {num_val} validation samples were counted"
         self.log_now({f"val/{key}": value for key, value in score.items() if key != "count"})
 
     def on_save_checkpoint(self, checkpoint: Checkpoint) -> None:

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from bcos_train.dataset.batch import Batch
 from bcos_train.runs.checkpoint import Checkpoint
 from bcos_train.runs.layout import METRICS, salvage_metrics
-from bcos_train.training.distributed import means_over_processes
+from bcos_train.training.distributed import means_over_processes, sum_over_processes
 from bcos_train.training.module import Classifier
 from bcos_train.utils.atomic import atomic_write, unused_path
 from bcos_train.utils.terminal import printable
@@ -178,3 +178,6 @@ class TrainingLog(pl.Callback):
         score = pl_module.train_score.compute()
         pl_module.train_score.reset()
         pl_module.log_now({f"train/{key}": value for key, value in score.items() if key != "count"})
+        skipped = sum_over_processes(pl_module.data.count_skipped("train"), pl_module.device)
+        if skipped:
+            pl_module.log_now({"data/skipped": skipped})
