@@ -8,7 +8,8 @@ from typing import Literal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from bcos_train.config import instantiate, user_errors_at
-from bcos_train.dataset.storage.shard_writer import SKIPPED, ShardOptions, verify_shards, write_shards
+from bcos_train.dataset.storage.shard_check import verify_shards
+from bcos_train.dataset.storage.shard_writer import SKIPPED, ShardOptions, write_shards
 from bcos_train.runs.hash import with_absolute_paths
 from bcos_train.runs.lock import locked
 from bcos_train.training.config import TrainConfig

@@ -10,10 +10,10 @@ import webdataset
 from PIL import Image
 
 from bcos_train.dataset import Digits, ImageFolder
+from bcos_train.dataset.storage.shard_check import verify_shards
 from bcos_train.dataset.storage.shard_writer import (
     OtherShards,
     ShardOptions,
-    verify_shards,
     write_shards,
 )
 from bcos_train.dataset.storage.tar_index import index_tar

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -20,15 +19,15 @@ from PIL import Image
 from torch.utils.data import Subset
 
 from bcos_train.dataset.base import Annotations, ImageDataset, ImageSource, Label
-from bcos_train.dataset.image import UnreadableImage, decode_image
+from bcos_train.dataset.image import UnreadableImage
 from bcos_train.dataset.inventory import take_inventory
 from bcos_train.dataset.randomness import Stream, permutation
 from bcos_train.dataset.split import labels_of
+from bcos_train.dataset.storage.shard_check import sha256_of
 from bcos_train.dataset.storage.shards import FORMATS, MANIFEST
-from bcos_train.dataset.storage.tar_index import BadShard, index_tar
 from bcos_train.utils.atomic import atomic_write, remove_leftovers
 
-__all__ = ["OtherShards", "ShardOptions", "verify_shards", "write_shards"]
+__all__ = ["SKIPPED", "OtherShards", "ShardOptions", "write_shards"]
 
 SKIPPED = "skipped.json"
 #: Records of finished shards until the manifest is written.
@@ -148,46 +147,6 @@ def write_shards(
     return manifest
 
 
-def verify_shards(folder: Path, on_shard: Callable[[int, int], None] | None = None) -> list[str]:
-    """Read all shards of a folder again and decode every image.
-
-    Returns:
-        What differs from the manifest, and what can't be read, in one line each.
-
-    Raises:
-        ValueError: There is no manifest.
-    """
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        shards = [(part, shard) for part, entry in manifest["parts"].items() for shard in entry["shards"]]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder / MANIFEST}: no manifest of shards") from error
-    problems = []
-    for done, (_, shard) in enumerate(shards):
-        problems += _verify(folder / shard["name"], shard)
-        if on_shard is not None:
-            on_shard(done + 1, len(shards))
-    return problems
-
-
-def _verify(path: Path, expected: dict[str, object]) -> list[str]:
-    try:
-        if path.stat().st_size != expected["bytes"] or _sha256(path) != expected["sha256"]:
-            return [f"{path}: its content is not that of the manifest"]
-        samples = index_tar(path)
-    except (OSError, BadShard) as error:
-        return [str(error) if isinstance(error, BadShard) else f"{path}: {error.strerror}"]
-    problems = [] if len(samples) == expected["samples"] else [f"{path}: {len(samples)} samples"]
-    with path.open("rb") as file:
-        for sample in samples:
-            file.seek(sample.offset)
-            try:
-                decode_image(file.read(sample.length), f"{path}:{sample.key}", FORMATS)
-            except UnreadableImage as error:
-                problems.append(str(error))
-    return problems
-
-
 def _plan_part(part: str, images: ImageDataset, options: ShardOptions) -> list[_Job]:
     """Divide the images of a part into shards."""
     order = _order(images, options, part)
@@ -300,7 +259,7 @@ def _write_shard(
                 _add(tar, f"{index:08d}.cls", str(label).encode())
             _add(tar, f"{index:08d}.json", json.dumps(entries, ensure_ascii=False, sort_keys=True).encode())
             count += 1
-    record = {"samples": count, "bytes": path.stat().st_size, "sha256": _sha256(path), "skipped": skipped}
+    record = {"samples": count, "bytes": path.stat().st_size, "sha256": sha256_of(path), "skipped": skipped}
     _write_json(folder / _RECORDS / f"{job.name}.json", record)
     return record
 
@@ -393,11 +352,6 @@ def _summary(part: str, jobs: Sequence[_Job], records: dict[str, dict[str, Any]]
             {"name": name, **{key: records[name][key] for key in ("samples", "bytes", "sha256")}} for name in own
         ],
     }
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write_json(path: Path, content: object) -> None:
