@@ -62,6 +62,7 @@ def grid_pointing(folder: Path, *overrides: str) -> float:
     run(
         "evaluate.py",
         f"run={folder}",
+        *overrides,
         "explanation=default",
         *(f"explanation.{key}={value}" for key, value in settings.items()),
     )
