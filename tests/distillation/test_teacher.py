@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from bcos_train import create_model
 from bcos_train.dataset import BcosEncoding, Standardize
@@ -52,6 +53,17 @@ def test_timm(rgb: torch.Tensor) -> None:
     torch.testing.assert_close(teacher.predict(rgb), teacher.model(Standardize().encode(rgb)))
 
 
+@pytest.mark.parametrize(("classes", "have"), [(21843, "21,843 classes"), (0, "no classifier")])
+def test_a_classifier_that_timm_leaves_random(classes: int, have: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Linear(2, 1000)
+    model.num_classes, model.pretrained_cfg = 1000, {"num_classes": classes}  # type: ignore[assignment]
+    monkeypatch.setattr("bcos_train.distillation.teacher.timm_model", lambda name, pretrained: model)
+    with pytest.raises(
+        ValueError, match=f"teacher=timm:vit_tiny: timm's weights have {have}; choose weights for 1,000"
+    ):
+        load_teacher(DistillationOptions(teacher="timm:vit_tiny"), 1000)
+
+
 def test_a_weights_file(tmp_path: Path, rgb: torch.Tensor) -> None:
     model = create_model("resnet20", num_classes=5)
     torch.save(model.state_dict(), tmp_path / "weights.pth")
@@ -79,6 +91,7 @@ def test_bfloat16(rgb: torch.Tensor) -> None:
         ({"teacher": "nowhere/weights.pth"}, "no such file, folder or model"),
         ({"teacher": "resnet20", "teacher_weights": "nowhere.pth"}, "nowhere.pth: no such file"),
         ({"teacher": "resnet20", "teacher_weights": None}, "resnet20"),
+        ({"teacher": ".", "teacher_weights": "random"}, "random is for a model's name; teacher=. is a file or folder"),
     ],
 )
 def test_missing_teachers(options: Any, message: str) -> None:
@@ -96,8 +109,9 @@ def test_missing_teachers(options: Any, message: str) -> None:
         {"explanation": "lime"},
         {"explanation_every_n_steps": 0},
         {"teacher_precision": "16"},
+        {"teacher": ""},
     ],
 )
 def test_options_out_of_range(options: Any) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
-        DistillationOptions(teacher="resnet20", **options)
+        DistillationOptions(**{"teacher": "resnet20", **options})

@@ -1,6 +1,7 @@
 """Attribution maps in a loss: values, and their gradient against finite differences in float64."""
 
 import copy
+import re
 from typing import Any
 
 import pytest
@@ -184,12 +185,27 @@ def test_stages_are_found() -> None:
     assert find_layer(dense, "features") is dense.features
 
 
+def test_one_class_for_all_images() -> None:
+    model = build("bcos").eval()
+    one, each = (attribution_maps(model, images(model), target)[1] for target in (2, torch.full_like(TARGET, 2)))
+    assert torch.equal(one, each)
+
+
 def test_mistakes() -> None:
     model = build("bcos")
     with pytest.raises(ValueError, match=r"has no layer 'mid3'; there are input, mid1, mid2, final, conv1, bn1"):
         find_layer(model, "mid3")
     with pytest.raises(ValueError, match=r"'logit_layer' is \(3, 5\); a map needs feature maps"):
         attribution_maps(model, images(model), TARGET, "bcos", "logit_layer")
+    with pytest.raises(ValueError, match=r"method='gradcam': bcos, ixg or grad_cam; did you mean grad_cam\?"):
+        attribution_maps(model, images(model), TARGET, "gradcam")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"method='grad_cam' explains features, not the input; use layer='final'"):
+        attribution_maps(model, images(model), TARGET, "grad_cam")
+    with pytest.raises(ValueError, match=r"method='bcos': Sequential is no B-cos network; use ixg or grad_cam"):
+        attribution_maps(nn.Sequential(nn.Flatten(), nn.LazyLinear(5)), images(model), TARGET)
+    for target, problem in ((TARGET[:1], "not (1,) torch.int64"), (TARGET.float(), "torch.float32"), (5, "0 to 4")):
+        with pytest.raises(ValueError, match=re.escape(problem)):
+            attribution_maps(model, images(model), target)
     model.unused = nn.Identity()
     with pytest.raises(ValueError, match="'unused' is called 0 times in a forward pass, not once"):
         attribution_maps(model, images(model), TARGET, "bcos", "unused")

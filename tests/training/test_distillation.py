@@ -41,6 +41,36 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_folder(runs)
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("distillation=e2kd", "distillation.teacher=timm:vit_tiny_patch16_224"),
+        ("distillation=kd", "distillation.teacher=simple_vit_ti_patch16_224"),
+        ("distillation=kd", "distillation.teacher=standard_vgg11_bn"),
+    ],
+    ids=["timm's ViT", "ViT", "VGG"],
+)
+def test_a_teacher_that_does_not_take_the_images(overrides: tuple[str, ...], tmp_path: Path) -> None:
+    config = compose(tmp_path, *SETTINGS, "dataset.size=8", *overrides, "distillation.teacher_weights=random")
+    message = rf"^{overrides[1]}: a training image of 8x8 pixels fails: "
+    with pytest.raises(UserError, match=message) as caught:
+        train(config)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_teachers_accuracy_is_that_of_these_images(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not the recorded one, which may be that of others."""
+    overrides = ("distillation=kd", f"distillation.teacher={teacher}", "trainer.max_epochs=1", "limit_train=16")
+    for limit in (33, 5):
+        assert train(compose(tmp_path / str(limit), *SETTINGS, *overrides, f"limit_val={limit}")) == 0
+        (row,) = (row for row in metric_rows(run_folder(tmp_path / str(limit))) if row["val/teacher_acc1"])
+        accuracy = float(row["val/teacher_acc1"])
+        assert f"teacher  {accuracy:.2f}% of the validation images" in capsys.readouterr().out
+
+
 def test_another_teacher_between_stop_and_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weights, copy = tmp_path / "weights.pth", tmp_path / "copy.pth"
     for seed, path in ((0, weights), (1, copy)):

@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 
 from bcos_train import create_model
 from bcos_train.config import UserError
-from bcos_train.dataset import to_float
+from bcos_train.dataset import TrainBatchSampler, to_float
 from bcos_train.distillation import crop_maps
 from bcos_train.distillation import store as store_module
 from bcos_train.distillation.store import Store
@@ -230,6 +230,32 @@ def test_a_missing_shard(maps: Path, tmp_path: Path) -> None:
     (copy / "train-00002.npy").unlink()
     with pytest.raises(UserError, match=r"^distillation.frozen: .*1 of 4 shards are missing"):
         train(frozen(tmp_path / "runs", copy))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_maps_that_disappear_in_training(
+    workers: int, maps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(maps, copy := tmp_path / "maps")
+    start_epoch = TrainBatchSampler.__iter__
+
+    def iterate(sampler: TrainBatchSampler) -> Any:
+        for path in copy.glob("train-0*.npy"):
+            path.unlink()
+        return start_epoch(sampler)
+
+    monkeypatch.setattr(TrainBatchSampler, "__iter__", iterate)
+    with pytest.raises(UserError, match=r"^can't read .*maps/train-0000\d.npy: .*No such file") as caught:
+        train(frozen(tmp_path / "runs", copy, f"num_workers={workers}"))
+    assert "\n" not in str(caught.value)
+
+
+def test_computing_says_if_the_training_cannot_use_the_maps(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compute(weights, tmp_path / "maps", "augmentation=digits")
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "note: this training can't use the maps: augmentation.train: after RandomAffine" in printed
 
 
 def contents(folder: Path) -> dict[str, bytes]:

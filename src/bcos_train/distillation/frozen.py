@@ -95,7 +95,6 @@ class FrozenTeacher:
         manifest = store.manifest
         self.label = f"{manifest.teacher}, frozen in {store.folder}"
         self.explanation: ExplanationKind = manifest.explanation
-        self.dataset, self.accuracy = manifest.dataset, manifest.accuracy
 
     @property
     def record(self) -> dict[str, str]:

@@ -54,6 +54,8 @@ class DistillationOptions:
                 raise ValueError(
                     f"{name}={choice} has no effect without teacher=…: {self.frozen} holds the teacher's maps"
                 )
+        if "" in (self.teacher, self.frozen):
+            raise ValueError("teacher and frozen can't be empty: is a shell variable not set?")
         if not 0 < self.temperature < float("inf"):
             raise ValueError(f"temperature={self.temperature}: a number above 0")
         for name in ("ground_truth_weight", "kd_weight", "explanation_weight"):

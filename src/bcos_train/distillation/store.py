@@ -27,7 +27,7 @@ from bcos_train.distillation.options import ExplanationKind
 from bcos_train.utils.atomic import atomic_write
 from bcos_train.weights.files import file_sha256
 
-__all__ = ["MANIFEST", "PARTS", "Manifest", "MapDtype", "Part", "PartInfo", "Store", "scale_maps"]
+__all__ = ["MANIFEST", "PARTS", "Manifest", "MapDtype", "Part", "PartInfo", "Store", "UnreadableMaps", "scale_maps"]
 
 MANIFEST = "manifest.json"
 FORMAT, VERSION = "bcos-train teacher maps", 1
@@ -108,8 +108,8 @@ class Manifest:
     accuracy: float | None = None
 
     def identity(self) -> dict[str, object]:
-        """Return what has to be equal to continue a computation."""
-        return {key: value for key, value in asdict(self).items() if key not in ("shards", "accuracy")}
+        """Return what has to be equal to continue a computation; the teacher is identified by its weights."""
+        return {key: value for key, value in asdict(self).items() if key not in ("shards", "accuracy", "teacher")}
 
     @property
     def sha256(self) -> str:
@@ -186,6 +186,10 @@ def shard_images(record: np.dtype) -> int:
     return max(1, min(SHARD_IMAGES, SHARD_BYTES // record.itemsize))
 
 
+class UnreadableMaps(ValueError):
+    """A shard can't be read any more. The message is one line with its path."""
+
+
 class Store:
     """A folder with a manifest and shards.
 
@@ -250,22 +254,22 @@ class Store:
         """Return the records of a shard, memory-mapped.
 
         Raises:
-            ValueError: The file is missing or damaged.
+            UnreadableMaps: The file is missing or damaged.
         """
         path = self.folder / shard_name(part, number)
         try:
             records: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
-            raise ValueError(f"can't read {path}: {' '.join(str(error).split())}") from error
+            raise UnreadableMaps(f"can't read {path}: {' '.join(str(error).split())}") from error
         if records.dtype != self._records[part]:
-            raise ValueError(f"{path}: other records than {MANIFEST} says")
+            raise UnreadableMaps(f"{path}: other records than {MANIFEST} says")
         return records
 
     def read(self, part: Part, position: int) -> np.void:
         """Return the record at a position of a part.
 
         Raises:
-            ValueError: The file is missing or damaged.
+            UnreadableMaps: The file is missing or damaged.
         """
         # Opened for each record, since all shards at once could be more than a process may open; and without np.load,
         # whose parsing of the header takes longer than reading the record.
@@ -277,7 +281,7 @@ class Store:
                 file.seek(self.manifest.shards[name].bytes - (rows - row) * record.itemsize)
                 values: np.void = np.frombuffer(file.read(record.itemsize), record)[0]
         except (OSError, ValueError, IndexError) as error:
-            raise ValueError(f"can't read {self.folder / name}: {' '.join(str(error).split())}") from error
+            raise UnreadableMaps(f"can't read {self.folder / name}: {' '.join(str(error).split())}") from error
         return values
 
     @cached_property

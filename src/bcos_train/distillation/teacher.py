@@ -4,6 +4,7 @@ Axes: N images, C channels of the model's input, H, W pixels, K classes.
 """
 
 import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -44,7 +45,6 @@ class Teacher:
         label: For messages: name and origin of the weights.
         encoding: RGB in [0, 1] (N, 3, H, W) -> (N, C, H, W).
         class_names: Those that are recorded with the weights; ``None``: none are.
-        dataset, accuracy: Top-1 accuracy in percent that is recorded with the weights, and on which data set.
         precision: ``"bf16"`` or ``None``.
     """
 
@@ -52,8 +52,6 @@ class Teacher:
     label: str
     encoding: _FloatEncoding
     class_names: tuple[str, ...] | None = None
-    dataset: str | None = None
-    accuracy: float | None = None
     precision: str | None = None
 
     def __post_init__(self) -> None:
@@ -124,6 +122,8 @@ def load_teacher(options: DistillationOptions, num_classes: int) -> Teacher:
     name, weights = options.teacher, options.teacher_weights
     assert name is not None, "the options have no teacher"
     if weights == RANDOM:
+        if os.path.exists(name):
+            raise ValueError(f"teacher_weights=random is for a model's name; teacher={name} is a file or folder")
         classifier = LoadedClassifier(build_model(name, {"num_classes": num_classes}), name)
         label = f"{name} with random weights, for trials"
     else:
@@ -136,8 +136,6 @@ def load_teacher(options: DistillationOptions, num_classes: int) -> Teacher:
         label,
         _float_encoding(classifier),
         classifier.recorded_class_names,
-        classifier.dataset,
-        classifier.metrics.get("acc1"),
         options.teacher_precision,
     )
 
@@ -146,7 +144,13 @@ def _load(name: str, weights: str | None) -> LoadedClassifier:
     if weights not in (None, "official"):
         return load(weights, model=name)
     if name.startswith(TIMM):
-        return LoadedClassifier(timm_model(name.removeprefix(TIMM), pretrained=True), name, origin="timm's weights")
+        model = timm_model(name.removeprefix(TIMM), pretrained=True)
+        # With another number of classes, timm's classifier is a new one, without a word.
+        own = getattr(model, "pretrained_cfg", {}).get("num_classes")
+        if own != model.num_classes:
+            classes = f"{own:,} classes" if own else "no classifier"
+            raise ValueError(f"teacher={name}: timm's weights have {classes}; choose weights for 1,000, such as …_in1k")
+        return LoadedClassifier(model, name, origin="timm's weights")
     if weights == "official" and Path(name).exists():
         raise ValueError(f"teacher_weights=official: teacher={name} is a file or folder, which has weights itself")
     return load(name)

@@ -6,13 +6,14 @@ Axes: N images, C channels of the input or of a feature map, H W pixels, h w pos
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from bcos_train.explanation.hooks import forward_hooks
-from bcos_train.explanation.mode import explanation_graph
+from bcos_train.explanation.mode import explanation_graph, is_explainable
+from bcos_train.utils.suggestions import join_words, suggest
 
 __all__ = ["STAGES", "Attribution", "attribution_maps", "find_layer"]
 
@@ -24,7 +25,7 @@ STAGES = ("mid1", "mid2", "mid3", "final")
 
 
 def attribution_maps(
-    model: nn.Module, x: Tensor, target: Tensor | None, method: Attribution = "bcos", layer: str = "input"
+    model: nn.Module, x: Tensor, target: Tensor | int | None, method: Attribution = "bcos", layer: str = "input"
 ) -> tuple[Tensor, Tensor]:
     """Explain one class per image, differentiably with respect to the parameters.
 
@@ -35,8 +36,8 @@ def attribution_maps(
     Args:
         model: Maps (N, C, H, W) to logits (N, K).
         x: (N, C, H, W).
-        target: (N,) int64 classes, on the device of ``x``; not checked, which would wait for the device. ``None``: the
-            predicted ones.
+        target: (N,) int64 classes, on the device of ``x``, or one for all; the range of a tensor is not checked, which
+            would wait for the device. ``None``: the predicted ones.
         method: See :data:`Attribution`.
         layer: ``"input"``, or a layer for :func:`find_layer`, whose output is (N, C, h, w).
 
@@ -44,15 +45,22 @@ def attribution_maps(
         The logits (N, K) and the maps (N, h, w), in units of the logit; (N, H, W) at the input.
 
     Raises:
-        ValueError: There is no such layer, its output is not (N, C, h, w), it was not used exactly once, or as for
+        ValueError: There is no such method or layer, ``method`` doesn't suit the network or the layer, ``target`` has
+            another shape, the layer's output is not (N, C, h, w), it was not used exactly once, or as for
             :func:`~bcos_train.explanation.explanation_graph`.
     """
+    if method not in (known := get_args(Attribution)):
+        raise ValueError(f"method={method!r}: {join_words(known)}{suggest(method, known)}")
+    if method == "bcos" and not is_explainable(model):
+        raise ValueError(f"method='bcos': {type(model).__name__} is no B-cos network; use ixg or grad_cam")
+    if method == "grad_cam" and layer == "input":
+        raise ValueError("method='grad_cam' explains features, not the input; use layer='final' or a module's path")
     with torch.inference_mode(False), torch.enable_grad():
         leaf = x.detach().clone().requires_grad_(layer == "input")
         with explanation_graph(model) as bcos_gradient, _recorded(model, layer) as outputs:
             logits = model(leaf)
         at = leaf if layer == "input" else _single_map(outputs, layer)
-        classes = logits.detach().argmax(1) if target is None else target
+        classes = _classes(logits, target)
         selected = logits.gather(1, classes[:, None]).sum()
         if method == "bcos":
             gradient = bcos_gradient(selected, at)
@@ -61,6 +69,19 @@ def attribution_maps(
         if method == "grad_cam":
             return logits, (gradient.mean((2, 3), keepdim=True) * at).sum(1).relu()
         return logits, (gradient * at).sum(1)
+
+
+def _classes(logits: Tensor, target: Tensor | int | None) -> Tensor:
+    """Return the classes to explain, (N,) int64."""
+    if target is None:
+        return logits.detach().argmax(1)
+    if isinstance(target, int):
+        if not 0 <= target < logits.shape[1]:
+            raise ValueError(f"{target=}: the model has the classes 0 to {logits.shape[1] - 1}")
+        return logits.new_full((len(logits),), target, dtype=torch.int64)
+    if target.shape != logits.shape[:1] or target.dtype != torch.int64:
+        raise ValueError(f"target must be ({len(logits)},) int64, not {tuple(target.shape)} {target.dtype}")
+    return target
 
 
 def find_layer(model: nn.Module, layer: str) -> nn.Module:

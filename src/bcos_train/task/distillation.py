@@ -58,10 +58,6 @@ class DistillationTask(Task):
     def expect_explanations_in_validation(self, rgb: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Return the teacher's logits (N, K) of validation images, and explanations (N, *)."""
 
-    def recorded_accuracy(self, dataset: str) -> float | None:
-        """Return the teacher's recorded top-1 accuracy in percent on a data set's validation images, or None."""
-        return self.teacher.accuracy if self.teacher.dataset == dataset else None
-
     def forward(self, network: Network, batch: TrainingBatch) -> TaskOutput:
         options = self.options
         if options.explanation_weight and batch.step % options.explanation_every_n_steps == 0:

@@ -4,10 +4,12 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from bcos_train.config import user_errors_at
+from bcos_train.config import UserError, user_errors_at
+from bcos_train.dataset import isolated_rng, to_float
 from bcos_train.dataset.classes import check_same_classes
 from bcos_train.dataset.data_module import DataModule
-from bcos_train.distillation import DistillationOptions, Teacher, load_teacher
+from bcos_train.distillation import DistillationOptions, Teacher, explain_by, load_teacher
+from bcos_train.explanation import evaluating
 from bcos_train.task import Distillation, DistillationTask
 from bcos_train.training.config import TrainConfig
 from bcos_train.training.frozen import build_frozen_distillation
@@ -30,7 +32,32 @@ def build_distillation(
         return build_frozen_distillation(settings, options, model, data, num_classes)
     teacher = load_checked_teacher(options, data.class_names, num_classes)
     with user_errors_at("distillation"):
-        return Distillation(settings.loss, teacher, options, model)
+        task = Distillation(settings.loss, teacher, options, model)
+    _try_images(task, settings, model, data)
+    return task
+
+
+def _try_images(task: Distillation, settings: TrainConfig, model: nn.Module, data: DataModule) -> None:
+    """Show the networks a training and a validation image, before anything is written.
+
+    Raises:
+        UserError: They don't accept images of this size, or can't be explained.
+    """
+    for kind, images in (("training", data.train_samples([0])[0]), ("validation", data.val_samples([0])[0])):
+        rgb = to_float(images)
+        try:
+            with isolated_rng():
+                task.teacher.predict(rgb)
+                if task.options.explanation_weight:
+                    expected, _ = task.teacher.explain(rgb, task.explanation)
+                    with evaluating(model):
+                        x = settings.encoding.encode(rgb)
+                        explain_by(task.explanation, model, x, expected.argmax(1), create_graph=True)
+        # bcos_train's models raise a ValueError, torch's layers a RuntimeError, timm's models an AssertionError.
+        except (ValueError, RuntimeError, AssertionError) as error:
+            height, width = images.shape[2:]
+            problem = f"a {kind} image of {height}x{width} pixels fails: {' '.join(str(error).split())}"
+            raise UserError(f"distillation.teacher={task.options.teacher}: {problem}") from error
 
 
 def load_checked_teacher(options: DistillationOptions, class_names: Sequence[str], num_classes: int) -> Teacher:

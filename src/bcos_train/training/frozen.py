@@ -20,7 +20,15 @@ from bcos_train.distillation.store import PARTS, Manifest, Part, PartInfo, Store
 from bcos_train.task import FrozenDistillation
 from bcos_train.training.config import TrainConfig
 
-__all__ = ["build_frozen_distillation", "describe_samples", "full_indices", "one_line", "views", "whole_inventory"]
+__all__ = [
+    "build_frozen_distillation",
+    "check_augmentation",
+    "describe_samples",
+    "full_indices",
+    "one_line",
+    "views",
+    "whole_inventory",
+]
 
 #: Number of images by which other images than those of the maps are noticed, for data sets without a digest, too.
 N_SAMPLES = 16
@@ -127,7 +135,7 @@ def _check_images(store: Store, data: DataModule, eval_transform: Transform) -> 
         if now["count"] != info.inventory["count"]:
             raise ValueError(
                 f"{folder} holds maps of a data set with {info.inventory['count']:,} {kind} images; there are "
-                f"{now['count']:,}"
+                f"{now['count']:,}: set dataset.*, such as val_per_class, as for scripts/precompute_teacher.py"
             )
         if now["digest"] != info.inventory["digest"]:
             raise ValueError(f"{folder} holds maps of other {kind} images: their names, classes or settings differ")

@@ -11,6 +11,7 @@ from bcos_train.dataset import ImageSizeMismatch, NotCacheable, UnreadableImage
 from bcos_train.dataset.classes import OtherClasses
 from bcos_train.dataset.storage.tar_index import BadShard
 from bcos_train.dataset.unreadable import TooManyUnreadable
+from bcos_train.distillation.store import UnreadableMaps
 from bcos_train.runs.checkpoint import DamagedCheckpoint
 from bcos_train.runs.launcher import rank
 from bcos_train.training.callbacks.checkpoint import UnknownMonitor
@@ -23,7 +24,7 @@ def as_user_errors() -> Iterator[None]:
     """Convert exceptions that are raised while reading data or writing results to :class:`UserError`."""
     try:
         yield
-    except (ImageSizeMismatch, UnreadableImage, TooManyUnreadable, BadShard) as error:
+    except (ImageSizeMismatch, UnreadableImage, UnreadableMaps, TooManyUnreadable, BadShard) as error:
         # An error in a worker process contains its traceback; the message is in the last line.
         raise UserError(str(error).strip().splitlines()[-1].rpartition(f"{type(error).__name__}: ")[2]) from error
     except NotCacheable as error:

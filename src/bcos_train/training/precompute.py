@@ -39,7 +39,15 @@ from bcos_train.runs.lock import locked
 from bcos_train.training.build import build_trainer, choose_num_classes, keep_initial_classes, load_data
 from bcos_train.training.config import PrecomputeConfig
 from bcos_train.training.distillation import load_checked_teacher
-from bcos_train.training.frozen import N_SAMPLES, describe_samples, full_indices, one_line, views, whole_inventory
+from bcos_train.training.frozen import (
+    N_SAMPLES,
+    check_augmentation,
+    describe_samples,
+    full_indices,
+    one_line,
+    views,
+    whole_inventory,
+)
 from bcos_train.training.label_checks import check_labels
 from bcos_train.training.options import split_batch
 from bcos_train.utils.atomic import atomic_write, remove_leftovers
@@ -72,6 +80,10 @@ def precompute(settings: PrecomputeConfig, console: Console) -> None:
     teacher = load_checked_teacher(options, data.class_names, choose_num_classes(settings, data))
     with user_errors_at("distillation"):
         kind = choose_stored_explanation(options.explanation, teacher.model)
+    try:
+        check_augmentation(settings.augmentation)
+    except ValueError as error:  # the maps are right, but not for this training
+        console.print(f"note: this training can't use the maps: {error}", style="yellow", soft_wrap=True, markup=False)
     job = _Job(data, teacher, kind, settings, trainer.strategy.root_device, console)
     with user_errors_at(f"out={settings.out}"), locked(Path(settings.out)):
         job.run(Path(settings.out), settings.verify)
