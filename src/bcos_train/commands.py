@@ -3,7 +3,7 @@
 import sys
 
 try:
-    from bcos_train import run, sharding
+    from bcos_train import run, sharding, verification
     from bcos_train.config.cli import entry_point, overridden_keys
     from bcos_train.training.config import EvaluateConfig, PrecomputeConfig, TrainConfig
 except ModuleNotFoundError as error:
@@ -11,7 +11,7 @@ except ModuleNotFoundError as error:
         raise
     sys.exit(f"{error.name} is not installed, which training requires: pip install 'bcos-train[train]'")
 
-__all__ = ["evaluate", "make_shards", "precompute_teacher", "train"]
+__all__ = ["evaluate", "make_shards", "precompute_teacher", "train", "verify_data"]
 
 
 @entry_point(config_name="train", root=TrainConfig)
@@ -38,3 +38,9 @@ def precompute_teacher(config: dict[str, object]) -> int:
 def make_shards(config: dict[str, object]) -> int:
     """Write a data set as shards: ``scripts/make_shards.py dataset=… [dataset.root=…] out=<folder>``."""
     return sharding.run(config)
+
+
+@entry_point(config_name="verify_data", root=verification.VerifyConfig)
+def verify_data(config: dict[str, object]) -> int:
+    """Check a data set: ``scripts/verify_data.py dataset=… [dataset.root=…]``."""
+    return verification.run(config)

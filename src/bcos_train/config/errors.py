@@ -34,6 +34,6 @@ def user_errors_at(key: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
+    except (ValueError, FileExistsError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
         message = " ".join(str(error).split())
         raise UserError(f"{key}: {message}" if key else message) from error
