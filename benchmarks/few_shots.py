@@ -157,7 +157,7 @@ def main() -> None:
     parser.add_argument("--weight", type=float, default=1.0, help="of the explanations")
     parser.add_argument("--seeds", type=positive, nargs="+", default=[1, 2, 3], help="of the draw and of the training")
     parser.add_argument("--arms", choices=ARMS, nargs="+", default=ARMS)
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/few-shots.json")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/few-shots-cpu.json")
     arguments = parser.parse_args()
     check_writable(arguments.output)
     arguments.teacher, arguments.root = arguments.teacher.absolute(), arguments.root.absolute()

@@ -82,7 +82,8 @@ def run(config: Mapping[str, object]) -> int:
     if settings.verify:
         for problem in problems:
             console.print(problem, style="red", soft_wrap=True, markup=False, highlight=False)
-        console.print(f"{len(problems)} problem(s) in {folder}" if problems else f"all shards in {folder} are complete")
+        result = f"{len(problems)} problem(s) in {folder}" if problems else f"all shards in {folder} are complete"
+        console.print(result, soft_wrap=True, highlight=False)
         return int(bool(problems))
     for part, entry in manifest["parts"].items():  # type: ignore[attr-defined]
         skipped = f", {entry['skipped']:,} unreadable, see {folder / SKIPPED}" if entry["skipped"] else ""

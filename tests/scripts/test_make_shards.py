@@ -45,7 +45,7 @@ def test_write_interrupt_and_verify(
     assert "are complete" in capsys.readouterr().out
     (out / "val-000001.tar").unlink()
     assert call(script, monkeypatch, *command, "verify=true") == 1
-    assert "val-000001.tar: No such file" in capsys.readouterr().out.replace("\n", " ")
+    assert "val-000001.tar: No such file" in capsys.readouterr().out
 
 
 def interrupt_at(call_number: int) -> object:

@@ -100,6 +100,7 @@ def test_unreadable_image(workers: int, tmp_path: Path) -> None:
     overrides = (
         "dataset=imagefolder",
         f"dataset.root={tmp_path}",
+        "dataset.max_skipped=0",
         "model.num_classes=2",
         "augmentation=plain",
         "batch_size=2",

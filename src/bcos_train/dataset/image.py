@@ -21,7 +21,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from bcos_train.utils.substitutes import substitute_reason
 
-__all__ = ["UnreadableImage", "decode_image", "image_size", "is_skippable", "read_image", "to_rgb"]
+__all__ = ["UnreadableImage", "has_format", "image_size", "is_skippable", "read_encoded", "read_image", "to_rgb"]
 
 _TIFF_BITS_PER_SAMPLE, _TIFF_PHOTOMETRIC, _TIFF_SAMPLE_FORMAT = 258, 262, 339
 _TIFF_WHITE_IS_ZERO, _TIFF_SIGNED = 0, 2
@@ -50,8 +50,8 @@ def read_image(path: str | os.PathLike[str], exif_orientation: bool = False) -> 
         raise UnreadableImage(f"cannot read the image {os.fspath(path)}: {_reason(error, path)}") from error
 
 
-def decode_image(content: bytes, name: str, formats: tuple[str, ...], exif_orientation: bool = False) -> Image.Image:
-    """Decode an image as 8-bit RGB.
+def read_encoded(content: bytes, name: str, formats: tuple[str, ...], exif_orientation: bool = False) -> Image.Image:
+    """Read an image from the content of a file as 8-bit RGB.
 
     Args:
         content: That of an image file.
@@ -67,6 +67,19 @@ def decode_image(content: bytes, name: str, formats: tuple[str, ...], exif_orien
             return to_rgb(image, exif_orientation)
     except Exception as error:
         raise UnreadableImage(f"cannot read the image {name}: {_reason(error, content)}") from error
+
+
+def has_format(path: str | os.PathLike[str], formats: tuple[str, ...]) -> bool:
+    """True if an image file has one of these formats (Pillow's names), whatever its name says.
+
+    Raises:
+        UnreadableImage: It is not an image.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.format in formats
+    except Exception as error:
+        raise UnreadableImage(f"cannot read the image {os.fspath(path)}: {_reason(error, path)}") from error
 
 
 def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from bcos_train.dataset.image import UnreadableImage, decode_image
+from bcos_train.dataset.image import UnreadableImage, read_encoded
 from bcos_train.dataset.storage.shards import FORMATS, MANIFEST
 from bcos_train.dataset.storage.tar_index import BadShard, index_tar
 
@@ -53,7 +53,7 @@ def _verify(path: Path, expected: dict[str, object]) -> list[str]:
         for sample in samples:
             file.seek(sample.offset)
             try:
-                decode_image(file.read(sample.length), f"{path}:{sample.key}", FORMATS)
+                read_encoded(file.read(sample.length), f"{path}:{sample.key}", FORMATS)
             except UnreadableImage as error:
                 problems.append(str(error))
     return problems

@@ -19,7 +19,7 @@ from PIL import Image
 from torch.utils.data import Subset
 
 from bcos_train.dataset.base import Annotations, ImageDataset, ImageSource, Label
-from bcos_train.dataset.image import UnreadableImage
+from bcos_train.dataset.image import UnreadableImage, has_format
 from bcos_train.dataset.inventory import take_inventory
 from bcos_train.dataset.randomness import Stream, permutation
 from bcos_train.dataset.split import labels_of
@@ -273,11 +273,8 @@ def _encode(image: Image.Image, source: str | None, options: ShardOptions) -> tu
         image.resize(size, Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=options.quality)
         return buffer.getvalue(), "jpg", scale
     extension = None if source is None else _COPIED.get(os.path.splitext(source)[1].lower())
-    if source is not None and extension is not None:
-        with Image.open(source) as file:
-            is_readable = file.format in FORMATS  # names can be wrong
-        if is_readable:
-            return Path(source).read_bytes(), extension, 1.0
+    if source is not None and extension is not None and has_format(source, FORMATS):
+        return Path(source).read_bytes(), extension, 1.0
     buffer = BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue(), "png", 1.0

@@ -24,7 +24,7 @@ from braceexpand import braceexpand
 from PIL import Image
 from torch.utils.data import Dataset
 
-from bcos_train.dataset.image import decode_image
+from bcos_train.dataset.image import read_encoded
 from bcos_train.dataset.storage.folder import shorten
 from bcos_train.dataset.storage.tar_index import BadShard, index_tar
 from bcos_train.utils.atomic import atomic_write
@@ -163,7 +163,7 @@ class ShardImages(Dataset[tuple[Image.Image, int]]):
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         content = self.encoded(index)
-        return decode_image(content, self.path(index), FORMATS, self._exif_orientation), int(self.labels[index])
+        return read_encoded(content, self.path(index), FORMATS, self._exif_orientation), int(self.labels[index])
 
     def encoded(self, index: int) -> bytes:
         """Return the content of an image file.
