@@ -1,6 +1,7 @@
 """The shape of the project: who may import whom, and how large things may grow."""
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -262,6 +263,26 @@ print(*[name for name in heavy if name in sys.modules])
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert result.stdout.split() == []
+
+
+def test_light_packages_need_the_basic_dependencies_only() -> None:
+    """What ``pip install bcos-train`` installs, without extras; torchvision brings Pillow."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    basic = {re.split("[<>=!]", requirement)[0] for requirement in project["dependencies"]} | {"PIL", "bcos_train"}
+    code = f"""
+import builtins, sys
+original = builtins.__import__
+def checked(name, globals=None, *args, **kwargs):
+    top = name.partition(".")[0]
+    if globals and str(globals.get("__name__")).startswith("bcos_train"):
+        if top not in {basic!r} and top not in sys.stdlib_module_names:
+            raise ModuleNotFoundError(f"{{globals['__name__']}} imports {{name}}")
+    return original(name, globals, *args, **kwargs)
+builtins.__import__ = checked
+import {", ".join(LIGHT)}
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+    assert result.returncode == 0, result.stderr.splitlines()[-1]
 
 
 def test_oldest_requirements_are_the_lower_bounds() -> None:

@@ -20,7 +20,6 @@ from typing import Literal, get_args
 from zipfile import BadZipFile
 
 import numpy as np
-from braceexpand import braceexpand
 from PIL import Image
 from torch.utils.data import Dataset
 
@@ -331,6 +330,8 @@ def find_shards(pattern: str) -> list[Path]:
     Raises:
         ValueError: There are none.
     """
+    from braceexpand import braceexpand  # not among the dependencies of models and explanations
+
     found: list[Path] = []
     for path in map(os.path.expanduser, braceexpand(pattern)):
         if any(character in path for character in "*?["):
