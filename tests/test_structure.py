@@ -44,6 +44,7 @@ FOR_ALL = {
     f"bcos_train.utils.{name}"
     for name in (
         "atomic",
+        "files",
         "command_line",
         "compiling",
         "console",

@@ -1,6 +1,5 @@
 """The command ``scripts/verify_data.py``."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +12,8 @@ from bcos_train.dataset.verify import verify
 from bcos_train.runs.hash import with_absolute_paths
 from bcos_train.training.config import TrainConfig
 from bcos_train.training.options import default_workers
-from bcos_train.utils.atomic import atomic_write
 from bcos_train.utils.console import make_console
+from bcos_train.utils.files import write_json
 
 __all__ = ["VerifyConfig", "run"]
 
@@ -54,8 +53,8 @@ def run(config: Mapping[str, object]) -> int:
         report: dict[str, Any] = verify(
             settings.dataset, workers, lambda done, total: progress.update(task, completed=done, total=total)
         )
-    with user_errors_at("output"), atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    with user_errors_at("output"):
+        write_json(path, report)
     for name, part in report["parts"].items():
         counts = part["classes"].values()
         console.print(

@@ -19,7 +19,7 @@ from bcos_train.distillation.store import (
     scale_maps,
     shard_images,
 )
-from bcos_train.weights.files import file_sha256
+from bcos_train.utils.files import file_sha256
 
 COUNTS = {"train": 11, "val": 4}
 

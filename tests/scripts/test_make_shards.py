@@ -33,7 +33,7 @@ def test_write_interrupt_and_verify(
     out = tmp_path / "out"
     command = [*DIGITS, "samples=10", f"out={out}"]
     with monkeypatch.context() as patch:
-        patch.setattr(shard_writer, "sha256_of", interrupt_at(4))
+        patch.setattr(shard_writer, "file_sha256", interrupt_at(4))
         assert call(script, monkeypatch, *command) == 130
     assert len(list((out / ".finished").glob("*.tar.json"))) == 3
     assert call(script, monkeypatch, *command) == 0
@@ -50,7 +50,7 @@ def test_write_interrupt_and_verify(
 
 def interrupt_at(call_number: int) -> object:
     calls = iter(range(1, 100))
-    original = shard_writer.sha256_of
+    original = shard_writer.file_sha256
 
     def sha256(path: Path) -> str:
         if next(calls) == call_number:

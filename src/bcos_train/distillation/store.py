@@ -25,7 +25,7 @@ from torch import Tensor
 
 from bcos_train.distillation.options import ExplanationKind
 from bcos_train.utils.atomic import atomic_write
-from bcos_train.weights.files import file_sha256
+from bcos_train.utils.files import file_sha256, write_json
 
 __all__ = ["MANIFEST", "PARTS", "Manifest", "MapDtype", "Part", "PartInfo", "Store", "UnreadableMaps", "scale_maps"]
 
@@ -135,8 +135,7 @@ class Manifest:
     def save(self, folder: Path) -> None:
         shards = {name: asdict(shard) for name, shard in sorted(self.shards.items())}
         content = {"format": FORMAT, "version": VERSION, **asdict(self), "shards": shards}
-        with atomic_write(folder / MANIFEST) as path:
-            path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_json(folder / MANIFEST, content)
 
     @classmethod
     def load(cls, folder: Path) -> "Manifest":

@@ -13,13 +13,14 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from bcos_train.evaluation.measuring import Results, measure
 from bcos_train.evaluation.options import BOX_METRICS, ExplanationOptions
 from bcos_train.evaluation.scoring import arrow, explain_grids
-from bcos_train.evaluation.store import ScoreStore, fingerprint, replace_file, write_json
+from bcos_train.evaluation.store import ScoreStore, fingerprint, replace_file
 from bcos_train.evaluation.subject import Subject, grid_input, grid_pictures
 from bcos_train.evaluation.summary import tables, to_json
 from bcos_train.explanation import evaluating
 from bcos_train.report import Panel, Row, box_plot, map_table, save_gallery, short_class_name
 from bcos_train.runs.layout import EXPLANATION_SCORES, EXPLANATION_SUMMARY, EXPLANATIONS
 from bcos_train.utils.console import make_console
+from bcos_train.utils.files import write_json
 
 __all__ = ["evaluate_explanations"]
 

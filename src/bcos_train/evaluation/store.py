@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from bcos_train.utils.atomic import atomic_write
 
-__all__ = ["ScoreStore", "fingerprint", "replace_file", "write_json"]
+__all__ = ["ScoreStore", "fingerprint", "replace_file"]
 
 _SCORES, _IDENTITY = "scores", "identity"
 
@@ -63,25 +62,6 @@ def replace_file(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Write an npz file atomically."""
     with atomic_write(path) as temporary, temporary.open("wb") as file:
         np.savez(file, **dict(arrays))  # type: ignore[arg-type]
-
-
-def write_json(path: Path, content: object) -> None:
-    """Write a JSON file atomically; numbers that are not finite, which JSON lacks, become null.
-
-    Args:
-        path: The file.
-        content: JSON-able value.
-    """
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def _finite(value: object) -> object:
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def fingerprint(content: object) -> str:

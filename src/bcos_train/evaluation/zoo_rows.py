@@ -16,9 +16,10 @@ from bcos_train.model import create_model
 from bcos_train.report.zoo_table import N_VAL, Row, model_cost, published_row, to_csv, to_json, to_markdown
 from bcos_train.runs.layout import CHECKPOINT_SUFFIX, EVALUATION, RUN_CONFIG, SUMMARY, WEIGHTS_SUFFIX
 from bcos_train.utils.atomic import atomic_write
+from bcos_train.utils.files import file_sha256
 from bcos_train.utils.suggestions import join_words
 from bcos_train.weights.download import WeightsError, download_official
-from bcos_train.weights.files import file_sha256, read_json, save_weights
+from bcos_train.weights.files import read_json, save_weights
 from bcos_train.weights.records import RECORDS
 from bcos_train.weights.source import read_export_config
 

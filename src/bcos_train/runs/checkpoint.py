@@ -12,7 +12,6 @@ The contract:
 """
 
 import contextlib
-import hashlib
 import os
 import shutil
 from collections import OrderedDict
@@ -24,6 +23,7 @@ import torch
 
 from bcos_train.runs.layout import CHECKPOINT_SUFFIX, DIGEST_SUFFIX, LAST, PREVIOUS
 from bcos_train.utils.atomic import temporary_path
+from bcos_train.utils.files import file_sha256
 from bcos_train.utils.substitutes import substitute_reason
 
 # Exact types: a subclass, such as numpy's float64 of float, is pickled as an object, which can't be loaded.
@@ -289,12 +289,6 @@ def _read_digest(path: Path) -> str:
 def digest_path(path: Path) -> Path:
     """Return the path of a checkpoint's SHA-256."""
     return path.with_name(path.name + DIGEST_SUFFIX)
-
-
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync_folder(folder: Path) -> None:

@@ -9,10 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from bcos_train.dataset.data_module import DataModule
-from bcos_train.evaluation.store import write_json
 from bcos_train.explanation import evaluating, is_explainable
 from bcos_train.report import save_gallery
-from bcos_train.runs.checkpoint import file_sha256
 from bcos_train.runs.folder import RunFolder
 from bcos_train.runs.layout import (
     EMA_WEIGHTS,
@@ -31,6 +29,7 @@ from bcos_train.training.callbacks.progress import duration
 from bcos_train.training.module import Classifier
 from bcos_train.training.side_matters import only_warn
 from bcos_train.utils.console import make_console
+from bcos_train.utils.files import file_sha256, write_json
 from bcos_train.weights.files import save_weights
 
 #: Scores of the table of an evaluation, besides the loss: key, and name in the table.

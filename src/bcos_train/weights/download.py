@@ -25,7 +25,8 @@ import torch.hub
 from filelock import FileLock
 from torch import Tensor
 
-from bcos_train.weights.files import file_sha256, read_weights
+from bcos_train.utils.files import file_sha256
+from bcos_train.weights.files import read_weights
 from bcos_train.weights.records import ZooRecord, find_record
 
 __all__ = ["MIRROR", "WeightsError", "download_official", "load_official"]

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bcos_train.runs import checkpoint as checkpoints
-from bcos_train.runs.checkpoint import digest_path, file_sha256
+from bcos_train.runs.checkpoint import digest_path
 from bcos_train.runs.layout import CHECKPOINT_SUFFIX, EMA_WEIGHTS, WEIGHTS, WEIGHTS_SUFFIX
 from bcos_train.utils.atomic import atomic_write
 from bcos_train.utils.substitutes import substitute_reason
@@ -21,7 +21,6 @@ from bcos_train.weights.third_party import read_third_party, split_average
 
 __all__ = [
     "WeightsFile",
-    "file_sha256",
     "read_file",
     "read_json",
     "read_weights",

@@ -30,10 +30,11 @@ from bcos_train.runs.layout import (
     RUN_CONFIG,
     WEIGHTS,
 )
+from bcos_train.utils.files import file_sha256
 from bcos_train.utils.suggestions import suggest
 from bcos_train.weights import records, run_source
 from bcos_train.weights.download import load_official
-from bcos_train.weights.files import file_sha256, read_file, read_json
+from bcos_train.weights.files import read_file, read_json
 from bcos_train.weights.model_options import TIMM, known_options, model_of_config, option_differences
 
 __all__ = ["ExportConfig", "WeightsSource", "read_export_config", "read_model_weights", "read_weights_source"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,13 +9,9 @@ from pathlib import Path
 from bcos_train.dataset.image import UnreadableImage, read_encoded
 from bcos_train.dataset.storage.shards import FORMATS, MANIFEST
 from bcos_train.dataset.storage.tar_index import BadShard, index_tar
+from bcos_train.utils.files import file_sha256
 
-__all__ = ["sha256_of", "verify_shards"]
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+__all__ = ["verify_shards"]
 
 
 def verify_shards(folder: Path, on_shard: Callable[[int, int], None] | None = None) -> list[str]:
@@ -43,7 +38,7 @@ def verify_shards(folder: Path, on_shard: Callable[[int, int], None] | None = No
 
 def _verify(path: Path, expected: dict[str, object]) -> list[str]:
     try:
-        if path.stat().st_size != expected["bytes"] or sha256_of(path) != expected["sha256"]:
+        if path.stat().st_size != expected["bytes"] or file_sha256(path) != expected["sha256"]:
             return [f"{path}: its content is not that of the manifest"]
         samples = index_tar(path)
     except (OSError, BadShard) as error:

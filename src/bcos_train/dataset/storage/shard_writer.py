@@ -23,9 +23,9 @@ from bcos_train.dataset.image import UnreadableImage, has_format
 from bcos_train.dataset.inventory import take_inventory
 from bcos_train.dataset.randomness import Stream, permutation
 from bcos_train.dataset.split import labels_of
-from bcos_train.dataset.storage.shard_check import sha256_of
 from bcos_train.dataset.storage.shards import FORMATS, MANIFEST
 from bcos_train.utils.atomic import atomic_write, remove_leftovers
+from bcos_train.utils.files import file_sha256, write_json
 
 __all__ = ["SKIPPED", "OtherShards", "ShardOptions", "write_shards"]
 
@@ -128,6 +128,8 @@ def write_shards(
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
     _check_plan(folder, plan)
+    (folder / _RECORDS).mkdir(exist_ok=True)
+    write_json(folder / _RECORDS / _PLAN, plan)
     jobs = [job for part in _PARTS for job in _plan_part(part, parts[part], options)]
     records = _finished(folder, jobs)
     if on_shard is not None:
@@ -141,8 +143,8 @@ def write_shards(
             on_shard(len(records), len(jobs))
     manifest = {**plan, "parts": {part: _summary(part, jobs, records) for part in _PARTS}}
     skipped = [entry for job in jobs for entry in records[job.name]["skipped"]]
-    _write_json(folder / SKIPPED, skipped)
-    _write_json(folder / MANIFEST, manifest)
+    write_json(folder / SKIPPED, skipped)
+    write_json(folder / MANIFEST, manifest)
     shutil.rmtree(folder / _RECORDS, ignore_errors=True)
     return manifest
 
@@ -259,8 +261,8 @@ def _write_shard(
                 _add(tar, f"{index:08d}.cls", str(label).encode())
             _add(tar, f"{index:08d}.json", json.dumps(entries, ensure_ascii=False, sort_keys=True).encode())
             count += 1
-    record = {"samples": count, "bytes": path.stat().st_size, "sha256": sha256_of(path), "skipped": skipped}
-    _write_json(folder / _RECORDS / f"{job.name}.json", record)
+    record = {"samples": count, "bytes": path.stat().st_size, "sha256": file_sha256(path), "skipped": skipped}
+    write_json(folder / _RECORDS / f"{job.name}.json", record)
     return record
 
 
@@ -303,10 +305,8 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 def _check_plan(folder: Path, plan: dict[str, object]) -> None:
-    """Record what the folder is for; raise :class:`OtherShards` if it is for something else."""
-    path = folder / _RECORDS / _PLAN
-    earlier = folder / MANIFEST
-    for file in (path, earlier):
+    """Raise :class:`OtherShards` if the folder is for something else."""
+    for file in (folder / _RECORDS / _PLAN, folder / MANIFEST):
         if not file.is_file():
             continue
         recorded = json.loads(file.read_text(encoding="utf-8"))
@@ -316,8 +316,6 @@ def _check_plan(folder: Path, plan: dict[str, object]) -> None:
         return
     if strange := sorted(path.name for path in folder.glob("*.tar")):
         raise OtherShards(f"out={folder} has tar files without a manifest, such as {strange[0]}: choose another folder")
-    path.parent.mkdir(exist_ok=True)
-    _write_json(path, plan)
 
 
 def _finished(folder: Path, jobs: Sequence[_Job]) -> dict[str, dict[str, Any]]:
@@ -349,9 +347,3 @@ def _summary(part: str, jobs: Sequence[_Job], records: dict[str, dict[str, Any]]
             {"name": name, **{key: records[name][key] for key in ("samples", "bytes", "sha256")}} for name in own
         ],
     }
-
-
-def _write_json(path: Path, content: object) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -10,13 +10,13 @@ from typing import Any, Literal, TypedDict
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Checkpoint
 
-from bcos_train.evaluation.store import write_json
 from bcos_train.runs import checkpoint as files
 from bcos_train.runs.interrupt import Interrupted, StopFlag
 from bcos_train.runs.launch import SIGNALS
 from bcos_train.runs.layout import BEST, CHECKPOINT_SUFFIX, LAST, check_checkpoint_name
 from bcos_train.training.distributed import is_distributed, max_over_processes
 from bcos_train.training.module import Classifier
+from bcos_train.utils.files import write_json
 from bcos_train.utils.suggestions import join_words, suggest
 
 

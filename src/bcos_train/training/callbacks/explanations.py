@@ -20,7 +20,6 @@ from bcos_train.dataset.batch import Batch
 from bcos_train.dataset.data_module import DataModule
 from bcos_train.evaluation import BOX_METRICS, ExplanationOptions, Predictions, Results, Subject, measure
 from bcos_train.evaluation.report import evaluate_explanations
-from bcos_train.evaluation.store import write_json
 from bcos_train.explanation import evaluating, explain, is_explainable
 from bcos_train.loading import LoadedClassifier, pad_class_names
 from bcos_train.metric import GridPointing
@@ -31,6 +30,7 @@ from bcos_train.training.callbacks.distillation import draw_pair_gallery
 from bcos_train.training.distributed import is_distributed
 from bcos_train.training.module import Classifier
 from bcos_train.training.side_matters import only_warn
+from bcos_train.utils.files import write_json
 
 #: Config keys that scores of explanations depend on, besides the weights and the options of the metrics.
 IDENTITY = ("model", "dataset", "augmentation", "encoding", "limit_val")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from bcos_train.evaluation.store import write_json
+from bcos_train.utils.files import write_json
 
 
 def strictly(text: str) -> Any:
