@@ -163,7 +163,7 @@ def test_a_folder_that_disappears(root: Path) -> None:
 def test_other_causes_stop_the_run(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from bcos_train.dataset import image as module
 
-    def fail(_: object) -> None:
+    def fail(_: object, formats: object) -> None:
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(module.Image, "open", fail)

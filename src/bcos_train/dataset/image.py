@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
 
 import numpy as np
@@ -42,12 +44,8 @@ def read_image(path: str | os.PathLike[str], exif_orientation: bool = False) -> 
         UnreadableImage: There is no such file, it is not an image or damaged, it has too many pixels, or
             :func:`to_rgb` refuses it. The message is one line with the path.
     """
-    try:
-        with Image.open(path) as image:
-            return to_rgb(image, exif_orientation)
-    # For a damaged file Pillow raises nearly anything, depending on the format.
-    except Exception as error:
-        raise UnreadableImage(f"cannot read the image {os.fspath(path)}: {_reason(error, path)}") from error
+    with _opened(path) as image:
+        return to_rgb(image, exif_orientation)
 
 
 def read_encoded(content: bytes, name: str, formats: tuple[str, ...], exif_orientation: bool = False) -> Image.Image:
@@ -62,24 +60,18 @@ def read_encoded(content: bytes, name: str, formats: tuple[str, ...], exif_orien
     Raises:
         UnreadableImage: As for :func:`read_image`.
     """
-    try:
-        with Image.open(BytesIO(content), formats=formats) as image:
-            return to_rgb(image, exif_orientation)
-    except Exception as error:
-        raise UnreadableImage(f"cannot read the image {name}: {_reason(error, content)}") from error
+    with _opened(content, name, formats) as image:
+        return to_rgb(image, exif_orientation)
 
 
 def has_format(path: str | os.PathLike[str], formats: tuple[str, ...]) -> bool:
     """True if an image file has one of these formats (Pillow's names), whatever its name says.
 
     Raises:
-        UnreadableImage: It is not an image.
+        UnreadableImage: There is no such file, or it is not an image. The message is one line with the path.
     """
-    try:
-        with Image.open(path) as image:
-            return image.format in formats
-    except Exception as error:
-        raise UnreadableImage(f"cannot read the image {os.fspath(path)}: {_reason(error, path)}") from error
+    with _opened(path) as image:
+        return image.format in formats
 
 
 def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
@@ -88,11 +80,27 @@ def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
     Raises:
         UnreadableImage: There is no such file, or it is not an image. The message is one line with the path.
     """
+    with _opened(path) as image:
+        return image.size
+
+
+@contextmanager
+def _opened(
+    source: str | os.PathLike[str] | bytes, name: str | None = None, formats: tuple[str, ...] | None = None
+) -> Iterator[Image.Image]:
+    """Open an image file, or its content; whatever goes wrong in the block is an :class:`UnreadableImage`.
+
+    Args:
+        name: What the message calls it; ``None``: its path.
+        formats: Those that may be opened; ``None``: all.
+    """
     try:
-        with Image.open(path) as image:
-            return image.size
+        with Image.open(BytesIO(source) if isinstance(source, bytes) else source, formats=formats) as image:
+            yield image
+    # For a damaged file Pillow raises nearly anything, depending on the format.
     except Exception as error:
-        raise UnreadableImage(f"cannot read the image {os.fspath(path)}: {_reason(error, path)}") from error
+        name = name or os.fsdecode(source)
+        raise UnreadableImage(f"cannot read the image {name}: {_reason(error, source)}") from error
 
 
 def is_skippable(error: UnreadableImage) -> bool:
