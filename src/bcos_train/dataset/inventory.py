@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TypedDict
 
-from torch.utils.data import Subset
-
 from bcos_train.dataset.base import ImageDataset
+from bcos_train.dataset.subset import whole_dataset
 
 __all__ = ["Inventory", "OtherImages", "check_same_images", "take_inventory"]
 
@@ -38,10 +37,9 @@ def take_inventory(train: ImageDataset, val: ImageDataset) -> Inventory:
 
 
 def _part(images: ImageDataset) -> PartInventory:
-    if isinstance(images, Subset):
-        images = images.dataset
-    digest = getattr(images, "digest", None)
-    return {"count": len(images), "digest": None if digest is None else digest()}  # type: ignore[arg-type]
+    whole, _ = whole_dataset(images)
+    digest = getattr(whole, "digest", None)
+    return {"count": len(whole), "digest": None if digest is None else digest()}  # type: ignore[arg-type]
 
 
 def check_same_images(dataset: Inventory, recorded: Inventory) -> None:

@@ -10,8 +10,9 @@ from torch.utils.data import Subset
 
 from bcos_train.dataset.base import ImageDataset
 from bcos_train.dataset.randomness import Stream, permutation
+from bcos_train.dataset.subset import labels_of
 
-__all__ = ["Split", "labels_of"]
+__all__ = ["Split"]
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Split:
     """Class-balanced parts of the training images of a data set with one label per image.
 
     The images of each class are shuffled by the seed. The first ``val_per_class`` are the validation part, the next
-    ``shots`` the training part (arXiv 2402.03119, section 4.1, holds out 50 images per class of ImageNet and trains
+    ``shots`` the training part (arXiv 2402.03119 holds out 50 images per class of ImageNet and trains
     with 50 or 200 shots). With the same seed, the images of a smaller number of shots are among those of a larger one.
 
     Args:
@@ -81,14 +82,6 @@ class Split:
             indices[permutation(len(indices), self.seed, Stream.SHOTS, int(label))]
             for label, indices in zip(present, by_class, strict=True)
         ]
-
-
-def labels_of(images: ImageDataset) -> np.ndarray:
-    """Return the labels of all images without reading them: int64 ``(N,)``, or multi-hot ``(N, K)``."""
-    if isinstance(images, Subset):
-        return labels_of(images.dataset)[images.indices]
-    # torchvision calls them targets.
-    return np.asarray(images.labels if hasattr(images, "labels") else images.targets)  # type: ignore[attr-defined]
 
 
 class _Part(Subset):

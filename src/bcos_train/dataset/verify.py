@@ -9,11 +9,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset
 
 from bcos_train.dataset.base import ImageDataset, ImageSource, Label
 from bcos_train.dataset.image import UnreadableImage
 from bcos_train.dataset.storage.tar_index import BadShard
+from bcos_train.dataset.subset import path_of
 
 __all__ = ["Report", "verify"]
 
@@ -118,7 +119,7 @@ class _Checked(Dataset[_Finding]):
         return _length(self._images)
 
     def __getitem__(self, index: int) -> _Finding:
-        name = _name(self._images, index)
+        name = path_of(self._images, index) or f"image {index}"
         try:
             image, label, *_ = self._images[index]
         except (UnreadableImage, BadShard) as error:
@@ -134,10 +135,3 @@ def _length(images: ImageDataset) -> int:
 
 def _labels(label: Label) -> tuple[int, ...]:
     return tuple(np.flatnonzero(label).tolist()) if isinstance(label, np.ndarray) else (int(label),)
-
-
-def _name(images: ImageDataset, index: int) -> str:
-    """Return the file of an image, or its index."""
-    if isinstance(images, Subset):
-        return _name(images.dataset, images.indices[index])
-    return str(images.path(index)) if hasattr(images, "path") else f"image {index}"

@@ -5,15 +5,14 @@ from pathlib import Path
 
 import numpy as np
 from torch import nn
-from torch.utils.data import Subset
 
 from bcos_train.augmentation import Augmentation
 from bcos_train.config import UserError, user_errors_at
 from bcos_train.dataset import ImageDataset, SeededDataset
 from bcos_train.dataset.classes import check_same_classes
 from bcos_train.dataset.data_module import DataModule
-from bcos_train.dataset.inventory import Inventory, take_inventory
 from bcos_train.dataset.seeded import Transform
+from bcos_train.dataset.subset import whole_dataset
 from bcos_train.dataset.window import check_has_window, whole_image_view
 from bcos_train.distillation import DistillationOptions, FrozenTeacher, load_teacher
 from bcos_train.distillation.store import PARTS, Manifest, Part, PartInfo, Store
@@ -24,10 +23,8 @@ __all__ = [
     "build_frozen_distillation",
     "check_augmentation",
     "describe_samples",
-    "full_indices",
     "one_line",
     "views",
-    "whole_inventory",
 ]
 
 #: Number of images by which other images than those of the maps are noticed, for data sets without a digest, too.
@@ -92,20 +89,6 @@ def views(eval_transform: Transform) -> dict[Part, Transform]:
     return {"train": whole_image_view(eval_transform), "val": eval_transform}
 
 
-def full_indices(images: ImageDataset) -> tuple[ImageDataset, np.ndarray]:
-    """Return the whole data set of a subset, and the subset's indices in it, int64 (M,)."""
-    indices = np.arange(len(images))  # type: ignore[arg-type]  # map-style data sets have a length
-    while isinstance(images, Subset):
-        indices = np.asarray(images.indices, dtype=np.int64)[indices]
-        images = images.dataset
-    return images, indices
-
-
-def whole_inventory(data: DataModule) -> Inventory:
-    """Return number and digest of all images of the data set, from which those that are used may be drawn."""
-    return take_inventory(*(full_indices(data.images(part))[0] for part in PARTS))
-
-
 def describe_samples(images: ImageDataset, view: Transform, indices: Sequence[int]) -> list[list[float]]:
     """Return index, label, height, width and mean red, green and blue of images in a view."""
     samples = SeededDataset(images, view)
@@ -122,7 +105,7 @@ def _check_images(store: Store, data: DataModule, eval_transform: Transform) -> 
     manifest, folder = store.manifest, store.folder
     if manifest.dataset != data.dataset.name:
         raise ValueError(f"{folder} holds maps of dataset={manifest.dataset}, not of {data.dataset.name}")
-    hint, inventory = "compute maps for this data set", whole_inventory(data)
+    hint, inventory = "compute maps for this data set", data.inventory
     check_same_classes(data.class_names, manifest.class_names, f"the maps in {folder}", hint)
     for part, view in views(eval_transform).items():
         info, kind = manifest.parts[part], "training" if part == "train" else "validation"
@@ -143,7 +126,7 @@ def _check_images(store: Store, data: DataModule, eval_transform: Transform) -> 
 
 
 def _check_samples(info: PartInfo, images: ImageDataset, view: Transform, problem: str) -> None:
-    images, _ = full_indices(images)
+    images, _ = whole_dataset(images)
     indices = [int(row[0]) for row in info.samples]
     for row, recorded in zip(describe_samples(images, view, indices), info.samples, strict=True):
         if row[1:4] != recorded[1:4] or np.abs(np.subtract(row[4:], recorded[4:])).max() > COLOR_TOLERANCE:
@@ -155,7 +138,7 @@ def _check_samples(info: PartInfo, images: ImageDataset, view: Transform, proble
 
 def _positions(store: Store, part: Part, data: DataModule) -> np.ndarray:
     """Return the position in the store of each image that the run uses, int64 (M,)."""
-    _, indices = full_indices(data.images(part))
+    _, indices = whole_dataset(data.images(part))
     stored = store.indices[part]
     order = np.argsort(stored, kind="stable")
     positions = order[np.searchsorted(stored, indices, sorter=order).clip(max=len(stored) - 1)]

@@ -20,6 +20,7 @@ from bcos_train.config import UserError, user_errors_at
 from bcos_train.dataset import SeededDataset, to_float
 from bcos_train.dataset.data_module import DataModule
 from bcos_train.dataset.seeded import Transform
+from bcos_train.dataset.subset import whole_dataset
 from bcos_train.distillation import Teacher, choose_stored_explanation
 from bcos_train.distillation.options import ExplanationKind
 from bcos_train.distillation.store import (
@@ -43,10 +44,8 @@ from bcos_train.training.frozen import (
     N_SAMPLES,
     check_augmentation,
     describe_samples,
-    full_indices,
     one_line,
     views,
-    whole_inventory,
 )
 from bcos_train.training.label_checks import check_labels
 from bcos_train.training.options import split_batch
@@ -122,7 +121,7 @@ class _Job:
         self._announce(store, missing)
         for part in PARTS:
             with atomic_write(folder / indices_name(part)) as path:
-                path.write_bytes(_indices_file(full_indices(self.data.images(part))[1]))
+                path.write_bytes(_indices_file(whole_dataset(self.data.images(part))[1]))
         if missing:
             manifest.save(folder)
             self._compute(store, missing)
@@ -149,14 +148,14 @@ class _Job:
         )
 
     def _describe_part(self, part: Part, view: Transform) -> PartInfo:
-        whole, indices = full_indices(self.data.images(part))
+        whole, indices = whole_dataset(self.data.images(part))
         positions = np.linspace(0, len(indices) - 1, min(N_SAMPLES, len(indices))).round().astype(int)
         logits, maps = self._first_result(part)
         map_shape = (maps.shape[1], maps.shape[2], maps.shape[3])
         return PartInfo(
             count=len(indices),
             view=one_line(view),
-            inventory=dict(whole_inventory(self.data)[part]),  # type: ignore[arg-type]
+            inventory=dict(self.data.inventory[part]),  # type: ignore[arg-type]
             samples=describe_samples(whole, view, indices[positions].tolist()),
             indices_sha256=hashlib.sha256(_indices_file(indices)).hexdigest(),
             map_shape=map_shape,

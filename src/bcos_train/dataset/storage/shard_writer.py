@@ -16,14 +16,13 @@ from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
-from torch.utils.data import Subset
 
 from bcos_train.dataset.base import Annotations, ImageDataset, ImageSource, Label
 from bcos_train.dataset.image import UnreadableImage, has_format
 from bcos_train.dataset.inventory import take_inventory
 from bcos_train.dataset.randomness import Stream, permutation
-from bcos_train.dataset.split import labels_of
 from bcos_train.dataset.storage.shards import FORMATS, MANIFEST
+from bcos_train.dataset.subset import labels_of, path_of
 from bcos_train.utils.atomic import atomic_write, remove_leftovers
 from bcos_train.utils.files import file_sha256, write_json
 
@@ -189,9 +188,7 @@ def _sizes(images: ImageDataset) -> np.ndarray | None:
 
 def _path(images: ImageDataset, index: int) -> str | None:
     """Return the file of an image; None if it isn't one."""
-    if isinstance(images, Subset):
-        return _path(images.dataset, images.indices[index])
-    path = images.path(index) if hasattr(images, "path") else None
+    path = path_of(images, index)
     return path if path is not None and os.path.exists(path) else None
 
 
