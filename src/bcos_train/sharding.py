@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
 from bcos_train.config import instantiate, user_errors_at
 from bcos_train.dataset.storage.shard_check import verify_shards
 from bcos_train.dataset.storage.shard_writer import SKIPPED, ShardOptions, write_shards
@@ -15,6 +13,7 @@ from bcos_train.runs.lock import locked
 from bcos_train.training.config import TrainConfig
 from bcos_train.training.options import default_workers
 from bcos_train.utils.console import make_console
+from bcos_train.utils.progress import show_progress
 
 __all__ = ["ShardsConfig", "run"]
 
@@ -52,46 +51,41 @@ def run(config: Mapping[str, object]) -> int:
         UserError: The data set or an option is invalid, or ``out`` has other shards.
     """
     settings = ShardsConfig(**instantiate(with_absolute_paths(config)))
-    console = make_console()
     folder = Path(settings.out).expanduser()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
-        task = progress.add_task("verifying" if settings.verify else "writing shards", total=None)
+    return _verify(folder) if settings.verify else _write(settings, folder)
 
-        def report(done: int, total: int) -> None:
-            progress.update(task, completed=done, total=total)
 
-        if settings.verify:
-            with user_errors_at(f"out={folder}"):
-                problems = verify_shards(folder, report)
-        else:
-            with user_errors_at(""):
-                options = ShardOptions(
-                    samples=settings.samples,
-                    megabytes=settings.megabytes,
-                    max_side=settings.max_side,
-                    quality=settings.quality,
-                    order=settings.order,
-                    seed=settings.seed,
-                )
-            with user_errors_at("dataset"):
-                settings.dataset.prepare()
-            workers = default_workers() if settings.num_workers is None else settings.num_workers
-            with user_errors_at(""), locked(folder):
-                manifest = write_shards(settings.dataset, folder, options, max(1, workers), report)
-    if settings.verify:
-        for problem in problems:
-            console.print(problem, style="red", soft_wrap=True, markup=False, highlight=False)
-        result = f"{len(problems)} problem(s) in {folder}" if problems else f"all shards in {folder} are complete"
-        console.print(result, soft_wrap=True, highlight=False)
-        return int(bool(problems))
+def _verify(folder: Path) -> int:
+    console = make_console()
+    with user_errors_at(f"out={folder}"), show_progress("verifying shards") as on_shard:
+        problems = verify_shards(folder, on_shard)
+    for problem in problems:
+        console.print(problem, style="red", soft_wrap=True)
+    result = f"{len(problems)} problem(s) in {folder}" if problems else f"all shards in {folder} are complete"
+    console.print(result, soft_wrap=True)
+    return int(bool(problems))
+
+
+def _write(settings: ShardsConfig, folder: Path) -> int:
+    console = make_console()
+    with user_errors_at(""):
+        options = ShardOptions(
+            samples=settings.samples,
+            megabytes=settings.megabytes,
+            max_side=settings.max_side,
+            quality=settings.quality,
+            order=settings.order,
+            seed=settings.seed,
+        )
+    with user_errors_at("dataset"):
+        settings.dataset.prepare()
+    workers = default_workers() if settings.num_workers is None else settings.num_workers
+    with user_errors_at(""), locked(folder), show_progress("writing shards") as on_shard:
+        manifest = write_shards(settings.dataset, folder, options, max(1, workers), on_shard)
     for part, entry in manifest["parts"].items():  # type: ignore[attr-defined]
         skipped = f", {entry['skipped']:,} unreadable, see {folder / SKIPPED}" if entry["skipped"] else ""
         size = sum(shard["bytes"] for shard in entry["shards"]) / 1e9
-        console.print(
-            f"{part}: {entry['samples']:,} samples in {len(entry['shards'])} shards, {size:.2f} GB{skipped}",
-            soft_wrap=True,
-            highlight=False,
-        )
-    console.print(f"folder: {folder}", soft_wrap=True, highlight=False)
+        shards = f"{entry['samples']:,} samples in {len(entry['shards'])} shards, {size:.2f} GB"
+        console.print(f"{part}: {shards}{skipped}", soft_wrap=True)
+    console.print(f"folder: {folder}", soft_wrap=True)
     return 0

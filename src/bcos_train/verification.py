@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
 from bcos_train.config import instantiate, user_errors_at
 from bcos_train.dataset.verify import verify
 from bcos_train.runs.hash import with_absolute_paths
@@ -14,6 +12,7 @@ from bcos_train.training.config import TrainConfig
 from bcos_train.training.options import default_workers
 from bcos_train.utils.console import make_console
 from bcos_train.utils.files import write_json
+from bcos_train.utils.progress import show_progress
 
 __all__ = ["VerifyConfig", "run"]
 
@@ -43,16 +42,12 @@ def run(config: Mapping[str, object]) -> int:
     """
     settings = VerifyConfig(**instantiate(with_absolute_paths(config)))
     console, path = make_console(), Path(settings.output).expanduser()
-    columns = (TextColumn("checking"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with user_errors_at("output"):
         path.parent.mkdir(parents=True, exist_ok=True)
-    with user_errors_at("dataset"), Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=None)
+    with user_errors_at("dataset"), show_progress("images") as on_images:
         settings.dataset.prepare()
         workers = default_workers() if settings.num_workers is None else settings.num_workers
-        report: dict[str, Any] = verify(
-            settings.dataset, workers, lambda done, total: progress.update(task, completed=done, total=total)
-        )
+        report: dict[str, Any] = verify(settings.dataset, workers, on_images)
     with user_errors_at("output"):
         write_json(path, report)
     for name, part in report["parts"].items():
@@ -61,11 +56,10 @@ def run(config: Mapping[str, object]) -> int:
             f"{name}: {part['images']:,} images in {len(counts)} classes of {min(counts, default=0):,} to "
             f"{max(counts, default=0):,}; {part['n_unreadable']:,} unreadable, {part['n_duplicates']:,} copied",
             soft_wrap=True,
-            highlight=False,
         )
         for entry in part["unreadable"][:5]:
-            console.print(f"  {entry['problem']}", style="red", soft_wrap=True, markup=False, highlight=False)
+            console.print(f"  {entry['problem']}", style="red", soft_wrap=True)
     if report["n_overlap"]:
-        console.print(f"{report['n_overlap']:,} images are in both parts", style="red", highlight=False)
-    console.print(f"report: {path}", soft_wrap=True, highlight=False)
+        console.print(f"{report['n_overlap']:,} images are in both parts", style="red")
+    console.print(f"report: {path}", soft_wrap=True)
     return int(report["problems"] > 0)

@@ -68,8 +68,11 @@ class Cifar10:
 
     def prepare(self) -> None:
         """Download and unpack the archive (170 MB) if it is missing; MD5 sums are always checked."""
-        if self._shards is not None or not self.download or self._as_files is not None:
-            self._part(train=True)
+        if self._shards is not None:
+            self._shards.prepare(self._split.parts)
+            return
+        if not self.download or self._as_files is not None:
+            _ = self._training_images
             return
         try:
             CIFAR10(str(self.root), download=True)
@@ -81,12 +84,16 @@ class Cifar10:
             ) from error
 
     def train(self) -> ImageDataset:
-        return self._split.train(self._part(train=True), self.class_names)
+        return self._split.train(self._training_images, self.class_names)
 
     def val(self) -> ImageDataset:
         if self._split.val_per_class is None:
             return self._part(train=False)
-        return self._split.val(self._part(train=True), self.class_names)
+        return self._split.val(self._training_images, self.class_names)
+
+    @cached_property
+    def _training_images(self) -> ImageDataset:
+        return self._part(train=True)
 
     @cached_property
     def _as_files(self) -> ImageFolder | None:

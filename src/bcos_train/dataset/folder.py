@@ -73,17 +73,20 @@ class ImageFolder:
         return len(self.class_names)
 
     def prepare(self) -> None:
-        """Check that the folders exist."""
+        """Check that the folders exist, or read the index of the shards."""
         _ = self.class_names
+        if self._shards is not None:
+            self._shards.prepare(self._split.parts)
 
     def train(self) -> ImageDataset:
-        return self._split.train(self._training_images(), self.class_names)
+        return self._split.train(self._training_images, self.class_names)
 
     def val(self) -> ImageDataset:
         if self._split.val_per_class is None:
             return self._part(self.val_folder) if self._shards is None else self._shard_images("val")
-        return self._split.val(self._training_images(), self.class_names)
+        return self._split.val(self._training_images, self.class_names)
 
+    @cached_property
     def _training_images(self) -> ImageDataset:
         if self._shards is not None:
             return self._shard_images("train")

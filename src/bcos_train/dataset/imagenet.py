@@ -88,18 +88,21 @@ class ImageNet:
     def prepare(self) -> None:
         """Check that the folders exist, or read the index of the shards."""
         if self._shards is not None:
-            for part in ("train", "val"):
-                self._shards.index(part)
+            self._shards.prepare(self._split.parts)
         else:
             _ = self._labels
 
     def train(self) -> ImageDataset:
-        return self._split.train(self._part(train=True), self.class_names)
+        return self._split.train(self._training_images, self.class_names)
 
     def val(self) -> ImageDataset:
         if self._split.val_per_class is None:
             return self._part(train=False)
-        return self._split.val(self._part(train=True), self.class_names)
+        return self._split.val(self._training_images, self.class_names)
+
+    @cached_property
+    def _training_images(self) -> FolderImages | ShardImages:
+        return self._part(train=True)
 
     @cached_property
     def _folders(self) -> list[str]:

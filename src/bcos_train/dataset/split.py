@@ -45,6 +45,11 @@ class Split:
             if value is not None and value < minimum:
                 raise ValueError(f"{key}={value}: at least {minimum}")
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts of the data set that are used: ``"train"``, and ``"val"`` if it is not cut from it."""
+        return ("train", "val") if self.val_per_class is None else ("train",)
+
     def train(self, images: ImageDataset, class_names: Sequence[str]) -> ImageDataset:
         """Return the training part of the training images ``images``.
 

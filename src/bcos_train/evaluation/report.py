@@ -1,14 +1,10 @@
 """Write and print an evaluation: ``explanations.json``, scores, figures and tables."""
 
-import math
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import torch.nn.functional as F
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from bcos_train.evaluation.measuring import Results, measure
 from bcos_train.evaluation.options import BOX_METRICS, ExplanationOptions
@@ -21,13 +17,12 @@ from bcos_train.report import Panel, Row, box_plot, map_table, save_gallery, sho
 from bcos_train.runs.layout import EXPLANATION_SCORES, EXPLANATION_SUMMARY, EXPLANATIONS
 from bcos_train.utils.console import make_console
 from bcos_train.utils.files import write_json
+from bcos_train.utils.progress import show_progress
 
 __all__ = ["evaluate_explanations"]
 
 #: Number of grids in the figure.
 N_DRAWN = 4
-#: Seconds between progress lines if the output is not a terminal.
-LINE_SECONDS = 60
 #: Folder of stored scores, within that of the figures.
 STORE = ".scores"
 #: Ranges of metrics with a natural range.
@@ -65,8 +60,8 @@ def evaluate_explanations(
     folder = output / EXPLANATIONS
     folder.mkdir(parents=True, exist_ok=True)
     store = ScoreStore(folder / STORE, {"of": fingerprint({"weights": subject.model, "rest": dict(identity)})})
-    with _progress() as on_step:
-        results = measure(subject, options, store, on_step)
+    with show_progress("explanations") as report:
+        results = measure(subject, options, store, lambda what, done, total: report(done, total, what))
     summary = to_json(results, options)
     write_json(output / EXPLANATION_SUMMARY, {**origin, **summary})
     arrays = {
@@ -135,31 +130,3 @@ def _draw_grids(subject: Subject, results: Results, options: ExplanationOptions,
     path = folder / "grids.png"
     save_gallery(path, map_table(["grid", *methods], rows, headline))
     return path
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Show progress and remaining time: a bar in a terminal, otherwise one line per minute."""
-    console = make_console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    # Methods differ in speed by orders of magnitude: estimate over the whole time, not the last seconds.
-    period = 1e9
-    with Progress(
-        *columns, TimeRemainingColumn(), console=console, transient=True, speed_estimate_period=period
-    ) as display:
-        task = display.add_task("explanations", total=None)
-        printed_at = time.monotonic()
-
-        def on_step(what: str, done: int, total: int) -> None:
-            nonlocal printed_at
-            if display.tasks[0].total is None:
-                # Scores from before an interruption took no time in this process.
-                display.reset(task, completed=done, total=total)
-            display.update(task, description=f"explanations: {what}", completed=done)
-            if not console.is_terminal and time.monotonic() - printed_at >= LINE_SECONDS:
-                printed_at = time.monotonic()
-                left = display.tasks[0].time_remaining
-                ending = "" if left is None else f", about {math.ceil(left / 60)} min left"
-                console.print(f"explanations: {done} of {total}{ending}", soft_wrap=True)
-
-        yield on_step

@@ -6,6 +6,8 @@ from typing import Literal
 
 import torch
 
+from bcos_train.utils.cores import usable_cores
+
 Precision = Literal[32, 16, "32", "16", "bf16"]
 
 
@@ -131,7 +133,5 @@ def split_batch(batch: int, world: int, max_per_device: int | None) -> BatchSpli
 
 def default_workers() -> int:
     """Return the number of data loading processes per process: its share of the cores minus one; 0 with two cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    share = cores // processes
+    share = usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return 0 if share <= 2 else share - 1

@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,6 +27,7 @@ from bcos_train.dataset.image import read_encoded
 from bcos_train.dataset.storage.folder import shorten
 from bcos_train.dataset.storage.tar_index import BadShard, index_tar
 from bcos_train.utils.atomic import atomic_write
+from bcos_train.utils.cores import usable_cores
 from bcos_train.utils.suggestions import join_words, suggest
 from bcos_train.utils.terminal import printable
 
@@ -93,7 +94,7 @@ class ShardIndex:
 
     @classmethod
     def _build(cls, paths: Sequence[Path]) -> ShardIndex:
-        processes = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 16)
+        processes = min(usable_cores(), 16)
         if len(paths) < _MIN_SHARDS_FOR_PROCESSES or processes < 2:
             tars = [index_tar(path) for path in paths]
         else:
@@ -254,6 +255,11 @@ class Shards:
         except (OSError, ValueError) as error:
             raise ValueError(f"{path}: not a manifest of shards ({' '.join(str(error).split())})") from error
         return content if isinstance(content, dict) else None
+
+    def prepare(self, parts: Iterable[str]) -> None:
+        """Read the index of these parts, which other processes then find in the cache."""
+        for part in parts:
+            self.index(part)
 
     def index(self, part: str) -> tuple[list[Path], ShardIndex]:
         """Return the shards of a part with their index."""
