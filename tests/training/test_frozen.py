@@ -68,6 +68,16 @@ def frozen(runs: Path, maps: Path, *overrides: str) -> dict[str, Any]:
     return compose(runs, *SMALL, "distillation=e2kd_frozen", f"distillation.frozen={maps}", *overrides)
 
 
+def test_the_teachers_accuracy_is_that_of_the_validation_images(
+    maps: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for limit in (9, 4):
+        overrides = ("trainer.max_epochs=1", f"limit_val={limit}")
+        assert train(frozen(tmp_path / str(limit), maps, *overrides)) == 0
+        (row,) = (row for row in metric_rows(run_folder(tmp_path / str(limit))) if row["val/teacher_acc1"])
+        assert f"teacher  {float(row['val/teacher_acc1']):.2f}% of the validation images" in capsys.readouterr().out
+
+
 def test_the_losses_are_those_of_the_teacher(weights: Path, maps: Path, tmp_path: Path) -> None:
     assert train(frozen(tmp_path / "frozen", maps)) == 0
     teacher = ("distillation.teacher=resnet20", f"distillation.teacher_weights={weights}")

@@ -101,6 +101,11 @@ class FrozenTeacher:
         """What a checkpoint says about its teacher: with other maps, too, it is another one."""
         return {"label": self.label, "sha256": self.store.manifest.sha256}
 
+    @property
+    def accuracy(self) -> float:
+        """Top-1 accuracy in percent on the validation images."""
+        return self.store.accuracy(self.positions["val"])
+
     def train_lookup(self, with_maps: bool) -> TrainLookup:
         """Return a function that reads logits, and maps if asked to, of training images."""
         return TrainLookup(self.store, self.positions["train"], with_maps)

@@ -283,6 +283,12 @@ class Store:
             raise UnreadableMaps(f"can't read {self.folder / name}: {' '.join(str(error).split())}") from error
         return values
 
+    def accuracy(self, positions: np.ndarray | None = None) -> float:
+        """Return the teacher's top-1 accuracy in percent on validation images; ``None``: on all, else at positions."""
+        shards = (self.shard("val", number) for number in range(self.manifest.parts["val"].num_shards))
+        is_correct = np.concatenate([records["logits"].argmax(1) == records["label"] for records in shards])
+        return 100 * float((is_correct if positions is None else is_correct[positions]).mean())
+
     @cached_property
     def indices(self) -> dict[str, np.ndarray]:
         """Indices of the images in the whole data set, int64 (M,), by part."""

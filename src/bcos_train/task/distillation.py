@@ -58,6 +58,10 @@ class DistillationTask(Task):
     def expect_explanations_in_validation(self, rgb: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Return the teacher's logits (N, K) of validation images, and explanations (N, *)."""
 
+    def known_accuracy(self) -> float | None:
+        """Return the teacher's top-1 accuracy in percent on the validation images; None if they have to be shown."""
+        return None
+
     def forward(self, network: Network, batch: TrainingBatch) -> TaskOutput:
         options = self.options
         if options.explanation_weight and batch.step % options.explanation_every_n_steps == 0:
@@ -143,6 +147,9 @@ class FrozenDistillation(DistillationTask):
             raise ValueError(f"explanation={options.explanation}: the stored maps are {teacher.explanation}")
         check_stored_explanation(teacher.explanation, teacher.store.manifest.parts["train"].map_shape[0], student)
         self.teacher: FrozenTeacher = teacher
+
+    def known_accuracy(self) -> float:
+        return self.teacher.accuracy
 
     def expect(self, batch: TrainingBatch) -> Tensor:
         return _extra(batch, "teacher_logits")

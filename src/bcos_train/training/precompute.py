@@ -126,7 +126,7 @@ class _Job:
             manifest.save(folder)
             self._compute(store, missing)
         if missing or manifest.accuracy is None:
-            store.manifest = replace(manifest, accuracy=_accuracy(store))
+            store.manifest = replace(manifest, accuracy=store.accuracy())
             store.manifest.save(folder)
         self.console.print(
             f"complete: {folder}; the teacher has {store.manifest.accuracy:.2f}% of the validation images right"
@@ -251,15 +251,6 @@ def _indices_file(indices: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, indices.astype("<i8"), allow_pickle=False)
     return buffer.getvalue()
-
-
-def _accuracy(store: Store) -> float:
-    """Return the teacher's top-1 accuracy on the validation images in percent."""
-    info, correct = store.manifest.parts["val"], 0
-    for number in range(info.num_shards):
-        records = store.shard("val", number)
-        correct += int((records["logits"].argmax(1) == records["label"]).sum())
-    return 100 * correct / info.count
 
 
 def _check_identity(recorded: Manifest, manifest: Manifest) -> None:
